@@ -1,0 +1,570 @@
+"""Train HiPART: data, stages 1 to 3, tables and figures.
+
+    python train.py                          # everything, with the preset that suits this machine
+    python train.py --preset standard        # quick | standard | paper
+    python train.py --stage 1                # one stage; 2 and 3 need the stages before them
+    python train.py --resume                 # go on where an interrupted run stopped
+    python train.py --gcsab-blocks 8 --name shallow     # any field of hipart.Config
+
+Stage 1 learns the tokenizer (MSST), stage 2 the transformer (HiARM), stage 3 the rivals' regressor and one lifter for
+every kind of input ("feed") that evaluate.py compares. Everything lands in runs/NAME: log.jsonl has one line per epoch,
+every checkpoint holds model, optimiser, step, random state and config, and is written beside and renamed.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hipart import (
+    SCALE,
+    Config,
+    HiPART,
+    MLPLifter,
+    Regressor,
+    SpatialLifter,
+    detected_pelvis,
+    lifting_features,
+    normalize_screen,
+    to_model_frame,
+)
+from prepare_data import detect, load
+
+# The same structure everywhere; presets shrink width, depth, codebooks, samples and epochs. `paper` is Config() itself.
+PRESETS = {
+    "quick": dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64),
+    "standard": dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64),
+    "paper": dict(),
+}
+FEEDS = {  # name: (what the lifter is fed with, the letter of the README's table)
+    "sparse": "a  detected sparse only",
+    "generated": "b  sparse + generated dense + fine (HiPART)",
+    "ground_truth": "c  sparse + ground-truth dense + fine (bound)",
+    "regressor": "d  sparse + dense + fine from a plain regressor",
+    "auxiliary": "e  sparse only, auxiliary loss on dense + fine",
+    "sparse_clean": "-  clean sparse only",
+    "ground_truth_clean": "-  clean sparse + ground-truth dense + fine",
+}
+BLOCK = 8192  # samples read, detected and moved to the device at once
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Split:
+    """One split of a data set, read in blocks of tensors. Poses come out in normalised image coordinates."""
+
+    def __init__(self, data: str, name: str, device: torch.device, limit: int = 0):
+        root, _, folder = data.rpartition("/")
+        self.arrays, self.meta = load(folder, name, root or "data")
+        self.device, self.n = device, min(limit or 10**12, len(self.arrays["x_s"]))
+        self.w, self.h = self.meta["image_size"]
+
+    def read(self, rows, rng: np.random.Generator | None = None, clean: bool = False) -> dict[str, Tensor]:
+        """Samples `rows` as tensors: x_s [n, 17, 2], conf [n, 17], x_d, x_f, y [n, 17, 3] mm, action [n].
+
+        x_s is what the detector gives: the stored draw, or a fresh one if `rng` is given, or the clean projection.
+        """
+        a = {k: np.ascontiguousarray(v[rows]) for k, v in self.arrays.items()}
+        if clean:
+            a["conf"] = np.ones(a["x_s"].shape[:2], np.float32)
+        elif rng is not None:
+            a["x_s"], a["conf"] = detect(a["x_s"], a["height_px"], rng, self.meta["noise"])
+        else:
+            a["x_s"] = a["x_s_det"]
+        t = {k: torch.from_numpy(a[k]).to(self.device) for k in ("x_s", "conf", "x_d", "x_f", "y", "action")}
+        for k in ("x_s", "x_d", "x_f"):
+            t[k] = normalize_screen(t[k], self.w, self.h)
+        t["x_s"] = t["x_s"] * (t["conf"] > 0)[..., None]
+        return t
+
+    def blocks(self, rng: np.random.Generator | None = None, clean: bool = False):
+        """All samples in order."""
+        for start in range(0, self.n, BLOCK):
+            yield self.read(slice(start, min(start + BLOCK, self.n)), rng, clean)
+
+    def batches(self, size: int, rng: np.random.Generator | None, clean: bool = False, prepare=lambda block, rows: block):
+        """One epoch of shuffled full batches (order from torch's random state); `prepare` sees each block once."""
+        order = torch.randperm(self.n).numpy()
+        for start in range(0, self.n, BLOCK):
+            rows = np.sort(order[start : start + BLOCK])
+            block = prepare(self.read(rows, rng, clean), rows)
+            shuffled = torch.randperm(len(rows)).to(self.device)
+            for i in range(0, len(rows) - size + 1, size) if len(rows) >= size else [0]:
+                yield {k: v[shuffled[i : i + size]] for k, v in block.items()}
+
+    def steps(self, size: int) -> int:
+        sizes = [min(BLOCK, self.n - start) for start in range(0, self.n, BLOCK)]
+        return sum(max(1, n // size) for n in sizes)
+
+    def pixels(self, a: Tensor, b: Tensor) -> Tensor:
+        """Mean distance of normalised points, in pixels of the image."""
+        return (a - b).norm(dim=-1).mean() * (self.w / 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One loop for all models
+
+
+@dataclass
+class Run:
+    """Where a run writes, and what it was told."""
+
+    path: Path
+    config: Config
+    device: torch.device
+    seed: int = 0
+    data: str = "data/demo"
+    limit: int = 0  # training samples used; 0 = all
+    resume: bool = False
+
+    def log(self, **row) -> None:
+        with open(self.path / "log.jsonl", "a") as f:
+            f.write(json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
+
+    def split(self, name: str) -> Split:
+        return Split(self.data, name, self.device, self.limit if name == "train" else 0)
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """Random numbers for the simulated detector: a stream of its own for every stage, seed and epoch."""
+        return np.random.default_rng([self.seed, *key])
+
+
+def _rounded(v):
+    if isinstance(v, dict):
+        return {k: _rounded(x) for k, x in v.items()}
+    return float(f"{float(v):.6g}") if isinstance(v, (float, Tensor)) else v
+
+
+def save_checkpoint(path: Path, **content) -> None:
+    """torch.save beside and rename: a reader sees the old file or the new one, never half of one."""
+    beside = path.with_suffix(".tmp")
+    torch.save(content, beside)
+    os.replace(beside, path)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    """A checkpoint of this project; SystemExit with one sentence if it is missing or unreadable."""
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: {_how_to_make(path)}")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:
+        raise SystemExit(f"{path} is not a readable checkpoint ({type(e).__name__}): delete it and {_how_to_make(path)}") from e
+
+
+def _how_to_make(path: Path) -> str:
+    stage = {"stage1": 1, "stage2": 2}.get(path.stem, 3)
+    return f"run `python train.py --name {path.parent.name} --stage {stage}` first"
+
+
+def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, train: Split, size: int, batches, loss_of,
+        validate, after_step=None) -> nn.Module:
+    """Train `model` and keep runs/NAME/{name}.pt up to date; with run.resume go on where it stopped.
+
+    lr_at(step, steps) -> factor on the learning rate; batches(epoch) -> iterator; loss_of(batch) -> (loss, terms, output);
+    validate() -> dict for the log; after_step(step, batch, output) for codebooks.
+    """
+    path, per_epoch = run.path / f"{name}.pt", train.steps(size)
+    base = [g["lr"] for g in optimizer.param_groups]
+    first, step, spent = 0, 0, 0.0
+    if path.exists() and run.resume:
+        saved = load_checkpoint(path, run.device)
+        if saved["config"] != dataclasses.asdict(run.config) or saved["epochs"] != epochs:
+            raise SystemExit(f"{path} was trained with another config: resume with the same options, or choose another --name")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        set_random_state(saved["random"])
+        first, step, spent = saved["epoch"], saved["step"], saved["seconds"]
+    elif path.exists():
+        raise SystemExit(f"{path} exists already: add --resume to go on, or choose another --name")
+    for epoch in range(first, epochs):
+        began, sums = time.perf_counter(), {}
+        model.train()
+        bar = tqdm(batches(epoch), total=per_epoch, desc=f"{name} {epoch + 1}/{epochs}", leave=False, mininterval=1)
+        for batch in bar:
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * lr_at(step, per_epoch * epochs)
+            loss, terms, output = loss_of(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if after_step:
+                after_step(step, batch, output)
+            step += 1
+            for k, v in terms.items():
+                sums[k] = sums.get(k, 0.0) + v
+            if step % 20 == 0:
+                if not math.isfinite(float(loss)):
+                    raise SystemExit(f"{name}: the loss became {float(loss)} at step {step}; try a lower learning rate")
+                bar.set_postfix({k: f"{float(v):.3g}" for k, v in terms.items()})
+        model.eval()
+        with torch.no_grad():
+            result = validate()
+        spent += time.perf_counter() - began
+        row = dict(model=name, epoch=epoch + 1, steps=step, seconds=spent, lr=optimizer.param_groups[0]["lr"],
+                   train={k: v / per_epoch for k, v in sums.items()}, val=result)
+        run.log(**row)
+        print(f"{name} {epoch + 1}/{epochs}  {spent:.0f} s  " + "  ".join(f"{k} {float(v):.4g}" for k, v in result.items()),
+              flush=True)
+        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), random=random_state(),
+                        config=dataclasses.asdict(run.config), epochs=epochs, epoch=epoch + 1, step=step, seconds=spent,
+                        val={k: float(v) for k, v in result.items()})
+    return model.eval()
+
+
+def random_state() -> dict:
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def warmup_cosine(warmup: int):
+    """Linear warm-up over `warmup` steps (at most a tenth of them), then half a cosine down to zero."""
+
+    def factor(step: int, steps: int) -> float:
+        rise = max(1, min(warmup, steps // 10))
+        return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))))
+
+    return factor
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float, device: torch.device):
+    """AdamW with weight decay on matrices only; biases, norms and embeddings go without."""
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 1
+
+
+def stage_1(run: Run):
+    """The tokenizer. It sees no detection, yet its frame is a detected pelvis: so the shift is one that a detector gives."""
+    c, train, val = run.config, run.split("train"), run.split("val")
+    torch.manual_seed(run.seed)
+    model = HiPART(c).msst.to(run.device)
+
+    def in_frame(block, rows=None):
+        pelvis = detected_pelvis(block["x_s"], block["conf"])
+        return dict(x_f=to_model_frame(block["x_f"], pelvis), x_d=to_model_frame(block["x_d"], pelvis), a=block["action"])
+
+    def loss_of(b):
+        return model.loss(b["x_f"], b["x_d"], b["a"])
+
+    def after_step(step, batch, output):
+        model.update_codebooks(output)
+        if step + 1 == c.warmup_free:
+            rows = torch.randperm(train.n)[: max(4096, 16 * max(c.K_s, c.K_d) // 16)].sort().values.numpy()
+            model.initialize_codebooks(in_frame(train.read(rows, run.rng(1, 10**6)))["x_f"], c.batch_1)
+
+    def validate():
+        return tokenizer_report(model, val, in_frame)
+
+    return fit(run, "stage1", model, adamw(model, c.lr_1, c.weight_decay_1, run.device), c.epochs_1,
+               warmup_cosine(c.warmup_1), train, c.batch_1,
+               lambda epoch: train.batches(c.batch_1, run.rng(1, epoch), prepare=in_frame), loss_of, validate, after_step)
+
+
+@torch.no_grad()
+def tokenizer_report(model, split: Split, in_frame) -> dict:
+    """Errors in pixels; perplexity and dead codes (unused over this whole split) of both codebooks; alignment."""
+    c, sums, n = model.config, {}, 0
+    used_s, used_d = torch.zeros(c.K_s, device=split.device), torch.zeros(c.K_d, device=split.device)
+    for block in split.blocks():
+        b = in_frame(block)
+        _, terms, o = model.loss(b["x_f"], b["x_d"], b["a"])
+        part = dict(fine_px=split.pixels(o["x_f"], b["x_f"]) * SCALE, dense_px=split.pixels(o["x_d"], b["x_d"]) * SCALE,
+                    L_local=terms["local"], L_global=terms["action"],
+                    action_accuracy=(o["p_A"].argmax(-1) == b["a"]).float().mean())
+        for k, v in part.items():
+            sums[k] = sums.get(k, 0.0) + float(v) * len(b["a"])
+        n += len(b["a"])
+        used_s += torch.bincount(o["q_s"].flatten(), minlength=c.K_s)
+        used_d += torch.bincount(o["q_d"].flatten(), minlength=c.K_d)
+    result = {k: v / n for k, v in sums.items()}
+    for name, used in (("s", used_s), ("d", used_d)):
+        p = used / used.sum()
+        result[f"perplexity_{name}"] = float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
+        result[f"dead_{name}"] = float((used == 0).float().mean())
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+def stage_2(run: Run):
+    """HiARM on a fresh detection of every pose in every epoch; the tokenizer is frozen."""
+    c, train, val = run.config, run.split("train"), run.split("val")
+    torch.manual_seed(run.seed)
+    model = HiPART(c).to(run.device)
+    model.msst.load_state_dict(load_checkpoint(run.path / "stage1.pt", run.device)["model"])
+    model.msst.eval().requires_grad_(False)
+    hiarm = model.hiarm
+    hiarm.set_codebooks(model.msst)
+
+    @torch.no_grad()
+    def tokenized(block, rows=None):
+        pelvis = detected_pelvis(block["x_s"], block["conf"])
+        x_f = to_model_frame(block["x_f"], pelvis)
+        pairs = [model.msst.encode(part) for part in x_f.split(1024)]
+        return dict(x_s=to_model_frame(block["x_s"], pelvis), conf=block["conf"],
+                    q_s=torch.cat([p[0] for p in pairs]), q_d=torch.cat([p[1] for p in pairs]))
+
+    def loss_of(b):
+        loss, terms = hiarm.loss(b["x_s"], b["q_s"], b["q_d"], b["conf"])
+        return loss, terms | dict(loss=loss.detach()), None
+
+    def validate():
+        sums, n = {}, 0
+        for block in val.blocks():
+            b = tokenized(block)
+            loss, terms = hiarm.loss(b["x_s"], b["q_s"], b["q_d"], b["conf"])
+            x_d, x_f = model.densify(block["x_s"], block["conf"])
+            part = terms | dict(loss=loss, fine_px=val.pixels(x_f, block["x_f"]), dense_px=val.pixels(x_d, block["x_d"]))
+            for k, v in part.items():
+                sums[k] = sums.get(k, 0.0) + float(v) * len(x_f)
+            n += len(x_f)
+        return {k: v / n for k, v in sums.items()}
+
+    fit(run, "stage2", hiarm, adamw(hiarm, c.lr_2, c.weight_decay_2, run.device), c.epochs_2, warmup_cosine(c.warmup_2),
+        train, c.batch_2, lambda epoch: train.batches(c.batch_2, run.rng(2, epoch), prepare=tokenized), loss_of, validate)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 3: the rivals' regressor, the generated training set, one lifter per feed
+
+
+def load_hipart(run: Run) -> HiPART:
+    """Stages 1 and 2 of a run, frozen."""
+    saved = {s: load_checkpoint(run.path / f"stage{s}.pt", run.device) for s in (1, 2)}
+    model = HiPART(Config(**saved[2]["config"])).to(run.device)
+    model.msst.load_state_dict(saved[1]["model"])
+    model.hiarm.load_state_dict(saved[2]["model"])
+    return model.eval().requires_grad_(False)
+
+
+def load_regressor(run: Run) -> Regressor:
+    saved = load_checkpoint(run.path / "regressor.pt", run.device)
+    model = Regressor(saved["config"]["regressor_width"]).to(run.device)
+    model.load_state_dict(saved["model"])
+    return model.eval().requires_grad_(False)
+
+
+def train_regressor(run: Run) -> Regressor:
+    """Feed (d): x_s -> x_d, x_f by a plain MLP on the same detections. Mean distance is its loss and its score."""
+    c, train, val = run.config, run.split("train"), run.split("val")
+    torch.manual_seed(run.seed)
+    model = Regressor(c.regressor_width).to(run.device)
+
+    def in_frame(block, rows=None):
+        pelvis = detected_pelvis(block["x_s"], block["conf"])
+        return dict(conf=block["conf"]) | {k: to_model_frame(block[k], pelvis) for k in ("x_s", "x_d", "x_f")}
+
+    def loss_of(b):
+        x_d, x_f = model(b["x_s"], b["conf"])
+        loss = (x_d - b["x_d"]).norm(dim=-1).mean() + (x_f - b["x_f"]).norm(dim=-1).mean()
+        return loss, dict(loss=loss.detach()), None
+
+    def validate():
+        errors = [(val.pixels(model.densify(b["x_s"], b["conf"])[1], b["x_f"]), len(b["x_s"])) for b in val.blocks()]
+        return dict(fine_px=sum(float(e) * n for e, n in errors) / val.n)
+
+    return fit(run, "regressor", model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True),
+               c.epochs_r, warmup_cosine(500), train, c.batch_3,
+               lambda epoch: train.batches(c.batch_3, run.rng(4, epoch), prepare=in_frame), loss_of, validate)
+
+
+def densified_training_set(run: Run, model: HiPART, draw: int) -> tuple[np.ndarray, np.ndarray]:
+    """HiPART's own output on draw number `draw` of detections of the training set, made once and kept on disk:
+    x [N, 161, 2] and conf [N, 17]. Stage 3 trains on what the model generates, not on ground truth."""
+    path = run.path / f"generated_{draw}.npy"
+    if not path.exists():
+        train, made = run.split("train"), []
+        blocks = train.blocks(run.rng(3, draw))
+        for block in tqdm(blocks, desc=f"densify {draw + 1}/{run.config.draws_3}", total=-(-train.n // BLOCK), leave=False):
+            for x_s, conf in zip(block["x_s"].split(1024), block["conf"].split(1024), strict=True):
+                x = torch.cat([x_s, *model.densify(x_s, conf)], 1).flatten(1)
+                made.append(torch.cat([x, conf], 1).cpu().numpy())
+        beside = path.with_suffix(".tmp.npy")
+        np.save(beside, np.concatenate(made))
+        os.replace(beside, path)
+    both = np.load(path, mmap_mode="r", allow_pickle=False)
+    return both[:, : 161 * 2].reshape(-1, 161, 2), both[:, 161 * 2 :]
+
+
+@torch.no_grad()
+def feed(name: str, block: dict[str, Tensor], hipart: HiPART | None, regressor: Regressor | None) -> Tensor:
+    """What the lifter of feed `name` is given for a block of samples: [n, 17, 2] or [n, 161, 2]."""
+    if name in ("sparse", "sparse_clean", "auxiliary"):
+        return block["x_s"]
+    if name in ("ground_truth", "ground_truth_clean"):
+        return torch.cat([block["x_s"], block["x_d"], block["x_f"]], 1)
+    model = hipart if name == "generated" else regressor
+    parts = [model.densify(*p) for p in zip(block["x_s"].split(1024), block["conf"].split(1024), strict=True)]
+    return torch.cat([block["x_s"], torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])], 1)
+
+
+def new_lifter(c: Config, name: str) -> nn.Module:
+    points = 17 if name in ("sparse", "sparse_clean", "auxiliary") else 161
+    if c.lifter == "spatial":
+        return SpatialLifter(points, c.lifter_width, c.lifter_blocks, auxiliary=name == "auxiliary")
+    return MLPLifter(points, c.lifter_width, c.lifter_blocks, c.lifter_dropout, auxiliary=name == "auxiliary")
+
+
+def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
+    """One lifter for one feed: the same network, schedule and number of samples for all of them. Plain MPJPE loss."""
+    c, train, val = run.config, run.split("train"), run.split("val")
+    clean = name.endswith("_clean")
+    hipart = load_hipart(run) if name == "generated" else None
+    regressor = load_regressor(run) if name == "regressor" else None
+    torch.manual_seed(1000 + seed)
+    model = new_lifter(c, name).to(run.device)
+
+    def fed(block, rows=None):
+        out = dict(x=feed(name, block, hipart, regressor), y=block["y"], conf=block["conf"])
+        if name == "auxiliary":
+            out["all"] = torch.cat([block["x_s"], block["x_d"], block["x_f"]], 1)
+        return out
+
+    def batches(epoch):
+        if name != "generated":
+            return train.batches(c.batch_3, run.rng(3, seed, epoch), clean, prepare=fed)
+        x, conf = densified_training_set(run, hipart, epoch % c.draws_3)
+
+        def stored(block, rows):
+            return dict(y=block["y"], x=torch.from_numpy(x[rows]).to(run.device),
+                        conf=torch.from_numpy(conf[rows]).to(run.device))
+
+        return train.batches(c.batch_3, None, clean=True, prepare=stored)
+
+    def auxiliary_target(b):
+        _, dense, fine, _ = lifting_features(b["all"], b["conf"])
+        dense, fine = (dense - model.mean_dense) / model.std_dense, (fine - model.mean_fine) / model.std_fine
+        return torch.cat([dense.flatten(1), fine.flatten(1)], 1)
+
+    def loss_of(b):
+        if name == "auxiliary":
+            y, guess = model(b["x"], b["conf"], with_auxiliary=True)
+            extra = (guess - auxiliary_target(b)).abs().mean()
+        else:
+            y, extra = model(b["x"], b["conf"]), 0.0
+        error = (y - b["y"]).norm(dim=-1).mean()
+        return error / 100 + c.lambda_aux * extra, dict(mpjpe=error.detach()), None
+
+    def validate():
+        errors = []
+        for block in val.blocks(clean=clean):
+            b = val_fed(block)
+            errors += [(model(x, conf) - y).norm(dim=-1).mean(-1) for x, conf, y in
+                       zip(b["x"].split(1024), b["conf"].split(1024), b["y"].split(1024), strict=True)]
+        return dict(mpjpe=torch.cat(errors).mean())
+
+    kept = {}
+
+    def val_fed(block):  # the densified validation set is the same in every epoch: make it once
+        key = float(block["x_s"].sum())
+        if key not in kept:
+            kept[key] = fed(block)
+        return kept[key]
+
+    first = train.read(slice(0, min(train.n, BLOCK)), run.rng(3, seed, 10**6), clean)
+    shown = fed(first)
+    model.standardize(shown["all"] if name == "auxiliary" else shown["x"], shown["y"], shown["conf"])
+    lr_at = warmup_cosine(500) if c.cosine_3 else lambda step, _: 0.96 ** (step // train.steps(c.batch_3) // 4)
+    return fit(run, f"stage3_{name}_{seed}", model, torch.optim.Adam(model.parameters(), lr=c.lr_3, fused=True), c.epochs_3,
+               lr_at, train, c.batch_3, batches, loss_of, validate)
+
+
+def stage_3(run: Run, seeds: int) -> None:
+    for s in (1, 2):
+        load_checkpoint(run.path / f"stage{s}.pt")  # say at once what is missing
+    train_regressor(run)
+    for seed in range(seeds):
+        for name in FEEDS:
+            train_lifter(run, name, seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=PRESETS, help="quick without a GPU, else paper")
+    p.add_argument("--stage", type=int, choices=(1, 2, 3), help="one stage only; default: all, then tables and figures")
+    p.add_argument("--name", help="runs/NAME; default: the preset")
+    p.add_argument("--data", default="data/demo", help="folder of a prepared data set")
+    p.add_argument("--limit", type=int, help="use only so many training samples")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seeds", type=int, default=1, help="lifters per feed in stage 3")
+    p.add_argument("--device", help="cuda, cpu or mps; default: cuda if there is one, else cpu")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoints of this run")
+    group = p.add_argument_group("fields of hipart.Config (they override the preset)")
+    for f in dataclasses.fields(Config):
+        if f.type == "bool" or f.type is bool:
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None)
+        else:
+            group.add_argument(f"--{f.name}", type=type(f.default), metavar=str(f.default))
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    preset = args.preset or ("paper" if device.type == "cuda" else "quick")
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
+    options = PRESETS[preset] | given
+    limit = options.pop("limit", 0) if args.limit is None else args.limit
+    options.pop("limit", None)
+    run = Run(Path("runs") / (args.name or preset), Config(**options), device, args.seed, args.data, limit, args.resume)
+    torch.set_float32_matmul_precision("high")
+    print(f"preset {preset} on {device} ({torch.get_num_threads()} threads), torch {torch.__version__}: {run.path}")
+    if not Path(args.data, "meta.json").exists():
+        if args.data != "data/demo" or args.stage in (2, 3):
+            raise SystemExit(f"{args.data} holds no data set: make one with `python prepare_data.py` "
+                             "(`python train.py --stage 1` does so by itself)")
+        script("prepare_data.py")
+    run.path.mkdir(parents=True, exist_ok=True)
+    stages = [args.stage] if args.stage else [1, 2, 3]
+    if 1 in stages:
+        stage_1(run)
+    if 2 in stages:
+        stage_2(run)
+    if 3 in stages:
+        stage_3(run, args.seeds)
+    if not args.stage:
+        script("evaluate.py", "--name", run.path.name, "--data", args.data, "--seeds", str(args.seeds))
+        script("sample.py", "--name", run.path.name, "--data", args.data)
+
+
+def script(*command: str) -> None:
+    """Run another script of this project as its user would."""
+    print("$ python", *command, flush=True)
+    if subprocess.run([sys.executable, *command], cwd=Path(__file__).parent).returncode:
+        raise SystemExit(f"`python {' '.join(command)}` failed: see its message above")
+
+
+if __name__ == "__main__":
+    main()
