@@ -54,7 +54,7 @@ class Config:
     lambda_g: float = 0.3  # weight of L_global, Eq. 6
     tau: float = 0.07  # temperature of L_local, Eq. 3
     cosine_local: bool = True  # L_local on L2-normalised embeddings; False: Eq. 3 to the letter, plain dot products
-    lambda_r: float = 100.0  # weight of both reconstruction terms (ours: the paper states no reductions)
+    lambda_r: float = 20.0  # weight of both reconstruction terms (ours: the paper states no reductions; 100 collapses)
     ema_decay: float = 0.99
     restart_below: float = 0.01  # a code whose running count is below this part of a fair share N / K is dead
     warmup_free: int = 150  # steps without quantization before the codebooks are set by k-means (ours)
@@ -72,6 +72,10 @@ class Config:
     ph_blocks: int = 4
     dropout: float = 0.25
     lambda_d: float = 1.5  # weight of the dense tokens, Eq. 12
+    condition: str = "sos"  # "sos": x_s is g^0 and no more (the paper); "every": it reaches every position (ours)
+    soft: bool = False  # True: generation hands on expected embeddings instead of the most probable code (ours)
+    epochs_soft: int = 0  # so many last epochs of stage 2 train on that generation itself, with a pose error (ours)
+    lambda_p: float = 3.0  # its weight
     epochs_2: int = 50
     batch_2: int = 64
     lr_2: float = 5e-4
@@ -289,14 +293,14 @@ class MSST(nn.Module):
         """L_1 (Eq. 6) for targets x_f [B, 96, 2], x_d [B, 48, 2] and action labels a [B] (-1 = unknown).
 
         Returns the loss, its terms (detached, unweighted) and the output of `forward`. Reductions are ours: squared norms
-        are means over points of the squared length, embedding terms means over all entries, L_local a mean over parts.
+        are means over points or tokens of the squared length, L_local is a mean over parts.
         """
         c, o = self.config, self(x_f)
         terms = dict(
             fine=(o["x_f"] - x_f).pow(2).sum(-1).mean(),
             dense=(o["x_d"] - x_d).pow(2).sum(-1).mean(),
-            commit_s=F.mse_loss(o["z_s"], o["zh_s"].detach()),
-            commit_d=F.mse_loss(o["z_d"], o["zh_d"].detach()),
+            commit_s=(o["z_s"] - o["zh_s"].detach()).pow(2).sum(-1).mean(),
+            commit_d=(o["z_d"] - o["zh_d"].detach()).pow(2).sum(-1).mean(),
             local=local_alignment(o["zh_s"], o["zh_d"], c.tau, c.cosine_local),
             action=global_alignment(o["p_A"], a),
         )
@@ -375,16 +379,25 @@ class HiARM(nn.Module):
 
     x_s [B, 17, 2] is in the model frame; conf [B, 17] marks missing joints by 0 (None: all seen, the paper's form).
     C_s and C_d are frozen copies of MSST's codebooks (`set_codebooks`).
+
+    Two switches go beyond the paper. condition="every": one SOS token is a narrow door for the whole pose, so an MLP of
+    x_s also adds to every position. soft=True: each step hands on the *expected* embedding, softmax(logits) @ C, instead
+    of the most probable code; being differentiable, it can also be trained through (`HiPART.loss`, on_rollout).
     """
 
     def __init__(self, config: Config):
         super().__init__()
         c, W = config, config.width
+        if c.condition not in ("sos", "every"):
+            raise ValueError(f'condition must be "sos" or "every", found "{c.condition}"')
         self.config = c
         self.register_buffer("C_s", torch.randn(c.K_s, c.D))
         self.register_buffer("C_d", torch.randn(c.K_d, c.D))
         self.P_c = nn.Linear(J * 2, W)  # SOS
         self.missing = nn.Linear(J, W, bias=False)  # column j: the learned token that stands in for joint j
+        if c.condition == "every":
+            self.P_e = nn.Sequential(nn.Linear(J * 3, 4 * W), nn.GELU(), nn.Linear(4 * W, 4 * W), nn.GELU(),
+                                     nn.Linear(4 * W, J_S * W))
         self.in_s, self.in_d = nn.Linear(c.D, W), nn.Linear(c.D, W)
         self.part = nn.Parameter(0.02 * torch.randn(J_S, W))  # the 16 positions of GCSAB
         self.slot_l = nn.Parameter(0.02 * torch.randn(1 + R, W))  # the 1 + r slots of a part in LSAB
@@ -404,12 +417,15 @@ class HiARM(nn.Module):
         self.C_s.copy_(msst.Q_s.codebook)
         self.C_d.copy_(msst.Q_d.codebook)
 
-    def sos(self, x_s: Tensor, conf: Tensor | None = None) -> Tensor:
-        """g^0 = P_c(x_s) [B, W]: a projection of the whole sparse pose; a missing joint adds its learned token instead."""
-        if conf is None:
-            return self.P_c(x_s.flatten(1))
-        seen = (conf > 0).to(x_s)
-        return self.P_c((x_s * seen[..., None]).flatten(1)) + self.missing(1 - seen)
+    def _conditions(self, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor, Tensor]:
+        """g^0 = P_c(x_s) [B, W], a projection of the whole sparse pose where a missing joint adds its learned token, and
+        what is added to each position [B or 1, 16, W]: the position's embedding, and x_s again if condition="every"."""
+        seen = torch.ones_like(x_s[..., 0]) if conf is None else (conf > 0).to(x_s)
+        x = (x_s * seen[..., None]).flatten(1)
+        g_0, position = self.P_c(x) + self.missing(1 - seen), self.part[None]
+        if self.config.condition == "every":
+            position = position + self.P_e(torch.cat([x, seen], 1)).unflatten(1, (J_S, -1))
+        return g_0, position
 
     def _local(self, zh_s: Tensor, zh_d: Tensor) -> Tensor:
         """g^i = mean(LSAB(zh_s^i, zh_d^(i,1..r))) for n parts at once (Eq. 9): [B, n, D], [B, n, r, D] -> [B, n, W]."""
@@ -421,12 +437,10 @@ class HiARM(nn.Module):
 
     def forward(self, x_s: Tensor, q_s: Tensor, q_d: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits: logits_s [B, 16, K_s] and logits_d [B, 48, K_d]; part i sees only parts before it."""
-        return self.forward_embeddings(x_s, self.C_s[q_s], self.C_d[q_d].unflatten(1, (J_S, R)), conf)
-
-    def forward_embeddings(self, x_s: Tensor, zh_s: Tensor, zh_d: Tensor, conf: Tensor | None = None):
-        """The same given embeddings zh_s [B, 16, D], zh_d [B, 16, r, D] of the tokens."""
+        zh_s, zh_d = self.C_s[q_s], self.C_d[q_d].unflatten(1, (J_S, R))  # [B, 16, D], [B, 16, r, D]
+        g_0, position = self._conditions(x_s, conf)
         g = self._local(zh_s[:, :-1], zh_d[:, :-1])  # g^1 .. g^15; the last pair predicts nothing
-        h = torch.cat([self.sos(x_s, conf)[:, None], g], 1) + self.part  # [B, 16, W]
+        h = torch.cat([g_0[:, None], g], 1) + position  # [B, 16, W]
         for block in self.GCSAB:  # Eq. 10
             h = block(h, self.mask_h)
         h = self.norm_h(h)
@@ -437,51 +451,85 @@ class HiARM(nn.Module):
         p = self.norm_p(p).unflatten(0, h.shape[:2])
         return self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
 
-    def loss(self, x_s: Tensor, q_s: Tensor, q_d: Tensor, conf: Tensor | None = None):
-        """L_2 = CE(q_s, p_s) + lambda_d CE(q_d, p_d) (Eq. 12) and token accuracies."""
-        logits_s, logits_d = self(x_s, q_s, q_d, conf)
-        loss = (F.cross_entropy(logits_s.flatten(0, 1), q_s.flatten())
-                + self.config.lambda_d * F.cross_entropy(logits_d.flatten(0, 1), q_d.flatten()))
-        return loss, dict(acc_s=(logits_s.argmax(-1) == q_s).float().mean().detach(),
-                          acc_d=(logits_d.argmax(-1) == q_d).float().mean().detach())
+    def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Generation, part after part (Alg. 1), in 16 steps that keep keys and values.
+
+        Returns logits_s [B, 16, K_s], logits_d [B, 48, K_d] and the embeddings zh_s [B, 16, D], zh_d [B, 48, D] that each
+        step handed on: the most probable code, or the expected one if config.soft.
+        """
+
+        def pick(logits: Tensor, C: Tensor) -> Tensor:
+            return logits.softmax(-1) @ C if self.config.soft else C[logits.argmax(-1)]
+
+        caches: list[list[Tensor]] = [[] for _ in self.GCSAB]
+        g_0, position = self._conditions(x_s, conf)
+        g, steps = g_0[:, None], []
+        for i in range(J_S):
+            h = g + position[:, i : i + 1]  # [B, 1, W]
+            for block, cache in zip(self.GCSAB, caches, strict=True):
+                h = block(h, cache=cache)
+            slots: list[list[Tensor]] = [[] for _ in self.PH]
+            logits_s = self.head_s(self._predict(self.norm_h(h) + self.slot_p[:1], slots))  # [B, 1, K_s]
+            zh_s = pick(logits_s, self.C_s)
+            logits_d = self.head_d(self._predict(self.in_s(zh_s) + self.slot_p[1:], slots))  # [B, r, K_d]
+            zh_d = pick(logits_d, self.C_d)
+            g = self._local(zh_s, zh_d[:, None])
+            steps.append((logits_s, logits_d, zh_s, zh_d))
+        logits_s, logits_d, zh_s, zh_d = (torch.cat(t, 1) for t in zip(*steps, strict=True))
+        return logits_s, logits_d, zh_s, zh_d
+
+    def _predict(self, p: Tensor, slots: list[list[Tensor]]) -> Tensor:
+        for block, cache in zip(self.PH, slots, strict=True):
+            p = block(p, cache=cache)
+        return self.norm_p(p)
 
     @torch.no_grad()
     def generate(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The most probable tokens, part after part (Alg. 1): q_s [B, 16], q_d [B, 48]. 16 steps, keys and values kept."""
-        caches: list[list[Tensor]] = [[] for _ in self.GCSAB]
-        g, q_s, q_d = self.sos(x_s, conf)[:, None], [], []
-        for i in range(J_S):
-            h = g + self.part[i]  # [B, 1, W]
-            for block, cache in zip(self.GCSAB, caches, strict=True):
-                h = block(h, cache=cache)
-            slot_cache: list[list[Tensor]] = [[] for _ in self.PH]
-            p = self._head(self.norm_h(h) + self.slot_p[:1], slot_cache)
-            q_s.append(self.head_s(p).argmax(-1))  # [B, 1]
-            zh_s = self.C_s[q_s[-1]]
-            p = self._head(self.in_s(zh_s) + self.slot_p[1:], slot_cache)
-            q_d.append(self.head_d(p).argmax(-1))  # [B, r]
-            g = self._local(zh_s, self.C_d[q_d[-1]][:, None])
-        return torch.cat(q_s, 1), torch.cat(q_d, 1)
+        """The most probable token at every step: q_s [B, 16], q_d [B, 48] int64."""
+        logits_s, logits_d, _, _ = self.rollout(x_s, conf)
+        return logits_s.argmax(-1), logits_d.argmax(-1)
 
-    def _head(self, p: Tensor, cache: list[list[Tensor]]) -> Tensor:
-        for block, kept in zip(self.PH, cache, strict=True):
-            p = block(p, cache=kept)
-        return self.norm_p(p)
+
+def token_loss(logits_s: Tensor, logits_d: Tensor, q_s: Tensor, q_d: Tensor, lambda_d: float) -> Tensor:
+    """L_2 = CE(q_s, p_s) + lambda_d CE(q_d, p_d) (Eq. 12), means over tokens."""
+    return (F.cross_entropy(logits_s.flatten(0, 1), q_s.flatten())
+            + lambda_d * F.cross_entropy(logits_d.flatten(0, 1), q_d.flatten()))
 
 
 class HiPART(nn.Module):
-    """Stages 1 and 2 together: a sparse 2D pose in, dense and fine 2D poses out. Normalised image coordinates."""
+    """Stages 1 and 2 together: a sparse 2D pose in, dense and fine 2D poses out."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.msst, self.hiarm = MSST(config), HiARM(config)
 
+    def loss(self, x_s: Tensor, conf: Tensor | None, x_d: Tensor, x_f: Tensor, q_s: Tensor, q_d: Tensor,
+             on_rollout: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_2 (Eq. 12), teacher-forced, and token accuracies; all poses in the model frame.
+
+        on_rollout: the same loss on generation itself, so that the model learns to live with its own history, plus
+        lambda_p times the error of the poses that the frozen tokenizer decodes from it (config.soft makes that
+        differentiable).
+        """
+        if on_rollout:
+            logits_s, logits_d, zh_s, zh_d = self.hiarm.rollout(x_s, conf)
+            y_d, y_f = self.msst.decode_embeddings(zh_s, zh_d)
+            error = (y_d - x_d).norm(dim=-1).mean() + (y_f - x_f).norm(dim=-1).mean()
+        else:
+            logits_s, logits_d = self.hiarm(x_s, q_s, q_d, conf)
+            error = 0.0
+        loss = token_loss(logits_s, logits_d, q_s, q_d, self.config.lambda_d) + self.config.lambda_p * error
+        return loss, dict(acc_s=(logits_s.argmax(-1) == q_s).float().mean().detach(),
+                          acc_d=(logits_d.argmax(-1) == q_d).float().mean().detach())
+
     @torch.no_grad()
     def densify(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x_s [B, 17, 2] and conf [B, 17] (0 = missing; None = all seen) -> x_d [B, 48, 2], x_f [B, 96, 2] (Alg. 1)."""
+        """x_s [B, 17, 2] and conf [B, 17] (0 = missing; None = all seen) -> x_d [B, 48, 2], x_f [B, 96, 2] (Alg. 1), all
+        in normalised image coordinates."""
         pelvis = detected_pelvis(x_s, conf)
-        x_d, x_f = self.msst.decode(*self.hiarm.generate(to_model_frame(x_s, pelvis), conf))
+        _, _, zh_s, zh_d = self.hiarm.rollout(to_model_frame(x_s, pelvis), conf)
+        x_d, x_f = self.msst.decode_embeddings(zh_s, zh_d)
         return from_model_frame(x_d, pelvis), from_model_frame(x_f, pelvis)
 
 

@@ -29,33 +29,28 @@ from pathlib import Path
 
 import networkx as nx
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure  # without pyplot: needs no display
 from tqdm import tqdm
 
-try:
-    from hipart import JOINT_NAMES, LEFT, PARENTS, PART_JOINT, RIGHT
-except ImportError:  # TEMPORARY
-    JOINT_NAMES = ["pelvis", "right hip", "right knee", "right ankle", "left hip", "left knee", "left ankle", "spine",
-                   "thorax", "nose", "head", "left shoulder", "left elbow", "left wrist", "right shoulder",
-                   "right elbow", "right wrist"]
-    PARENTS = [-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 8, 11, 12, 8, 14, 15]
-    LEFT, RIGHT = [4, 5, 6, 11, 12, 13], [1, 2, 3, 14, 15, 16]
-    PART_JOINT = (1, 4, 7, 2, 5, 8, 3, 6, 9, 11, 14, 10, 12, 15, 13, 16)
+from hipart import JOINT_NAMES, LEFT, PARENTS, PART_JOINT, RIGHT
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test", "unseen")
-N_BODIES = {"train": 45, "val": 5, "test": 10}  # the unseen split shows test bodies
+N_BODIES = (45, 5, 10)  # for training, validation and testing; the unseen split shows test bodies
 UNSEEN_CLIPS = ("dance_b", "kick")  # whole clips that training never sees
 AIRBORNE_CLIPS = ("backflip", "jump", "run", "spinkick")  # the clip's root height counts; all others stand on the floor
+CLIP_STANDING_HEIGHT = 0.86  # m, of the root in the walk clip
 IMAGE_SIZE = (1000, 1000)
 
 # Everything that detect() needs; lengths are fractions of the person's projected standing height.
 NOISE = {
-    "sigma": 0.0079,  # Gaussian error per axis of a torso joint ...
-    "sigma_scale": [1.0, 1.0, 1.1, 1.3, 1.0, 1.1, 1.3, 1.0, 1.0, 1.0, 1.2, 1.0, 1.2, 1.4, 1.0, 1.2, 1.4],  # ... times this
-    "p_box": 0.45,  # share of samples with a box in front of the person (some boxes cover no joint)
+    "sigma": 0.0079,  # Gaussian error per axis (about CPN's on Human3.6M), times this for each joint:
+    "sigma_scale": [1.0, 1.0, 1.1, 1.3, 1.0, 1.1, 1.3, 1.0, 1.0, 1.0, 1.2, 1.0, 1.2, 1.4, 1.0, 1.2, 1.4],
+    "p_box": 0.43,  # share of samples with a box in front of the person (some boxes cover no joint)
     "box_half_size": [0.10, 0.24],  # half width and half height of the box, each uniform
     "box_offset": 0.06,  # the box is centred on a random joint, off by this sigma
-    "p_missing": 0.33,  # a joint behind the box is missing (conf 0); otherwise its error is
+    "p_missing": 0.27,  # a joint behind the box is missing (conf 0); otherwise its error is
     "sigma_common": 0.065,  # a displacement common to all joints behind the box, plus
     "sigma_single": 0.05,  # one of its own
     "p_swap": 0.02,  # share of samples in which one arm or leg pair is swapped left/right
@@ -184,13 +179,13 @@ def split_frames(clip, stretch=0.2, every=1.2, gap=0.1):
 class Motion:
     """All clips in one table of frames, and which of them a split may show."""
 
-    def __init__(self, clips, unseen=UNSEEN_CLIPS, airborne=AIRBORNE_CLIPS):
+    def __init__(self, clips, unseen=UNSEEN_CLIPS):
         self.names = sorted(clips)
         self.quats, self.hinges, self.height = (
             np.concatenate([clips[c][k] for c in self.names]) for k in ("quats", "hinges", "height")
         )
         self.clip = np.repeat(np.arange(len(self.names)), [len(clips[c]["time"]) for c in self.names])
-        self.airborne = np.array([c in airborne for c in self.names])
+        self.airborne = np.array([c in AIRBORNE_CLIPS for c in self.names])
         first = np.cumsum([0] + [len(clips[c]["time"]) for c in self.names])
         self.frames = {split: [] for split in SPLITS}  # per split: a list over its clips of frame indices
         for i, c in enumerate(self.names):
@@ -241,9 +236,9 @@ def augment(motion, n, rng):
     Returns pose, clip [N] (of root and legs), action [N] (-1 where two clips are mixed).
     """
     train = np.concatenate(motion.frames["train"])
-    has_next = np.isin(train + 1, train) & (motion.clip[np.minimum(train + 1, len(motion.clip) - 1)] == motion.clip[train])
-    next_frame = np.arange(len(motion.clip))
-    next_frame[train[has_next]] += 1  # never into a held-out stretch or another clip
+    clip_of = np.append(motion.clip, -1)
+    next_frame = np.arange(len(motion.clip))  # itself where the next one is held out or of another clip
+    next_frame[train[np.isin(train + 1, train) & (clip_of[train + 1] == clip_of[train])]] += 1
 
     def draw():
         frames = motion.draw("train", n, rng)
@@ -295,8 +290,11 @@ def rest_alignment(joints):
     joints [S, 17, 3] in rest pose. Legs: smallest rotation of thigh and shin to straight down. Arms: limb and elbow
     axis (upper arm x forearm) onto (down, -x). Feet and spine: as they are.
     """
+
+    def unit(v):
+        return v / np.linalg.norm(v, axis=-1, keepdims=True)
+
     align = np.tile(np.eye(3), (len(joints), len(SEGMENTS), 1, 1))
-    unit = lambda v: v / np.linalg.norm(v, axis=-1, keepdims=True)  # noqa: E731
     down, axis = np.array([0.0, 0, -1]), np.array([-1.0, 0, 0])
     target = np.stack([down, axis, np.cross(down, axis)], -1)
     for hip, segment in ((1, 9), (4, 12)):
@@ -517,34 +515,18 @@ def level_matrix(label, vertex_weight):
 def assign_parts(cost):
     """Balanced assignment: cost [n, m] -> owner [n] in 0..m-1, each exactly n/m times, minimum total cost.
 
-    The Hungarian algorithm with shortest augmenting paths, each column repeated n/m times.
+    A min-cost flow: every row sends one unit, every column takes n/m; integer costs (9 digits) make it exact.
     """
     n, m = cost.shape
     if n % m:
         raise ValueError(f"{n} points cannot be shared equally among {m} joints.")
-    square = np.repeat(cost, n // m, axis=1).astype(np.float64)  # [n, n]
-    u, v = np.zeros(n), np.zeros(n + 1)
-    row_of = np.full(n + 1, -1)  # of a column; column n is where a search starts
-    for row in range(n):
-        row_of[n], column = row, n
-        shortest, previous, done = np.full(n, np.inf), np.full(n, n), np.zeros(n + 1, bool)
-        while row_of[column] >= 0:
-            done[column] = True
-            i = row_of[column]
-            reduced = square[i] - u[i] - v[:n]
-            better = ~done[:n] & (reduced < shortest)
-            shortest[better], previous[better] = reduced[better], column
-            following = np.where(done[:n], np.inf, shortest).argmin()
-            delta = shortest[following]
-            u[row_of[done]] += delta
-            v[done] -= delta
-            shortest[~done[:n]] -= delta
-            column = following
-        while column != n:  # flip the path
-            row_of[column], column = row_of[previous[column]], previous[column]
-    owner = np.empty(n, int)
-    owner[row_of[:n]] = np.arange(n) // (n // m)
-    return owner
+    integer = np.rint(cost / np.abs(cost).max() * 10**9).astype(int)
+    graph = nx.DiGraph()
+    graph.add_nodes_from((i, {"demand": -1}) for i in range(n))
+    graph.add_nodes_from((n + j, {"demand": n // m}) for j in range(m))
+    graph.add_weighted_edges_from((i, n + j, int(integer[i, j])) for i in range(n) for j in range(m))
+    flow = nx.min_cost_flow(graph)
+    return np.array([next(j for j in range(m) if flow[i][n + j]) for i in range(n)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,7 +582,7 @@ SWAPS = np.array([[[1, 2, 3], [4, 5, 6]], [[14, 15, 16], [11, 12, 13]]])  # legs
 
 
 def detect(x_s, height_px, rng, noise=NOISE):
-    """What a 2D detector would make of clean joints: x_s [N, 17, 2] px, height_px [N] -> x_det [N, 17, 2], conf [N, 17].
+    """What a 2D detector makes of clean joints: x_s [N, 17, 2] px, height_px [N] px -> x_det [N, 17, 2], conf [N, 17].
 
     Gaussian error in proportion to the person's size; in some samples a box hides neighbouring joints, which are
     then missing (conf 0, coordinates 0) or carry a large error that they partly share; rarely an arm or leg pair is
@@ -641,7 +623,7 @@ def detect(x_s, height_px, rng, noise=NOISE):
 
 
 def collides(joints):
-    """Crude self-collision of y [N, 17, 3] mm: forearms or shins inside the trunk, a hand in the head, crossed shins."""
+    """Crude self-collision of joints [N, 17, 3] mm: limbs in the trunk, a hand or foot in the head, crossed shins."""
 
     def to_line(p, a, b):  # distance of points p [N, K, 3] from the segments a-b [N, 3]
         d, ap = (b - a)[:, None], p - a[:, None]
@@ -673,6 +655,7 @@ def point_tables(bodies, level_96, level_48, area):
 
 def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, bar):
     """Draw n samples of a split -> arrays as stored (see ARRAYS)."""
+    hip_height = bodies["joints"][:, 0, 2] - bodies["vertices"][..., 2].min(1)  # [S] m, standing
     parts, done = [], 0
     while done < n:
         m = min(4096, n - done)
@@ -693,8 +676,7 @@ def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, 
         points *= 1000  # m -> mm
         # Feet, or whatever is lowest, on the floor; in the air at the clip's height, scaled by the length of the legs.
         floor = -points[..., 2].min(1)
-        leg = 1000 * bodies["joints"][subject][:, [1, 4], 2].mean(1)
-        lift = np.maximum(pose[2] / CLIP_STANDING_HEIGHT * leg, floor)
+        lift = np.maximum(pose[2] / CLIP_STANDING_HEIGHT * 1000 * hip_height[subject], floor)
         points += np.concatenate([spot, np.where(motion.airborne[clip], lift, floor)[:, None]], 1)[:, None]
 
         x, seen = np.empty((m, 161, 2)), np.empty((m, 161, 3))
@@ -725,9 +707,9 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
     """Draw all splits and write them to `folder` (data/NAME). Nothing is left behind if this is interrupted.
 
     clips: name -> parse_clip(...). bodies: dict with vertices [S, V, 3] m, faces [F, 3], weights [V, 19] (skinning),
-    heads [S, 19, 3] (where segments start), joints [S, 17, 3], stature [S] m, and N_BODIES-like "split_sizes"
-    (train, val, test); body 0 is also the one that is coarsened. sizes: split -> number of samples. Each split has a
-    random stream of its own, so that one split's size does not change another.
+    heads [S, 19, 3] (where segments start), joints [S, 17, 3], stature [S] m, and "split_sizes" like N_BODIES; body 0
+    is also the one that is coarsened. sizes: split -> number of samples. Each split has a random stream of its own, so
+    that one split's size does not change another.
     """
     folder = Path(folder)
     if folder.exists() and not overwrite:
@@ -755,6 +737,7 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "networkx": nx.__version__},
     }  # fmt: skip
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = temporary.with_suffix(".old")
     try:
         with tqdm(total=sum(sizes.values()), desc=f"samples of {folder.name}", unit_scale=True) as bar:
             for split in SPLITS:
@@ -764,16 +747,17 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
                 (temporary / split).mkdir()
                 for name, array in arrays.items():
                     np.save(temporary / split / f"{name}.npy", array)
-                if split == "train":
+                if split == "test":
                     draw_samples(temporary / "samples.png", arrays, meta)
         draw_coarsening(temporary / "coarsening.png", rest, faces, bodies["joints"][0], levels, area)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         temporary.chmod(0o755)  # mkdtemp's are private
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -793,7 +777,8 @@ def load(name, split, root="data"):
     except ValueError as error:
         raise ValueError(f"{folder / 'meta.json'} is not valid JSON ({error}): {again}.") from None
     if meta.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{folder} has format version {meta.get('format_version')}, expected {FORMAT_VERSION}: {again}.")
+        found = meta.get("format_version")
+        raise ValueError(f"{folder} has format version {found}, expected {FORMAT_VERSION}: {again}.")
     if split not in meta["splits"]:
         raise ValueError(f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}.")
     n, arrays = meta["splits"][split]["n"], {}
@@ -808,9 +793,7 @@ def load(name, split, root="data"):
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{path} cannot be read, it is truncated or no plain array ({error}): {again}.") from None
         if array.shape != (n, *shape) or array.dtype != dtype:
-            raise ValueError(
-                f"{path} holds {array.dtype} {array.shape}, expected {dtype} {(n, *shape)}: {again}."
-            )
+            raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected {dtype} {(n, *shape)}: {again}.")
         if not all(np.isfinite(array[i : i + 65536]).all() for i in range(0, n, 65536)):
             raise ValueError(f"{path} holds NaN or infinite values: {again}.")
         arrays[key] = array
@@ -823,22 +806,11 @@ def load(name, split, root="data"):
 BONE_COLOURS = {"left": "#0072B2", "right": "#D55E00", "middle": "#444444"}  # Okabe-Ito: safe for the colour-blind
 
 
-def part_colours():
-    """16 colours: hue from matplotlib's tab20, darker for arms and legs' ends."""
-    from matplotlib import colormaps
-
-    return [colormaps["tab20"](i) for i in range(16)]
-
-
 def draw_coarsening(path, vertices, faces, joints, levels, area):
     """The paper's Fig. 9: the mesh, its 96 and 48 points, and the 16 joints, coloured by part; front view."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = np.array(part_colours())
-    fig, axes = plt.subplots(1, 4, figsize=(16, 8), sharex=True, sharey=True)
+    colours = colormaps["tab20"](np.arange(16))  # of parts
+    fig = Figure(figsize=(18, 8))
+    axes = fig.subplots(1, 4, sharex=True, sharey=True)
     for ax, size in zip(axes, (None, 96, 48, 16), strict=True):
         used = levels[48] >= 0
         part = levels[48][used] // 3
@@ -846,72 +818,63 @@ def draw_coarsening(path, vertices, faces, joints, levels, area):
         if size == 16:
             ax.scatter(*joints[list(PART_JOINT)][:, [0, 2]].T, s=150, color=colours, edgecolor="k", zorder=3)
             for i, joint in enumerate(PART_JOINT):
-                ax.annotate(f"{i} {JOINT_NAMES[joint]}", joints[joint, [0, 2]], fontsize=8, zorder=4)
+                text = f"{i} {JOINT_NAMES[joint]}"
+                ax.annotate(text, joints[joint, [0, 2]], (7, 7), textcoords="offset points", fontsize=8, zorder=4)
         elif size:
             points = level_matrix(levels[size], area) @ vertices
             part = np.arange(size) // (size // 16)
             for p, i in zip(points, part, strict=True):
                 ax.plot(*np.stack([p, joints[PART_JOINT[i]]])[:, [0, 2]].T, color=colours[i], lw=1)
             ax.scatter(*points[:, [0, 2]].T, s=50, color=colours[part], edgecolor="k", zorder=3)
-        ax.set_title({None: f"{used.sum()} vertices, by part", 16: "16 parts and their joints"}.get(size, f"{size} points"))
+        titles = {None: f"{used.sum()} vertices, by part", 16: "16 parts and their joints"}
+        ax.set_title(titles.get(size, f"{size} points"))
         ax.set_aspect("equal")
         ax.axis("off")
     fig.suptitle(f"Coarsening: mean distance of the 48 points from their joint {1000 * levels['distance']:.0f} mm")
-    fig.savefig(path, dpi=80, bbox_inches="tight")
-    plt.close(fig)
+    fig.tight_layout()
+    fig.savefig(path, dpi=70)
 
 
-def draw_samples(path, arrays, meta, n=12):
+def draw_samples(path, arrays, meta):
     """Random samples: clean skeleton (left blue, right orange), 96 fine points by part, simulated detections."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = np.array(part_colours())
+    colours = colormaps["tab20"](np.arange(16))  # of parts
     rng = np.random.default_rng(meta["seed"])
-    n = min(n, len(arrays["x_s"]))
-    pick = rng.choice(len(arrays["x_s"]), n, replace=False)
-    if "x_s_det" in arrays:
-        x_det, conf = arrays["x_s_det"][pick], arrays["conf"][pick]
-    else:
-        x_det, conf = detect(arrays["x_s"][pick], arrays["height_px"][pick], rng, meta["noise"])
-    fig, axes = plt.subplots(-(-n // 6), 6, figsize=(20, 3.8 * -(-n // 6)), squeeze=False)
-    for ax in axes.flat[n:]:
-        ax.axis("off")
-    for k, (ax, i) in enumerate(zip(axes.flat, pick, strict=False)):
-        x_s, x_f = arrays["x_s"][i], arrays["x_f"][i]
+    pick = rng.permutation(len(arrays["x_s"]))[:12]
+    fig = Figure(figsize=(20, 7.6))
+    axes = fig.subplots(2, 6)
+    for ax, i in zip(axes.flat, pick, strict=False):
+        x_s, x_f, x_det, seen = (arrays[k][i] for k in ("x_s", "x_f", "x_s_det", "conf"))
         ax.scatter(*x_f.T, s=16, color=colours[np.arange(96) // 6])
         for joint, parent in enumerate(PARENTS[1:], 1):
             side = "left" if joint in LEFT else "right" if joint in RIGHT else "middle"
             ax.plot(*x_s[[joint, parent]].T, color=BONE_COLOURS[side], lw=2)
-        seen = conf[k] > 0
+        seen = seen > 0
         for joint in np.flatnonzero(seen):
-            ax.plot(*np.stack([x_s[joint], x_det[k, joint]]).T, color="k", lw=0.7)
-        ax.scatter(*x_det[k, seen].T, marker="x", s=22, c="k")
+            ax.plot(*np.stack([x_s[joint], x_det[joint]]).T, color="k", lw=0.7)
+        ax.scatter(*x_det[seen].T, marker="x", s=22, c="k")
         ax.scatter(*x_s[~seen].T, marker="o", s=60, facecolor="none", edgecolor="#CC0000")
         middle, half = (x_s.max(0) + x_s.min(0)) / 2, 0.6 * max(np.ptp(x_s, 0).max(), 150)
         ax.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] + half, middle[1] - half), aspect="equal")
         ax.set_xticks([]), ax.set_yticks([])
-        action = arrays["action"][i]
-        ax.set_title(
-            f"{meta['actions'][action] if action >= 0 else 'mixed'}, body {arrays['subject'][i]}, "
-            f"camera {arrays['camera'][i]}", fontsize=9)  # fmt: skip
-    fig.suptitle("Skeleton (left blue, right orange), 96 fine points by part, detections (x), missing joints (red rings)")
-    fig.savefig(path, dpi=70, bbox_inches="tight")
-    plt.close(fig)
+        action, body, camera = (arrays[k][i] for k in ("action", "subject", "camera"))
+        ax.set_title(f"{meta['actions'][action]}, body {body}, camera {camera}", fontsize=11)
+    fig.suptitle(
+        "Test samples: skeleton (left blue, right orange), 96 fine points by part, detected joints (x), "
+        "missing joints (red rings)"
+    )
+    fig.tight_layout()
+    fig.savefig(path, dpi=70)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Downloads: clips and bodies
 
-CLIP_STANDING_HEIGHT = 0.86  # m, of the root in the walk clip
 PYBULLET = ("pybullet==3.2.7", "5d858abf7c12a21ef3ed351cf81dac1b5e486ec25c9ab59bfc84beb89034edff")
 ANNY = ("anny==0.6.2", "bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2")
 ANNY_NEEDS = ("roma==1.8.0", "trimesh==5.2.0", "safetensors==0.8.0", "pyyaml==6.0.3")
 CLIPS_SHA256 = "9b18a73bcea3aa66a53c181c828607398cedeb6ff64f614b1058c92dba6556ef"
 # The clips are data: any build of the wheel will do, so one is pinned whatever this Python is.
-PYBULLET_BUILD = ["--platform", "manylinux2014_x86_64", "--implementation", "cp", "--python-version", "311", "--abi", "cp311"]
+PYBULLET_BUILD = "--platform manylinux2014_x86_64 --implementation cp --python-version 311 --abi cp311".split()
 
 
 def fetch_wheel(requirement, wheels, cache, sha256=None, extra=()):
@@ -925,19 +888,20 @@ def fetch_wheel(requirement, wheels, cache, sha256=None, extra=()):
     if not find() and not wheels:
         folder.mkdir(parents=True, exist_ok=True)
         print(f"downloading {requirement}")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-        run = subprocess.run([*command, *extra, requirement], capture_output=True, text=True)
+        download = ["download", "--no-deps", "--only-binary=:all:", *extra, requirement]
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *download, "--dest", str(folder)]
+        run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode or not find():
             reason = (run.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise RuntimeError(
-                f"pip could not download {requirement} ({reason}): fetch its wheel elsewhere with `pip download --no-deps "
-                f"{' '.join([*extra, requirement])}` and pass its folder with --wheels DIR."
+                f"pip could not download {requirement} ({reason}): fetch its wheel on another machine with "
+                f"`pip {' '.join(download)}` and pass its folder with --wheels DIR."
             )
     if not find():
         raise FileNotFoundError(f"No wheel of {requirement} in {folder}: put it there or leave out --wheels.")
     path = find()[0]
     if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f"{path} is not the expected file (its sha256 differs from {sha256}): delete it and try again.")
+        raise ValueError(f"{path} is not the expected file, whose sha256 is {sha256}: delete it and try again.")
     return path
 
 
@@ -951,25 +915,29 @@ def get_clips(cache, wheels=None):
             for member in archive.namelist():
                 if member.startswith("pybullet_data/data/motions/humanoid3d_"):
                     (temporary / Path(member).name).write_bytes(archive.read(member))
+        temporary.chmod(0o755)  # mkdtemp's are private
         os.replace(temporary, folder)
+        if not wheels:
+            wheel.unlink()  # 103 MB for 1.2 MB of clips
     files = sorted(folder.glob("humanoid3d_*.txt"))
     if hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest() != CLIPS_SHA256:
         raise ValueError(f"The clips in {folder} are not the expected ones: delete that folder and try again.")
     return {f.stem.removeprefix("humanoid3d_"): parse_clip(f.read_text()) for f in files}
 
 
-def get_bodies(cache, seed, wheels=None, counts=tuple(N_BODIES.values())):
+def get_bodies(cache, seed, wheels=None, counts=N_BODIES):
     """Random adult bodies as write_data_set wants them; built with Anny once, then kept in the cache."""
-    path = cache / f"bodies_{ANNY[0].replace('==', '-')}_{sum(counts)}_{seed}.npz"
+    path = cache / f"bodies_v{FORMAT_VERSION}_{ANNY[0].replace('==', '-')}_{sum(counts)}_{seed}.npz"
     if not path.is_file():
         wheel_files = [fetch_wheel(ANNY[0], wheels, cache, ANNY[1])]
         wheel_files += [fetch_wheel(r, wheels, cache) for r in ANNY_NEEDS]
         print("building the bodies with Anny (a few minutes, once)")
         # Anny's warp-lang (392 MB) is not needed for plain skinning, so its wheels are unpacked instead of installed,
         # into a folder that only this function sees.
-        with tempfile.TemporaryDirectory(dir=cache) as site:
+        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as site:
             for wheel in wheel_files:
-                zipfile.ZipFile(wheel).extractall(site)
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(site)
             os.environ["ANNY_CACHE_DIR"] = str(Path(site) / "anny_cache")  # 790 MB, deleted with the folder
             sys.path.insert(0, site)
             try:

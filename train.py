@@ -16,11 +16,13 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -41,10 +43,14 @@ from hipart import (
 )
 from prepare_data import detect, load
 
-# The same structure everywhere; presets shrink width, depth, codebooks, samples and epochs. `paper` is Config() itself.
+# The same structure everywhere: presets shrink width, depth, codebooks, samples and epochs, and turn on the two switches of
+# HiARM that go beyond the paper. `paper` is Config() itself.
+SMALL = dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64,
+             width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, lr_2=1e-3, condition="every", soft=True,
+             epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lifter_dropout=0.1, cosine_3=True)
 PRESETS = {
-    "quick": dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64),
-    "standard": dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64),
+    "quick": SMALL | dict(limit=16_000, epochs_1=3, epochs_2=3, epochs_r=40, epochs_3=10, draws_3=2),
+    "standard": SMALL | dict(epochs_1=7, epochs_2=5, epochs_r=100, epochs_3=20, draws_3=3),
     "paper": dict(),
 }
 FEEDS = {  # name: (what the lifter is fed with, the letter of the README's table)
@@ -67,8 +73,10 @@ class Split:
     """One split of a data set, read in blocks of tensors. Poses come out in normalised image coordinates."""
 
     def __init__(self, data: str, name: str, device: torch.device, limit: int = 0):
-        root, _, folder = data.rpartition("/")
-        self.arrays, self.meta = load(folder, name, root or "data")
+        try:
+            self.arrays, self.meta = load(Path(data).name, name, Path(data).parent)
+        except (ValueError, OSError) as e:
+            stop(str(e))
         self.device, self.n = device, min(limit or 10**12, len(self.arrays["x_s"]))
         self.w, self.h = self.meta["image_size"]
 
@@ -77,7 +85,7 @@ class Split:
 
         x_s is what the detector gives: the stored draw, or a fresh one if `rng` is given, or the clean projection.
         """
-        a = {k: np.ascontiguousarray(v[rows]) for k, v in self.arrays.items()}
+        a = {k: np.array(v[rows]) for k, v in self.arrays.items()}
         if clean:
             a["conf"] = np.ones(a["x_s"].shape[:2], np.float32)
         elif rng is not None:
@@ -148,6 +156,12 @@ def _rounded(v):
     return float(f"{float(v):.6g}") if isinstance(v, (float, Tensor)) else v
 
 
+def stop(message: str) -> NoReturn:
+    """The user's mistake, in one sentence, and exit status 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
 def save_checkpoint(path: Path, **content) -> None:
     """torch.save beside and rename: a reader sees the old file or the new one, never half of one."""
     beside = path.with_suffix(".tmp")
@@ -156,13 +170,13 @@ def save_checkpoint(path: Path, **content) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """A checkpoint of this project; SystemExit with one sentence if it is missing or unreadable."""
+    """A checkpoint of this project; one sentence and exit status 2 if it is missing or unreadable."""
     if not path.exists():
-        raise SystemExit(f"{path} is not there: {_how_to_make(path)}")
+        stop(f"{path} is not there: {_how_to_make(path)}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:
-        raise SystemExit(f"{path} is not a readable checkpoint ({type(e).__name__}): delete it and {_how_to_make(path)}") from e
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
+        stop(f"{path} is not a readable checkpoint ({type(e).__name__}): delete it and {_how_to_make(path)}")
 
 
 def _how_to_make(path: Path) -> str:
@@ -183,13 +197,13 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
     if path.exists() and run.resume:
         saved = load_checkpoint(path, run.device)
         if saved["config"] != dataclasses.asdict(run.config) or saved["epochs"] != epochs:
-            raise SystemExit(f"{path} was trained with another config: resume with the same options, or choose another --name")
+            stop(f"{path} was trained with another config: resume with the same options, or choose another --name")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         set_random_state(saved["random"])
         first, step, spent = saved["epoch"], saved["step"], saved["seconds"]
     elif path.exists():
-        raise SystemExit(f"{path} exists already: add --resume to go on, or choose another --name")
+        stop(f"{path} exists already: add --resume to go on, or choose another --name")
     for epoch in range(first, epochs):
         began, sums = time.perf_counter(), {}
         model.train()
@@ -200,7 +214,6 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
             loss, terms, output = loss_of(batch)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if after_step:
                 after_step(step, batch, output)
@@ -209,7 +222,7 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
                 sums[k] = sums.get(k, 0.0) + v
             if step % 20 == 0:
                 if not math.isfinite(float(loss)):
-                    raise SystemExit(f"{name}: the loss became {float(loss)} at step {step}; try a lower learning rate")
+                    stop(f"{name}: the loss became {float(loss)} at step {step}; try a lower learning rate")
                 bar.set_postfix({k: f"{float(v):.3g}" for k, v in terms.items()})
         model.eval()
         with torch.no_grad():
@@ -328,18 +341,26 @@ def stage_2(run: Run):
         pelvis = detected_pelvis(block["x_s"], block["conf"])
         x_f = to_model_frame(block["x_f"], pelvis)
         pairs = [model.msst.encode(part) for part in x_f.split(1024)]
-        return dict(x_s=to_model_frame(block["x_s"], pelvis), conf=block["conf"],
+        return dict(x_s=to_model_frame(block["x_s"], pelvis), conf=block["conf"], x_f=x_f,
+                    x_d=to_model_frame(block["x_d"], pelvis),
                     q_s=torch.cat([p[0] for p in pairs]), q_d=torch.cat([p[1] for p in pairs]))
 
+    rollout = False
+
+    def batches(epoch):
+        nonlocal rollout
+        rollout = epoch >= c.epochs_2 - c.epochs_soft
+        return train.batches(c.batch_2, run.rng(2, epoch), prepare=tokenized)
+
     def loss_of(b):
-        loss, terms = hiarm.loss(b["x_s"], b["q_s"], b["q_d"], b["conf"])
+        loss, terms = model.loss(**b, on_rollout=rollout)
         return loss, terms | dict(loss=loss.detach()), None
 
     def validate():
         sums, n = {}, 0
         for block in val.blocks():
             b = tokenized(block)
-            loss, terms = hiarm.loss(b["x_s"], b["q_s"], b["q_d"], b["conf"])
+            loss, terms = model.loss(**b)
             x_d, x_f = model.densify(block["x_s"], block["conf"])
             part = terms | dict(loss=loss, fine_px=val.pixels(x_f, block["x_f"]), dense_px=val.pixels(x_d, block["x_d"]))
             for k, v in part.items():
@@ -348,7 +369,7 @@ def stage_2(run: Run):
         return {k: v / n for k, v in sums.items()}
 
     fit(run, "stage2", hiarm, adamw(hiarm, c.lr_2, c.weight_decay_2, run.device), c.epochs_2, warmup_cosine(c.warmup_2),
-        train, c.batch_2, lambda epoch: train.batches(c.batch_2, run.rng(2, epoch), prepare=tokenized), loss_of, validate)
+        train, c.batch_2, batches, loss_of, validate)
     return model
 
 
@@ -543,7 +564,7 @@ def main() -> None:
     print(f"preset {preset} on {device} ({torch.get_num_threads()} threads), torch {torch.__version__}: {run.path}")
     if not Path(args.data, "meta.json").exists():
         if args.data != "data/demo" or args.stage in (2, 3):
-            raise SystemExit(f"{args.data} holds no data set: make one with `python prepare_data.py` "
+            stop(f"{args.data} holds no data set: make one with `python prepare_data.py` "
                              "(`python train.py --stage 1` does so by itself)")
         script("prepare_data.py")
     run.path.mkdir(parents=True, exist_ok=True)
@@ -563,7 +584,7 @@ def script(*command: str) -> None:
     """Run another script of this project as its user would."""
     print("$ python", *command, flush=True)
     if subprocess.run([sys.executable, *command], cwd=Path(__file__).parent).returncode:
-        raise SystemExit(f"`python {' '.join(command)}` failed: see its message above")
+        stop(f"`python {' '.join(command)}` failed: see its message above")
 
 
 if __name__ == "__main__":

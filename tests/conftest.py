@@ -1,0 +1,95 @@
+"""A tiny body and tiny clips, so that no test needs a download."""
+
+import json
+
+import numpy as np
+import pytest
+
+import prepare_data as P
+
+TINY_SIZES = {"train": 64, "val": 32, "test": 32, "unseen": 32}
+TOE = np.array([0.0, -0.16, -0.06])
+
+
+def rest_joints():
+    """H36M joints of a 1.8 m person in A-pose, [17, 3] m: z up, facing -y, left = +x."""
+    joints = np.zeros((17, 3))
+    joints[[0, 7, 8, 9, 10]] = [0, 0, 0.95], [0, 0, 1.2], [0, 0, 1.45], [0, -0.06, 1.6], [0, 0, 1.75]
+    joints[[4, 5, 6]] = [0.1, 0, 0.95], [0.12, 0, 0.52], [0.13, 0.02, 0.09]
+    joints[[11, 12, 13]] = [0.18, 0, 1.4], [0.38, 0, 1.2], [0.52, -0.08, 1.02]
+    joints[list(P.RIGHT)] = joints[[4, 5, 6, 11, 12, 13]] * [-1, 1, 1]
+    return joints
+
+
+def make_bodies(counts=(4, 2, 2), voxel=0.05):
+    """Bodies of capsules: the surface of the voxels that lie in them, a closed mesh, as write_data_set wants them.
+
+    As with Anny's, the origin is not on the floor.
+    """
+    joints = rest_joints()
+    spine = [joints[0] + (joints[7] - joints[0]) * f for f in (0.2, 0.5, 0.8)]
+    heads = [joints[0], *spine, joints[7], joints[[7, 8]].mean(0), joints[8], joints[[8, 9]].mean(0), joints[9]]
+    heads = np.array([*heads, *joints[[1, 2, 3, 4, 5, 6, 14, 15, 11, 12]]])
+    ends = [joints[0], *heads[2:9], joints[10], joints[2], joints[3], joints[3] + TOE, joints[5], joints[6]]
+    ends = np.array([*ends, joints[6] + TOE, *joints[[15, 16, 12, 13]]])
+    radius = np.array([0.14] * 6 + [0.07] * 2 + [0.1] + [0.09, 0.07, 0.06] * 2 + [0.06] * 4)
+
+    def distance(p):  # [V, 19] to the surface of each segment's capsule
+        d = ends - heads
+        t = np.einsum("vsk,sk->vs", p[:, None] - heads, d) / np.maximum((d * d).sum(1), 1e-9)
+        return np.linalg.norm(p[:, None] - heads - np.clip(t, 0, 1)[..., None] * d, axis=-1) - radius
+
+    grid = np.stack(np.meshgrid(*(np.arange(a, b) for a, b in ((-16, 16), (-8, 8), (-2, 42))), indexing="ij"), -1)
+    inside = (distance((grid.reshape(-1, 3) + 0.5) * voxel).min(1) < 0).reshape(grid.shape[:3])
+    quads = []
+    for axis in range(3):
+        for sign in (1, -1):
+            bare = grid[inside & ~np.roll(inside, -sign, axis)]
+            u, v = np.eye(3, dtype=int)[(axis + 1) % 3], np.eye(3, dtype=int)[(axis + 2) % 3]
+            corner = bare + (np.eye(3, dtype=int)[axis] if sign > 0 else 0)
+            quad = np.stack([corner, corner + u, corner + u + v, corner + v], 1)
+            quads.append(quad if sign > 0 else quad[:, ::-1])
+    corners, index = np.unique(np.concatenate(quads).reshape(-1, 3), axis=0, return_inverse=True)
+    index = index.reshape(-1, 4)
+    vertices, faces = corners * voxel, np.concatenate([index[:, [0, 1, 2]], index[:, [0, 2, 3]]])
+    weights = np.exp(-np.maximum(distance(vertices), 0) / 0.02)
+    scale = np.linspace(0.9, 1.05, sum(counts))[:, None, None]
+    weights /= weights.sum(1, keepdims=True)
+    joints, heads, vertices = (a - [0, 0, 0.7] for a in (joints, heads, vertices))
+    return {
+        "vertices": vertices * scale, "faces": faces, "weights": weights,
+        "heads": heads * scale, "joints": joints * scale, "stature": np.ptp(vertices[:, 2]) * scale[:, 0, 0],
+        "split_sizes": counts,
+    }  # fmt: skip
+
+
+def clip_text(seed, frames=60, dt=1 / 30, loop="wrap"):
+    """A smooth random clip in DeepMimic's format."""
+    rng, phase = np.random.default_rng(seed), np.linspace(0, 2 * np.pi, frames, endpoint=False)
+    table = np.zeros((frames, 44))
+    table[:, 0], table[:, 2] = dt, 0.85 + 0.05 * np.sin(phase)
+    for column in P.QUAT_COLUMNS:
+        rotvec = rng.normal(size=3) * 0.4 * np.sin(phase + rng.uniform(0, 6))[:, None]
+        table[:, column : column + 4] = P.quat_from_rotvec(rotvec)
+    for column, sign in zip(P.HINGE_COLUMNS, (-1, 1, -1, 1), strict=True):
+        table[:, column] = sign * (0.6 + 0.5 * np.sin(phase + rng.uniform(0, 6)))
+    return json.dumps({"Loop": loop, "Frames": table.tolist()})
+
+
+def make_clips():
+    clips = {name: P.parse_clip(clip_text(i)) for i, name in enumerate(("jump", "kick", "punch", "walk"))}
+    clips["jump"]["height"] += 0.5  # high in the air, all the time
+    return clips
+
+
+def write_tiny(folder, sizes=TINY_SIZES, seed=0, **options):
+    sources = {"clips": "synthetic"}
+    return P.write_data_set(folder, make_clips(), make_bodies(), sizes, seed, sources, unseen=("kick",), **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A data root that holds the set 'tiny': 64 train, 32 val, 32 test, 32 unseen samples. Do not write to it."""
+    root = tmp_path_factory.mktemp("data")
+    write_tiny(root / "tiny")
+    return root

@@ -1,0 +1,660 @@
+"""Kernels against their contract: nearest code bit for bit, EMA update against the equations, the pitfalls of both.
+
+The oracle is a float64 brute force in the contract's own order of summation, so every comparison is exact equality.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import kernels
+from hipart import MSST, Config, Quantizer
+from kernels import ema_update_, nearest_code
+
+EXAMPLES = settings(max_examples=60, deadline=None)
+
+
+def brute_force(x, c):
+    """The contract, word for word: float64, dimensions in order, every operation rounded, lowest index on ties."""
+    x, c = np.asarray(x, np.float64), np.asarray(c, np.float64)
+    s = np.zeros((len(x), len(c)))
+    for i in range(x.shape[1]):
+        e = x[:, i, None] - c[None, :, i]
+        s = s + e * e
+    return s.argmin(1)
+
+
+def check(x, c):
+    x, c = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(c, np.float32)
+    assert np.isfinite(x).all() and np.isfinite(c).all()
+    idx = nearest_code(torch.from_numpy(x), torch.from_numpy(c))
+    assert idx.dtype == torch.int64 and idx.shape == (len(x),)
+    np.testing.assert_array_equal(idx.numpy(), brute_force(x, c))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kinds of data. Each takes a generator and sizes and gives x [N, D], c [K, D] in float32.
+
+
+def plain(rng, N, K, D):
+    return rng.standard_normal((N, D)), rng.standard_normal((K, D))
+
+
+def one_ulp(rng, N, K, D):
+    """Pairs of codes one unit in the last place apart in one coordinate; rows on the codes and between them."""
+    c = rng.standard_normal((K, D)).astype(np.float32)
+    pair, column = np.arange(1, K, 2), rng.integers(D, size=K // 2)
+    c[pair] = c[pair - 1]
+    c[pair, column] = np.nextafter(c[pair, column], np.float32(np.inf))
+    x = c[rng.integers(K, size=N)].copy()
+    noisy = rng.random(N) < 0.5
+    x[noisy] += rng.standard_normal((int(noisy.sum()), D)).astype(np.float32) * np.float32(0.3)
+    return x, rng.permutation(c)
+
+
+def exact_ties(rng, N, K, D):
+    """Small integers: distances are exact and many are equal."""
+    return rng.integers(-1, 2, (N, D)), rng.integers(-1, 2, (K, D))
+
+
+def duplicates(rng, N, K, D):
+    c = rng.standard_normal((max(1, K // 3), D))
+    return rng.standard_normal((N, D)), c[rng.integers(len(c), size=K)]
+
+
+def offset_1e3(rng, N, K, D):
+    return rng.standard_normal((N, D)) + 1e3, rng.standard_normal((K, D)) + 1e3
+
+
+def offset_1e6(rng, N, K, D):
+    return rng.standard_normal((N, D)) + 1e6, rng.standard_normal((K, D)) + 1e6
+
+
+def only_codes_offset(rng, N, K, D):
+    """Every row is far from every code: distances differ in their last digits."""
+    return rng.standard_normal((N, D)), rng.standard_normal((K, D)) + 1e5
+
+
+def scaled(rng, N, K, D):
+    return tuple(a * 10.0 ** rng.uniform(-30, 30) for a in plain(rng, N, K, D))  # x and c on scales of their own
+
+
+def scaled_together(rng, N, K, D):
+    scale = 10.0 ** rng.uniform(-30, 30)
+    return tuple(a * scale for a in plain(rng, N, K, D))
+
+
+def denormals(rng, N, K, D):
+    return tuple(rng.integers(-9, 10, s) * np.float64(2.0**-149) for s in ((N, D), (K, D)))
+
+
+def mixed_columns(rng, N, K, D):
+    scale = 10.0 ** rng.uniform(-20, 20, D)
+    return tuple(a * scale for a in plain(rng, N, K, D))
+
+
+def mixed_rows(rng, N, K, D):
+    """Rows and codes of every size side by side: one scale for a whole block would flush the small ones."""
+    x, c = plain(rng, N, K, D)
+    return x * 10.0 ** rng.uniform(-35, 35, (N, 1)), c * 10.0 ** rng.uniform(-35, 35, (K, 1))
+
+
+def one_huge_code(rng, N, K, D):
+    x, c = plain(rng, N, K, D)
+    c[rng.integers(K)] *= 10.0 ** rng.uniform(4, 37)
+    return x, c
+
+
+def one_huge_row(rng, N, K, D):
+    x, c = plain(rng, N, K, D)
+    x[rng.integers(N)] *= 1e37
+    return x, c
+
+
+def largest_numbers(rng, N, K, D):
+    top = np.finfo(np.float32).max
+    return rng.choice([-top, top, 0.0], (N, D)), rng.choice([-top, top, 0.0, 1.0], (K, D))
+
+
+def all_equal(rng, N, K, D):
+    return rng.standard_normal((N, D)), np.repeat(rng.standard_normal((1, D)), K, 0)
+
+
+def permutations(rng, N, K, D):
+    """Codes that are permutations of one another, rows with one value in every column: equal in real numbers, so the
+    order of summation decides. Powers of ten make the partial sums round differently."""
+    values = rng.standard_normal(D) * 10.0 ** rng.uniform(-6, 6, D)
+    return np.repeat(rng.standard_normal((N, 1)), D, 1), np.stack([rng.permutation(values) for _ in range(K)])
+
+
+def clusters(rng, N, K, D):
+    """Codes 1e-3 apart in bunches, rows near them: what a trained codebook with near-duplicates looks like."""
+    centre = rng.standard_normal((max(1, K // 8), D))
+    c = centre[rng.integers(len(centre), size=K)] + 1e-3 * rng.standard_normal((K, D))
+    return c[rng.integers(K, size=N)] + 1e-3 * rng.standard_normal((N, D)), c
+
+
+def midpoints(rng, N, K, D):
+    """Rows half-way between two codes."""
+    c = rng.standard_normal((K, D)).astype(np.float32)
+    a, b = rng.integers(K, size=(2, N))
+    return (c[a] + c[b]) / 2, c
+
+
+KINDS = [plain, one_ulp, exact_ties, duplicates, offset_1e3, offset_1e6, only_codes_offset, scaled, scaled_together,
+         denormals, mixed_columns, mixed_rows, one_huge_code, one_huge_row, largest_numbers, all_equal, permutations,
+         clusters, midpoints]
+SIZES = st.one_of(st.integers(1, 8), st.sampled_from([13, 31, 37, 61]))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@given(seed=st.integers(0, 2**32 - 1), N=SIZES, K=SIZES, D=SIZES)
+@settings(max_examples=50, deadline=None)
+def test_nearest_code_is_the_contracts_argmin(kind, seed, N, K, D):
+    with np.errstate(over="ignore", under="ignore"):
+        check(*kind(np.random.default_rng(seed), N, K, D))
+
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True)
+
+
+@given(st.data(), st.integers(0, 4), st.integers(1, 6), st.integers(1, 4))
+@EXAMPLES
+def test_nearest_code_on_any_finite_floats(data, N, K, D):
+    """hypothesis' own floats: signed zeros, subnormals, the largest numbers, integers, repeated values."""
+    check(data.draw(hnp.arrays(np.float32, (N, D), elements=FLOATS)),
+          data.draw(hnp.arrays(np.float32, (K, D), elements=FLOATS)))
+
+
+@pytest.mark.parametrize("N, K, D", [(3000, 701, 5), (257, 2048, 128), (1, 1, 1), (5, 1, 7), (7, 5, 1), (97, 131, 127)])
+@pytest.mark.parametrize("kind", [plain, offset_1e3, one_ulp], ids=lambda kind: kind.__name__)
+def test_nearest_code_at_real_sizes(kind, N, K, D):
+    """Sizes that cross block borders, primes, and the paper's own 2048 codes of width 128."""
+    check(*kind(np.random.default_rng(N + K + D), N, K, D))
+
+
+def test_the_oracle_itself_against_python_floats():
+    """NumPy's brute force is what Python's own IEEE doubles give, one by one; and order matters where it should."""
+    rng = np.random.default_rng(0)
+    x, c = (np.asarray(a, np.float32).astype(np.float64) for a in permutations(rng, 40, 6, 9))
+    expected = []
+    for row in x.tolist():
+        best, winner = float("inf"), -1
+        for k, code in enumerate(c.tolist()):
+            s = 0.0
+            for a, b in zip(row, code, strict=True):
+                s = s + (a - b) * (a - b)
+            if s < best:
+                best, winner = s, k
+        expected.append(winner)
+    np.testing.assert_array_equal(brute_force(x, c), expected)
+    assert (brute_force(x, c) != brute_force(x[:, ::-1], c[:, ::-1])).any()  # else the kind tests nothing
+
+
+def test_near_ties_defeat_the_usual_formula():
+    """The data above are adversarial: c^2 - 2xc in float32 picks other codes, so agreement here is no accident."""
+    for kind in (one_ulp, offset_1e3, permutations):
+        x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in kind(np.random.default_rng(1), 400, 64, 32))
+        usual = ((c * c).sum(1) - 2 * x @ c.T).argmin(1)
+        assert (usual.numpy() != brute_force(x, c)).any(), kind.__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@given(seed=st.integers(0, 2**32 - 1), N=SIZES, K=SIZES, D=SIZES)
+@settings(max_examples=15, deadline=None)
+def test_other_dtypes_are_widened_exactly(dtype, seed, N, K, D):
+    rng = np.random.default_rng(seed)
+    for kind in (plain, exact_ties, duplicates):
+        x, c = (torch.from_numpy(np.asarray(a, np.float64)).to(dtype) for a in kind(rng, N, K, D))
+        np.testing.assert_array_equal(nearest_code(x, c).numpy(), brute_force(x.double().numpy(), c.double().numpy()))
+
+
+def test_float64_is_compared_in_float64():
+    """Codes that float32 cannot tell apart."""
+    c = torch.tensor([[1.0 + 2e-15], [1.0 + 1e-15], [1.0]], dtype=torch.float64)
+    assert nearest_code(c, c).tolist() == [0, 1, 2]
+    far = torch.tensor([[1e200], [-1e200]], dtype=torch.float64)  # both squares overflow: a tie, lowest index
+    assert nearest_code(far.new_zeros(1, 1), far).tolist() == [0]
+
+
+def test_strided_views():
+    rng = np.random.default_rng(2)
+    big_x, big_c = (torch.from_numpy(rng.standard_normal((60, 60)).astype(np.float32)) for _ in range(2))
+    views = [(big_x.T, big_c.T), (big_x[::3, ::2], big_c[:, 1::2]), (big_x[5:20, 7:18], big_c[30:, 7:18]),
+             (big_x[:1].expand(9, 60), big_c), (big_x.as_strided((8, 4), (1, 3)), big_c.as_strided((9, 4), (3, 1)))]
+    for x, c in views:
+        np.testing.assert_array_equal(nearest_code(x, c).numpy(), brute_force(x.numpy(), c.numpy()))
+
+
+def test_no_rows():
+    idx = nearest_code(torch.empty(0, 5), torch.randn(3, 5))
+    assert idx.shape == (0,) and idx.dtype == torch.int64
+
+
+def test_inputs_stay_untouched_and_no_gradient_flows():
+    x, c = torch.randn(20, 4, requires_grad=True), torch.randn(7, 4)
+    kept_x, kept_c = x.detach().clone(), c.clone()
+    idx = nearest_code(x, c)
+    assert not idx.requires_grad
+    assert torch.equal(x, kept_x) and torch.equal(c, kept_c)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_rows_do_not_influence_one_another(order):
+    """One row's neighbours in the batch change the screen's scale, never its answer."""
+    rng = np.random.default_rng(3)
+    x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in clusters(rng, 50, 40, 6))
+    alone = torch.cat([nearest_code(row[None], c) for row in x])
+    company = torch.full((1, 6), 3e38 if order else 1e-38)
+    assert torch.equal(nearest_code(torch.cat([x, company]), c)[:-1], alone)
+
+
+@pytest.mark.parametrize("x, c, error", [
+    (torch.zeros(4), torch.zeros(3, 4), ValueError),
+    (torch.zeros(2, 4), torch.zeros(4), ValueError),
+    (torch.zeros(2, 3, 4), torch.zeros(3, 4), ValueError),
+    (torch.zeros(2, 5), torch.zeros(3, 4), ValueError),
+    (torch.zeros(2, 4), torch.zeros(0, 4), ValueError),
+    (torch.zeros(2, 0), torch.zeros(3, 0), ValueError),
+    (torch.zeros(2, 4), torch.zeros(3, 4, dtype=torch.float64), TypeError),
+    (torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(3, 4), TypeError),
+    (torch.zeros(2, 4, dtype=torch.int64), torch.zeros(3, 4, dtype=torch.int64), TypeError),
+    (torch.zeros(2, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool), TypeError),
+    (torch.zeros(2, 4, dtype=torch.complex64), torch.zeros(3, 4, dtype=torch.complex64), TypeError),
+])  # fmt: skip
+def test_bad_shapes_and_dtypes_are_refused(x, c, error):
+    with pytest.raises(error, match="nearest_code needs .* found"):
+        nearest_code(x, c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["x", "codebook"])
+def test_non_finite_input_is_refused(dtype, value, where):
+    x, c = torch.zeros(9, 3, dtype=dtype), torch.ones(4, 3, dtype=dtype)
+    (x if where == "x" else c)[-1, -1] = value
+    with pytest.raises(ValueError, match=f"{where} .*non-finite"):
+        nearest_code(x, c)
+
+
+def test_a_non_finite_row_far_down_is_refused():
+    x = torch.zeros(5000, 2)
+    x[4999, 1] = float("nan")
+    with pytest.raises(ValueError, match="non-finite"):
+        nearest_code(x, torch.zeros(512, 2))
+
+
+def test_exact_under_autocast():
+    """bfloat16 training wraps the model in autocast, which would silently run the screen's product in bfloat16."""
+    rng = np.random.default_rng(4)
+    x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in clusters(rng, 300, 64, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        idx = nearest_code(x, c)
+    np.testing.assert_array_equal(idx.numpy(), brute_force(x, c))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_exact_at_any_matmul_precision(precision):
+    """`set_float32_matmul_precision` lets the product of the screen run in TF32 or bfloat16 where the machine can."""
+    rng = np.random.default_rng(5)
+    x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in clusters(rng, 300, 64, 32))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        idx = nearest_code(x, c)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    np.testing.assert_array_equal(idx.numpy(), brute_force(x, c))
+
+
+def test_exact_on_cuda_with_tf32_allowed():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for kind in KINDS:
+            with np.errstate(over="ignore", under="ignore"):
+                x, c = (np.asarray(a, np.float32) for a in kind(np.random.default_rng(6), 500, 257, 64))
+            idx = nearest_code(torch.from_numpy(x).cuda(), torch.from_numpy(c).cuda()).cpu().numpy()
+            np.testing.assert_array_equal(idx, brute_force(x, c), err_msg=kind.__name__)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("kind", [plain, all_equal], ids=lambda kind: kind.__name__)
+def test_no_matrix_of_rows_by_codes_exists(kind):
+    """N x K would be 32 MB in float32: no single allocation comes near it, even where every code is rescanned."""
+    N, K = 8192, 1024
+    x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in kind(np.random.default_rng(7), N, K, 2))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        nearest_code(x, c)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 16 << 20, f"one allocation of {largest / 2**20:.0f} MB"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EMA update
+
+
+def state(K, D, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    codebook, count = torch.randn(K, D, generator=g), torch.rand(K, generator=g) + 0.5
+    return codebook, count, codebook * count[:, None]
+
+
+def ema_numpy(codebook, count, total, x, idx, decay, eps):
+    """One step of van den Oord et al. 2017, appendix A.1, with Laplace smoothing, in float64."""
+    K, hot = len(codebook), np.zeros((len(x), len(codebook)))
+    hot[np.arange(len(x)), idx] = 1
+    count = decay * count + (1 - decay) * hot.sum(0)
+    total = decay * total + (1 - decay) * hot.T @ x
+    mass = count.sum()
+    return total / ((count + eps) / (mass + K * eps) * mass)[:, None], count, total
+
+
+@given(seed=st.integers(0, 2**32 - 1), K=st.integers(1, 9), D=st.integers(1, 5), N=st.integers(0, 40),
+       decay=st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]), eps=st.sampled_from([1e-5, 1e-2]))
+@EXAMPLES
+def test_ema_closed_form_over_several_steps(seed, K, D, N, decay, eps):
+    rng = np.random.default_rng(seed)
+    torch_state = state(K, D, seed)
+    numpy_state = [t.double().numpy().copy() for t in torch_state]
+    for _ in range(5):
+        x, idx = rng.standard_normal((N, D)).astype(np.float32), rng.integers(K, size=N)
+        if decay == 0.0 and len(set(idx.tolist())) < K:
+            return  # without memory an unused code is 0 / eps: another test's business
+        restarted = ema_update_(*torch_state, torch.from_numpy(x), torch.from_numpy(idx), decay, eps)
+        numpy_state = ema_numpy(*numpy_state, x.astype(np.float64), idx, decay, eps)
+        assert restarted == 0
+        for got, expected in zip(torch_state, numpy_state, strict=True):
+            np.testing.assert_allclose(got.numpy(), expected, rtol=2e-4, atol=2e-5)
+
+
+def test_t_steps_of_one_batch_in_closed_form():
+    """count_t = d^t count_0 + (1 - d^t) n and the same for the sum: written out, not iterated."""
+    codebook, count, total = state(4, 3)
+    x, idx = torch.randn(10, 3), torch.tensor([0, 0, 0, 1, 1, 3, 3, 3, 3, 3])
+    n = torch.bincount(idx, minlength=4)
+    s = torch.stack([x[idx == k].sum(0) for k in range(4)])
+    expected_count = 0.9**20 * count + (1 - 0.9**20) * n
+    expected_total = 0.9**20 * total + (1 - 0.9**20) * s
+    for _ in range(20):
+        ema_update_(codebook, count, total, x, idx, 0.9)
+    torch.testing.assert_close(count, expected_count, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(total, expected_total, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codebook[[0, 1, 3]], (expected_total / expected_count[:, None])[[0, 1, 3]], rtol=1e-3,
+                               atol=1e-4)
+
+
+def test_every_code_decays_not_only_the_used_ones():
+    codebook, count, total = state(6, 3)
+    before = codebook.clone(), count.clone(), total.clone()
+    ema_update_(codebook, count, total, torch.randn(8, 3), torch.full((8,), 2), 0.9)
+    unused = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(count[unused], 0.9 * before[1][unused])
+    torch.testing.assert_close(total[unused], 0.9 * before[2][unused])
+    torch.testing.assert_close(codebook[unused], before[0][unused], rtol=1e-4, atol=1e-4)  # the ratio stays
+
+
+@given(seed=st.integers(0, 2**32 - 1), N=st.integers(0, 60), K=st.integers(1, 12))
+@EXAMPLES
+def test_counts_and_sums_are_conserved(seed, N, K):
+    """Whatever the assignment, all counts together decay towards N and all sums towards the sum of the rows."""
+    rng = np.random.default_rng(seed)
+    codebook, count, total = state(K, 3, seed)
+    x, idx = torch.from_numpy(rng.standard_normal((N, 3)).astype(np.float32)), torch.from_numpy(rng.integers(K, size=N))
+    expected_count = 0.99 * count.sum() + 0.01 * N
+    expected_total = 0.99 * total.sum(0) + 0.01 * x.sum(0)
+    ema_update_(codebook, count, total, x, idx, 0.99)
+    torch.testing.assert_close(count.sum(), expected_count, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.sum(0), expected_total, rtol=1e-4, atol=1e-4)
+
+
+@given(seed=st.integers(0, 2**32 - 1), N=st.integers(1, 60))
+@EXAMPLES
+def test_order_of_rows_does_not_matter(seed, N):
+    rng = np.random.default_rng(seed)
+    x, idx = torch.from_numpy(rng.standard_normal((N, 4)).astype(np.float32)), torch.from_numpy(rng.integers(7, size=N))
+    shuffle = torch.from_numpy(rng.permutation(N))
+    one, other = state(7, 4), state(7, 4)
+    ema_update_(*one, x, idx, 0.9)
+    ema_update_(*other, x[shuffle], idx[shuffle], 0.9)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_halves_add_up():
+    """What data-parallel training relies on: counts and sums of two ranks, added, are those of the whole batch."""
+    x, idx = torch.randn(30, 4), torch.randint(9, (30,))
+    n, s = kernels.code_statistics(x, idx, 9)
+    (n_a, s_a), (n_b, s_b) = kernels.code_statistics(x[:11], idx[:11], 9), kernels.code_statistics(x[11:], idx[11:], 9)
+    assert torch.equal(n, n_a + n_b) and int(n.sum()) == 30
+    torch.testing.assert_close(s, s_a + s_b)
+
+
+def test_laplace_smoothing_pulls_unused_codes_towards_zero():
+    """SPEC's warning, so that the restart below is seen to be needed: without use and restart a code fades away."""
+    codebook, count, total = state(3, 4)
+    before, norms = codebook.clone(), []
+    x, idx = torch.randn(6, 4), torch.tensor([0, 0, 0, 1, 1, 1])
+    for _ in range(300):
+        ema_update_(codebook, count, total, x, idx, 0.9, eps=1e-3)
+        norms.append(float(codebook[2].norm()))
+    assert all(a >= b for a, b in zip(norms, norms[1:], strict=False))
+    assert norms[-1] < 1e-3 * before[2].norm()
+    assert torch.isfinite(codebook).all()
+    torch.testing.assert_close(codebook[0], x[:3].mean(0), rtol=2e-3, atol=2e-3)
+
+
+def test_restart_resets_code_count_and_sum():
+    codebook, count, total = state(5, 3)
+    count[3], total[3] = 1e-4, 1e-4 * codebook[3]
+    x, idx = torch.randn(10, 3), torch.tensor([0, 1, 2, 4] * 2 + [0, 1])
+    rows = torch.tensor([9, 9, 9, 6, 9])
+    alive = state(5, 3)
+    alive[1][3], alive[2][3] = 1e-4, 1e-4 * alive[0][3]
+    ema_update_(*alive, x, idx, 0.9)
+    assert ema_update_(codebook, count, total, x, idx, 0.9, restart_below=0.01, restart_rows=rows) == 1
+    assert torch.equal(codebook[3], x[6])
+    assert float(count[3]) == pytest.approx(10 / 5)
+    torch.testing.assert_close(total[3], x[6] * 2)
+    others = [0, 1, 2, 4]
+    for got, expected in zip((codebook, count, total), alive, strict=True):
+        assert torch.equal(got[others], expected[others])  # nobody else is touched
+    ema_update_(codebook, count, total, x, idx, 0.9, restart_below=0.01, restart_rows=rows)
+    torch.testing.assert_close(codebook[3], x[6], rtol=1e-4, atol=1e-4)  # and it does not jump in the next step
+
+
+def test_restart_is_decided_after_the_update():
+    """A code below the threshold that this very batch uses is alive."""
+    codebook, count, total = state(2, 3)
+    count.copy_(torch.tensor([1.0, 0.0]))
+    total[1] = 0
+    x = torch.randn(4, 3)
+    assert ema_update_(codebook, count, total, x, torch.ones(4, dtype=torch.int64), 0.5, restart_below=0.3,
+                       restart_rows=torch.zeros(2, dtype=torch.int64)) == 0
+    torch.testing.assert_close(codebook[1], x.mean(0), rtol=1e-3, atol=1e-3)
+
+
+def test_an_empty_batch_restarts_nothing_and_stays_finite():
+    codebook, count, total = state(3, 2)
+    assert ema_update_(codebook, count, total, torch.empty(0, 2), torch.empty(0, dtype=torch.int64), 0.5,
+                       restart_below=9.0, restart_rows=torch.zeros(3, dtype=torch.int64)) == 0
+    assert torch.isfinite(codebook).all()
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(codebook=torch.zeros(3)), dict(count=torch.ones(3)), dict(total=torch.zeros(4, 2)),
+    dict(x=torch.zeros(6, 2)), dict(x=torch.zeros(6, 3, 3)), dict(idx=torch.zeros(5, dtype=torch.int64)),
+    dict(idx=torch.zeros(6, dtype=torch.int32)), dict(idx=torch.full((6,), 4)), dict(idx=torch.full((6,), -1)),
+])  # fmt: skip
+def test_ema_refuses_bad_input_and_changes_nothing(wrong):
+    codebook, count, total = state(4, 3)
+    args = dict(codebook=codebook, count=count, total=total, x=torch.randn(6, 3), idx=torch.tensor([0, 1, 2, 3, 0, 1]))
+    args |= wrong
+    before = {k: args[k].clone() for k in ("codebook", "count", "total")}
+    with pytest.raises(ValueError, match="needs .* found|must lie in"):
+        ema_update_(**args, decay=0.9)
+    assert all(torch.equal(before[k], args[k]) for k in before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The quantizer on top of them
+
+
+def quantizer(K=16, D=4, decay=0.99, restart_below=0.01, rows=400, rows_per_step=64, seed=0):
+    torch.manual_seed(seed)
+    q = Quantizer(K, D, decay, restart_below)
+    z = torch.randn(rows, D)
+    q.initialize(z, rows_per_step)
+    return q.train(), z
+
+
+def buffers(module):
+    return {name: b.clone() for name, b in module.named_buffers()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_codebooks_are_buffers_that_no_optimiser_moves():
+    model = MSST(Config(D=8, K_s=16, K_d=16, encoder_blocks=1, encoder_width=8, decoder_width=8, n_actions=3))
+    names = [name for name, _ in model.named_parameters()]
+    assert not [n for n in names if "Q_s" in n or "Q_d" in n or "codebook" in n]
+    for q in ("Q_s", "Q_d"):
+        assert {f"{q}.codebook", f"{q}.count", f"{q}.total", f"{q}.active"} <= model.state_dict().keys()
+    x_f = torch.randn(6, 96, 2)
+    model.initialize_codebooks(x_f, 6)
+    before = buffers(model)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    loss, _, _ = model.loss(x_f, x_f[:, ::2], torch.zeros(6, dtype=torch.int64))
+    loss.backward()
+    optimiser.step()
+    assert same(before, buffers(model))
+
+
+def test_quantize_first_update_after():
+    """A training forward uses the codebook as it was and leaves it so; only the explicit update moves it."""
+    q, _ = quantizer()
+    z, before = torch.randn(3, 5, 4), buffers(q)
+    z_hat, idx = q(z)
+    assert same(before, buffers(q))
+    np.testing.assert_array_equal(idx.flatten().numpy(), brute_force(z.flatten(0, 1), before["codebook"]))
+    torch.testing.assert_close(z_hat, before["codebook"][idx])
+    q.update(z, idx)
+    assert not torch.equal(before["codebook"], q.codebook)
+    torch.testing.assert_close(z_hat, before["codebook"][idx])
+
+
+def test_update_of_the_quantizer_is_the_ema_step():
+    q, _ = quantizer(restart_below=0.0)
+    before = [t.double().numpy().copy() for t in (q.codebook, q.count, q.total)]
+    for seed in range(3):
+        z = torch.randn(4, 16, 4, generator=torch.Generator().manual_seed(seed))
+        _, idx = q(z)
+        q.update(z, idx)
+        before = ema_numpy(*before, z.flatten(0, 1).double().numpy(), idx.flatten().numpy(), 0.99, 1e-5)
+    for got, expected in zip((q.codebook, q.count, q.total), before, strict=True):
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_nothing_updates_in_eval_mode():
+    q, _ = quantizer()
+    q.eval()
+    before, z = buffers(q), torch.randn(3, 5, 4)
+    q.update(z, q(z)[1])
+    assert same(before, buffers(q))
+
+
+def test_nothing_updates_before_initialisation_and_z_passes_unchanged():
+    q = Quantizer(8, 4, 0.99, 0.01).train()
+    before, z = buffers(q), torch.randn(2, 5, 4, requires_grad=True)
+    z_hat, idx = q(z)
+    q.update(z, idx)
+    assert same(before, buffers(q)) and not q.active
+    assert torch.equal(z_hat, z) and z_hat.requires_grad
+
+
+def test_no_jump_at_the_first_step():
+    """After `initialize` count and sum agree with the codebook: unused codes stay, used ones move by EMA's share."""
+    q, z = quantizer()
+    torch.testing.assert_close(q.total / q.count[:, None], q.codebook)
+    assert float(q.count.sum()) == pytest.approx(64, rel=0.3)  # what a steady state of 64 rows a step would hold
+    before = q.codebook.clone()
+    batch = z[:64].view(4, 16, 4)
+    _, idx = q(batch)
+    q.update(batch, idx)
+    rows, flat, step = batch.flatten(0, 1), idx.flatten(), (q.codebook - before).norm(dim=1)
+    for k in range(16):
+        mine = rows[flat == k]
+        allowed = 0.0 if not len(mine) else float((mine.mean(0) - before[k]).norm())
+        share = 0.01 * len(mine) / float(q.count[k])
+        assert float(step[k]) <= share * allowed + 2e-3 * float(before[k].norm())
+
+
+def test_initialize_is_k_means():
+    """Better than random rows, no code without rows, every code the mean of its rows (up to the last restart)."""
+    torch.manual_seed(0)
+    centres = torch.randn(8, 4) * 10
+    z = (centres[:, None] + 0.1 * torch.randn(8, 50, 4)).flatten(0, 1)
+    q = Quantizer(16, 4, 0.99, 0.01)
+    q.initialize(z, 64)
+    assert bool(q.active) and torch.isfinite(q.codebook).all()
+    distance = (z - q.codebook[nearest_code(z, q.codebook)]).norm(dim=1)
+    assert distance.mean() < 2.0  # every cluster found; random rows leave some at a distance of ten or more
+    assert (torch.bincount(nearest_code(z, q.codebook), minlength=16) > 0).sum() >= 8
+
+
+def test_initialize_survives_a_collapsed_encoder():
+    q = Quantizer(8, 4, 0.99, 0.01).train()
+    q.initialize(torch.ones(50, 4), 16)
+    assert all(torch.isfinite(b).all() for b in (q.codebook, q.count, q.total))
+    torch.testing.assert_close(q.codebook, torch.ones(8, 4))
+    q.update(torch.ones(1, 16, 4), torch.zeros(1, 16, dtype=torch.int64))
+    assert torch.isfinite(q.codebook).all()
+
+
+def test_initialize_refuses_fewer_rows_than_codes():
+    with pytest.raises(ValueError, match=r"at least as many .* \(8\), found 7"):
+        Quantizer(8, 4, 0.99, 0.01).initialize(torch.randn(7, 4), 16)
+
+
+def test_dead_codes_come_back():
+    """A code far from all data restarts as a row of the batch once its count has faded, and then lives."""
+    q, z = quantizer(K=4, decay=0.9)
+    q.codebook[2] = 1e3
+    q.total[2] = q.codebook[2] * q.count[2]
+    for _ in range(80):
+        batch = z[torch.randperm(len(z))[:64]].view(4, 16, 4)
+        q.update(batch, q(batch)[1])
+    used = torch.bincount(nearest_code(z, q.codebook), minlength=4)
+    assert float(q.codebook.abs().max()) < 10 and int(used[2]) > 0
+    torch.testing.assert_close(q.total / q.count[:, None], q.codebook, rtol=1e-3, atol=1e-3)
+
+
+def test_restarted_codes_are_different_rows():
+    """Codes that restart in one step must not be copies of one another: of equal codes only the first is chosen."""
+    torch.manual_seed(0)
+    q = Quantizer(64, 4, 0.99, 0.01).train()
+    q.initialize(torch.randn(200, 4), 64)
+    q.count[1:] = 0
+    q.total[1:] = 0
+    z = torch.randn(4, 16, 4)
+    q.update(z, torch.zeros(4, 16, dtype=torch.int64))
+    assert len(torch.unique(q.codebook[1:], dim=0)) >= 60
+
+
+def test_straight_through_gradient_and_bfloat16():
+    q, _ = quantizer()
+    z = torch.randn(2, 3, 4, requires_grad=True)
+    weight = torch.randn(2, 3, 4)
+    (q(z)[0] * weight).sum().backward()
+    torch.testing.assert_close(z.grad, weight)  # as if the quantizer were the identity
+    z16 = torch.randn(2, 3, 4).bfloat16()
+    q.update(z16, q(z16)[1])
+    assert q.codebook.dtype == torch.float32 and torch.isfinite(q.codebook).all()
