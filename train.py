@@ -45,12 +45,12 @@ from prepare_data import detect, load
 
 # The same structure everywhere: presets shrink width, depth, codebooks, samples and epochs, and turn on the two switches of
 # HiARM that go beyond the paper. `paper` is Config() itself.
-SMALL = dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64,
+SMALL = dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64, lr_1=2e-3, ema_decay=0.98,
              width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, lr_2=1e-3, condition="every", soft=True,
-             epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lifter_dropout=0.1, cosine_3=True)
+             epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=3e-3, cosine_3=True)
 PRESETS = {
-    "quick": SMALL | dict(limit=16_000, epochs_1=3, epochs_2=3, epochs_r=40, epochs_3=10, draws_3=2),
-    "standard": SMALL | dict(epochs_1=7, epochs_2=5, epochs_r=100, epochs_3=20, draws_3=3),
+    "quick": SMALL | dict(limit=16_000, epochs_1=3, epochs_2=3, epochs_r=35, epochs_3=10, draws_3=2),
+    "standard": SMALL | dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=20, draws_3=3),
     "paper": dict(),
 }
 FEEDS = {  # name: (what the lifter is fed with, the letter of the README's table)
@@ -583,7 +583,7 @@ def main() -> None:
 def script(*command: str) -> None:
     """Run another script of this project as its user would."""
     print("$ python", *command, flush=True)
-    if subprocess.run([sys.executable, *command], cwd=Path(__file__).parent).returncode:
+    if subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]]).returncode:
         stop(f"`python {' '.join(command)}` failed: see its message above")
 
 
