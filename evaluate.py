@@ -4,7 +4,7 @@
     python evaluate.py --name quick --seeds 3       # mean and spread over the lifters of `python train.py --seeds 3`
 
 Prints tables and writes them to runs/NAME/table.md; every number behind them goes to runs/NAME/evaluation.json.
-Covers the paper's Table 1 (errors per action), Fig. 12 (2D error of the fine pose) and Fig. 7's alignment in a number.
+Covers the paper's Table 1 (errors per action), Fig. 12 (2D error of the fine pose) and Fig. 7 in one number.
 
 It goes one way: `measure` gives every sample of a split a row of numbers, `summarize` averages them, tables are text.
 """
@@ -22,15 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hipart import J_D, J_S, SCALE, Config, HiPART, J, R, Regressor, detected_pelvis, from_model_frame, to_model_frame
+from hipart import J_D, J_S, Config, HiPART, J, R, Regressor, detected_pelvis, from_model_frame, to_model_frame
 from train import FEEDS, Run, Split, feed, load_checkpoint, load_hipart, load_regressor, new_lifter, stop, tokenizer_report
 
 SPLITS = {"test": "new bodies, familiar motion", "unseen": "unseen motion"}
 LOW_CONF = 0.5  # a sample with a joint that is missing, or less sure than this, counts as occluded
 PAPER_MPJPE = {"sparse": "52.1", "generated": "42.0", "sparse_clean": "37.6", "ground_truth_clean": "17.5"}
-PAPER_NOTE = ("* Human3.6M, the paper's data set and not this one: compare ratios, never millimetres. Lifting CPN detections, "
-              "sparse only 52.1 and with HiPART 42.0 (ratio 0.81); toy experiment on ground-truth 2D 37.6 -> 17.5 (0.47). "
-              "HiPART by source of 2D poses: 49.3 SH / 42.0 CPN / 28.3 ground truth.")
+PAPER_NOTE = (
+    r"\* Human3.6M, the paper's data set and not this one: compare ratios, never millimetres. Lifting CPN detections, "
+    "sparse only 52.1 and with HiPART 42.0 (ratio 0.81); toy experiment on ground-truth 2D 37.6 -> 17.5 (ratio 0.47). "
+    "HiPART by source of 2D poses: 49.3 SH / 42.0 CPN / 28.3 ground truth.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def alignment(zh_s: Tensor, zh_d: Tensor) -> Tensor:
     """How much closer a sparse token is to its own part than to the rest: zh_s [B, 16, D], zh_d [B, 48, D] -> [B].
 
     Mean cosine of a quantized sparse embedding with its own part's mean dense embedding (what L_local pulls together),
-    minus the mean cosine with the other 15 parts' of the same pose. 0: not tied at all; 2 at the very most.
+    minus the mean cosine with those of the other 15 parts of the same pose. 0: not tied at all; 2 at the very most.
     """
     part = F.normalize(zh_d.unflatten(1, (J_S, R)).mean(2), dim=-1)
     cosine = F.normalize(zh_s, dim=-1) @ part.transpose(1, 2)  # [B, 16, 16]
@@ -94,10 +95,10 @@ def alignment(zh_s: Tensor, zh_d: Tensor) -> Tensor:
 def measure(split: Split, hipart: HiPART, regressor: Regressor, lifters: dict, rng=None) -> dict[str, np.ndarray]:
     """One number per sample for everything that the tables show: {column: [N]}.
 
-    mpjpe/FEED/SEED, pa_mpjpe/FEED/SEED           mm, for every lifter in `lifters` {(feed, seed): model}
-    px/INPUT/WHAT, percent/INPUT/WHAT             mean 2D error in pixels, and in percent of the standing height; INPUT is
-                                                  detected or clean, WHAT is what `fine_poses` made, or the input itself
-    accuracy_s/INPUT, accuracy_d/INPUT            teacher-forced token accuracy, percent
+    mpjpe/FEED/SEED, pa_mpjpe/FEED/SEED    mm, for every lifter in `lifters` {(feed, seed): model}
+    px/INPUT/SOURCE, percent/INPUT/SOURCE  mean 2D error in pixels, and in percent of the person's standing height; INPUT
+                                           is detected (drawn afresh from `rng` if given) or clean, SOURCE as in SOURCES
+    accuracy_s/INPUT, accuracy_d/INPUT     teacher-forced token accuracy, percent
     alignment, action, occluded
     """
     rows = defaultdict(list)
@@ -106,45 +107,43 @@ def measure(split: Split, hipart: HiPART, regressor: Regressor, lifters: dict, r
         rows[name].append(values.cpu().numpy().astype(np.float64))
 
     for kind in ("detected", "clean"):
-        names = [key for key in lifters if key[0].endswith("_clean") == (kind == "clean")]
-        start = 0
-        for block, truth in zip(split.blocks(rng, clean=kind == "clean"), split.blocks(clean=True), strict=True):
+        clean, start = kind == "clean", 0
+        for block, truth in zip(split.blocks(rng, clean), split.blocks(clean=True), strict=True):
             x_s, conf = block["x_s"], block["conf"]
             height = torch.from_numpy(split.arrays["height_px"][start : start + len(x_s)].copy()).to(x_s)
             start += len(x_s)
             points = {name: feed(name, block, hipart, regressor) for name in ("generated", "regressor")}
-            made = {name: x[:, J + J_D :] for name, x in points.items()}  # the fine rows
-            teacher = [teacher_forced(hipart, *t) for t in
-                       zip(*(block[k].split(256) for k in ("x_s", "conf", "x_f")), strict=True)]
-            for name in ("floor", "teacher"):
-                made[name] = torch.cat([t[name] for t in teacher])
-            for name in ("accuracy_s", "accuracy_d"):
-                add(f"{name}/{kind}", torch.cat([t[name] for t in teacher]))
-            errors = {name: (x - block["x_f"]).norm(dim=-1).mean(-1) for name, x in made.items()}
+            small = zip(*(block[k].split(256) for k in ("x_s", "conf", "x_f")), strict=True)  # logits are large
+            told = [teacher_forced(hipart, *parts) for parts in small]
+            told = {name: torch.cat([t[name] for t in told]) for name in told[0]}
+            fine = {name: x[:, J + J_D :] for name, x in points.items()} | {k: told[k] for k in ("floor", "teacher")}
+            errors = {name: (x - block["x_f"]).norm(dim=-1).mean(-1) for name, x in fine.items()}
             seen = (conf > 0).to(x_s)
             errors["input"] = ((x_s - truth["x_s"]).norm(dim=-1) * seen).sum(-1) / seen.sum(-1)
             for name, error in errors.items():
                 add(f"px/{kind}/{name}", error * split.w / 2)
                 add(f"percent/{kind}/{name}", error * split.w / 2 / height * 100)
-            if kind == "detected":
+            for name in ("accuracy_s", "accuracy_d"):
+                add(f"{name}/{kind}", told[name])
+            if not clean:
                 add("action", block["action"])
                 add("occluded", (conf < LOW_CONF).any(1))
-                add("alignment", torch.cat([t["alignment"] for t in teacher]))
-            for name, seed in names:
-                x = points[name] if name in points else feed(name, block, hipart, regressor)
-                y = [lifters[name, seed](*p) for p in zip(x.split(1024), conf.split(1024), strict=True)]
-                y, gt = torch.cat(y).cpu(), block["y"].cpu()
-                rows[f"mpjpe/{name}/{seed}"].append(mpjpe(y, gt))
-                rows[f"pa_mpjpe/{name}/{seed}"].append(pa_mpjpe(y, gt))
+                add("alignment", told["alignment"])
+            for (name, seed), lifter in lifters.items():
+                if name.endswith("_clean") == clean:
+                    x = points[name] if name in points else feed(name, block, hipart, regressor)
+                    y = torch.cat([lifter(*p) for p in zip(x.split(1024), conf.split(1024), strict=True)]).cpu()
+                    rows[f"mpjpe/{name}/{seed}"].append(mpjpe(y, block["y"].cpu()))
+                    rows[f"pa_mpjpe/{name}/{seed}"].append(pa_mpjpe(y, block["y"].cpu()))
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
 def teacher_forced(hipart: HiPART, x_s: Tensor, conf: Tensor, x_f: Tensor) -> dict[str, Tensor]:
     """Stages 1 and 2 when they are told the truth: fine poses [B, 96, 2] and numbers [B].
 
-    floor: the true pose through the tokenizer and back, the best that any choice of tokens can be expected to reach;
-    teacher: HiARM's choice (the expected embedding if config.soft) given the true tokens of all earlier parts, and of its
-    own sparse token for dense ones. What free running loses beyond this, it loses by building on its own errors.
+    floor: the true pose through the tokenizer and back; no generated tokens can be expected to beat their own targets;
+    teacher: HiARM's choice (the expected embedding if config.soft), given the true tokens of all earlier parts, and the
+    true sparse token for dense ones. What free running loses beyond this, it loses by building on its own errors.
     """
     msst, hiarm, pelvis = hipart.msst, hipart.hiarm, detected_pelvis(x_s, conf)
     o = msst(to_model_frame(x_f, pelvis))
@@ -167,172 +166,166 @@ def summarize(rows: dict[str, np.ndarray], names: list[str]) -> dict[str, dict]:
     """
 
     def mean(values) -> float | None:
-        values = np.asarray(values)[~np.isnan(values)]
+        values = np.asarray(values, np.float64)
+        values = values[~np.isnan(values)]
         return float(values.mean()) if len(values) else None
 
     label, hidden, result = rows["action"].astype(int), rows["occluded"] > 0, {}
     for column, values in rows.items():
         per_action = {("unknown", *names)[a + 1]: mean(values[label == a]) for a in np.unique(label)}
-        result[column] = dict(actions=mean([np.nan if v is None else v for v in per_action.values()]), frames=mean(values),
+        result[column] = dict(actions=mean(list(per_action.values())), frames=mean(values),
                               occluded=mean(values[hidden]), clear=mean(values[~hidden]), per_action=per_action)
-    result["occluded"]["count"], result["occluded"]["samples"] = int(hidden.sum()), len(hidden)
     return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tables. All are Markdown that reads as plain text.
+# Tables: Markdown that reads as plain text
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """Aligned Markdown: first column to the left, numbers to the right."""
     width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(row: list[str]) -> str:
-        return "| " + " | ".join([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:], strict=True))]) + " |"
-
-    rule = "| " + " | ".join(["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])]) + " |"
-    return "\n".join([line(head), rule, *map(line, rows)])
+    lines = [[row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:], strict=True))] for row in [head, *rows]]
+    lines.insert(1, ["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def number(values, digits: int = 1) -> str:
+def number(values: list, digits: int = 1) -> str:
     """One value, or mean ± standard deviation over seeds; "-" for what was not computed."""
-    values = [v for v in (values if isinstance(values, list) else [values]) if v is not None]
+    values = [v for v in values if v is not None]
     if not values:
         return "-"
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def lifting_tables(s: dict, seeds: int) -> str:
-    """3D errors of one split, from its summary `s`: all feeds, then the four that matter per action."""
+def per_action(s: dict, cells) -> list[list[str]]:
+    """A row for every action and both means of a split's summary `s`; cells(get) -> cells, get(column) -> its number."""
+    rows = [[a, *cells(lambda column, a=a: s[column]["per_action"][a])] for a in s["action"]["per_action"]]
+    return rows + [["**mean of actions**", *cells(lambda column: s[column]["actions"])],
+                   ["**all frames**", *cells(lambda column: s[column]["frames"])]]
 
-    def over_seeds(name: str, average: str, metric: str = "mpjpe") -> list:
-        return [s[f"{metric}/{name}/{seed}"][average] for seed in range(seeds)]
 
-    def ratio(name: str) -> float:
-        base = "sparse_clean" if name.endswith("_clean") else "sparse"
-        return np.mean(over_seeds(name, "actions")) / np.mean(over_seeds(base, "actions"))
+def lifting_tables(s: dict, seeds: int, kind: str) -> str:
+    """3D errors of one split from its summary: all feeds, then the four that matter, per action."""
 
-    head = ["lifter fed with", "MPJPE, mean of actions", "MPJPE, all frames", "PA-MPJPE, mean of actions", "PA-MPJPE, all frames",
-            "ratio", "occluded", "not occluded", "paper*"]
+    def values(feed: str, average: str, metric: str = "mpjpe") -> list:
+        return [s[f"{metric}/{feed}/{seed}"][average] for seed in range(seeds)]
+
+    def ratio(feed: str) -> float:
+        base = "sparse_clean" if feed.endswith("_clean") else "sparse"
+        return np.mean(values(feed, "actions")) / np.mean(values(base, "actions"))
+
+    head = ["lifter fed with", "MPJPE, mean of actions", "MPJPE, all frames", "PA-MPJPE, mean of actions",
+            "PA-MPJPE, all frames", "ratio", "occluded", "not occluded", r"paper\*"]
     rows = []
     for name, label in FEEDS.items():
-        clean = name.endswith("_clean")  # nothing is occluded there
-        rows.append([label, *(number(over_seeds(name, a, m)) for m in ("mpjpe", "pa_mpjpe") for a in ("actions", "frames")),
-                     number(ratio(name), 2), *("-" if clean else number(over_seeds(name, a)) for a in ("occluded", "clear")),
-                     PAPER_MPJPE.get(name, "-")])
+        errors = [number(values(name, average, m)) for m in ("mpjpe", "pa_mpjpe") for average in ("actions", "frames")]
+        occluded = ["-", "-"] if name.endswith("_clean") else [number(values(name, a)) for a in ("occluded", "clear")]
+        rows.append([label, *errors, f"{ratio(name):.2f}", *occluded, PAPER_MPJPE.get(name, "-")])
     four = list(FEEDS)[:4]
-    names = s["occluded"]["per_action"]
-    per_action = [[a, *(number([s[f"mpjpe/{f}/{i}"]["per_action"][a] for i in range(seeds)]) for f in four)] for a in names]
-    per_action += [[f"**{label}**", *(number(over_seeds(f, average)) for f in four)]
-                   for label, average in (("mean of actions", "actions"), ("all frames", "frames"))]
-    share = s["occluded"]["count"] / s["occluded"]["samples"]
     return "\n\n".join([
+        f"({kind}) Millimetres{f', mean ± standard deviation over {seeds} seeds' if seeds > 1 else ''}.",
         table(head, rows),
-        f"Millimetres{', mean ± standard deviation over ' + str(seeds) + ' seeds' if seeds > 1 else ''}. *ratio*: MPJPE "
-        "(mean of actions) to that of (a), and of clean rows to clean sparse. *occluded*: the MPJPE over the "
-        f"{share:.0%} of frames in which a joint is missing or has confidence below {LOW_CONF}.",
-        f"HiPART (b) is at {ratio('generated'):.2f} of sparse-only (a), the plain regressor (d) at {ratio('regressor'):.2f}, "
-        f"ground-truth points (c) at {ratio('ground_truth'):.2f}; the paper's (b) on Human3.6M is at 0.81.",
+        "*ratio*: MPJPE (mean of actions) to that of (a); in clean rows, to clean sparse. *occluded*: MPJPE over the "
+        f"{s['occluded']['frames']:.0%} of frames in which a joint is missing or has confidence below {LOW_CONF}.",
+        PAPER_NOTE,
+        f"**HiPART (b) is at {ratio('generated'):.2f} of sparse only (a)**; the plain regressor (d) at "
+        f"{ratio('regressor'):.2f}, ground-truth points (c) at {ratio('ground_truth'):.2f}. The paper's ratio (b) : (a) on "
+        "Human3.6M is 0.81.",
         "MPJPE per action:",
-        table(["action", *(FEEDS[f] for f in four)], per_action)])
+        table(["action", *(FEEDS[f] for f in four)],
+              per_action(s, lambda get: [number([get(f"mpjpe/{f}/{i}") for i in range(seeds)]) for f in four]))])
 
 
-# Where a fine pose can come from, in the order in which the error is taken apart.
-SOURCES = {"input": "the input's own error, 17 joints", "floor": "tokenizer alone (floor)", "teacher": "HiARM, told the past",
-           "generated": "HiARM, free running (b)", "regressor": "plain regressor (d)"}
+# What a 2D error can be of, in the order in which the error is taken apart.
+SOURCES = {"input": "the input's own error, 17 joints", "floor": "tokenizer alone (floor)",
+           "teacher": "HiARM, told the past", "generated": "HiARM, free running (b)", "regressor": "plain regressor (d)"}
+
+
+def pixels(get, kind: str, sources) -> list[str]:
+    """Cells `pixels (percent of standing height)`."""
+    pairs = [(get(f"px/{kind}/{w}"), get(f"percent/{kind}/{w}")) for w in sources]
+    return ["-" if px is None else f"{px:.1f} ({share:.1f} %)" for px, share in pairs]
 
 
 def fine_pose_tables(s: dict) -> str:
     """Fig. 12 for one split: mean error of the 96 fine points per action, from detected and from clean input."""
-    parts = []
-    for kind in ("detected", "clean"):
-        what = list(SOURCES) if kind == "detected" else list(SOURCES)[1:]  # clean input has no error of its own
-        names = [*s["occluded"]["per_action"], "**mean of actions**", "**all frames**"]
-        averages = [*(lambda c, a=a: c["per_action"][a] for a in s["occluded"]["per_action"]),
-                    lambda c: c["actions"], lambda c: c["frames"]]
-        rows = [[name, *(pixels(s, kind, w, get) for w in what)] for name, get in zip(names, averages, strict=True)]
-        parts += [f"From {kind} input:", table(["action", *(SOURCES[w] for w in what)], rows)]
-    return "\n\n".join(parts)
-
-
-def pixels(s: dict, kind: str, what: str, get) -> str:
-    px, share = get(s[f"px/{kind}/{what}"]), get(s[f"percent/{kind}/{what}"])
-    return "-" if px is None else f"{px:.1f} ({share:.1f} %)"
+    text = []
+    for kind, sources in (("detected", list(SOURCES)), ("clean", list(SOURCES)[1:])):  # clean input has no error of its own
+        rows = per_action(s, lambda get, kind=kind, sources=sources: pixels(get, kind, sources))
+        text += [f"From {kind} input, px (% of standing height):", table(["action", *(SOURCES[w] for w in sources)], rows)]
+    return "\n\n".join(text)
 
 
 def error_table(summaries: dict[str, dict]) -> str:
     """Where the 2D error comes from: training, validation and test samples side by side, all frames."""
     rows = []
     for kind in ("detected", "clean"):
-        for what, label in SOURCES.items():
-            if (kind, what) != ("clean", "input"):
-                cells = [pixels(s, kind, what, lambda c: c["frames"]) for s in summaries.values()]
-                rows.append([f"{kind}: {label}", *cells])
-        for token, label in (("s", "sparse"), ("d", "dense")):
-            cells = [number(s[f"accuracy_{token}/{kind}"]["frames"]) + " %" for s in summaries.values()]
-            rows.append([f"{kind}: {label} tokens right, told the past", *cells])
-    return table(["px (% of standing height)", *summaries], rows)
+        columns = [pixels(lambda column, s=s: s[column]["frames"], kind, SOURCES) for s in summaries.values()]
+        rows += [[f"{kind}: {label}", *cells] for label, *cells in zip(SOURCES.values(), *columns, strict=True)]
+        rows += [[f"{kind}: {label} tokens right, told the past",
+                  *(f"{s[f'accuracy_{t}/{kind}']['frames']:.1f} %" for s in summaries.values())]
+                 for t, label in (("s", "sparse"), ("d", "dense"))]
+    return table(["px (% of standing height)", *summaries], [r for r in rows if r[0] != f"clean: {SOURCES['input']}"])
 
 
 def codebook_table(reports: dict[str, dict], summaries: dict[str, dict], c: Config) -> str:
-    """Tokenizer and codebooks on splits with stored detections."""
-    rows = [[label, *(number(r[key], digits) for r in reports.values())] for label, key, digits in (
-        ("fine pose, px", "fine_px", 1), ("dense pose, px", "dense_px", 1),
-        (f"perplexity of the {c.K_s} sparse codes", "perplexity_s", 0),
-        (f"perplexity of the {c.K_d} dense codes", "perplexity_d", 0))]
-    rows += [[f"dead {label} codes", *(f"{r[key]:.1%}" for r in reports.values())]
-             for label, key in (("sparse", "dead_s"), ("dense", "dead_d"))]
-    rows.append(["action recognised (L_global's head)", *(f"{r['action_accuracy']:.0%}" for r in reports.values())])
-    rows.append(["alignment", *(number(summaries[name]["alignment"]["frames"], 2) for name in reports)])
+    """Tokenizer and codebooks, on the splits that have stored detections."""
+    rows = [[label, *(f"{r[key]:{form}}" for r in reports.values())] for label, key, form in (
+        ("fine pose, px", "fine_px", ".1f"), ("dense pose, px", "dense_px", ".1f"),
+        (f"perplexity of the {c.K_s} sparse codes", "perplexity_s", ".0f"),
+        (f"perplexity of the {c.K_d} dense codes", "perplexity_d", ".0f"),
+        ("dead sparse codes", "dead_s", ".1%"), ("dead dense codes", "dead_d", ".1%"))]
+    rows.append(["action recognised by L_global's head",  # it cannot know the actions of `unseen`
+                 *("-" if name == "unseen" else f"{r['action_accuracy']:.0%}" for name, r in reports.items())])
+    rows.append(["alignment", *(f"{summaries[name]['alignment']['frames']:.2f}" for name in reports)])
     return table(["tokenizer", *reports], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The run itself
+# The run
 
 
 def load_lifters(run: Run, seeds: int) -> tuple[dict, dict[str, dict]]:
-    """All lifters {(feed, seed): model} and every checkpoint's {file stem: config, seconds}."""
-    lifters, saved = {}, {}
-    for stem in ("stage1", "stage2", "regressor"):
-        saved[stem] = load_checkpoint(run.path / f"{stem}.pt")
-    for seed in range(seeds):
-        for name in FEEDS:
-            path = run.path / f"stage3_{name}_{seed}.pt"
-            if seed and not path.exists():
-                stop(f"{path} is not there: run `python train.py --name {run.path.name} --stage 3 --seeds {seeds} --resume` first")
-            c = load_checkpoint(path, run.device)
-            model = new_lifter(Config(**c["config"]), name).to(run.device)
-            model.load_state_dict(c["model"])
-            lifters[name, seed], saved[path.stem] = model.eval().requires_grad_(False), c
-    return lifters, {stem: dict(config=c["config"], seconds=c["seconds"]) for stem, c in saved.items()}
+    """All lifters {(feed, seed): model}, and of every checkpoint {file stem: {config, seconds}}."""
+    stems = {f"stage3_{name}_{seed}": (name, seed) for seed in range(seeds) for name in FEEDS}
+    lifters, about = {}, {}
+    for stem in ("stage1", "stage2", "regressor", *stems):
+        path = run.path / f"{stem}.pt"
+        if stem in stems and stems[stem][1] and not path.exists():
+            again = f"python train.py --name {run.path.name} --data {run.data} --stage 3 --seeds {seeds} --resume"
+            stop(f"{path} is not there: run `{again}` with the options of the first seed")
+        saved = load_checkpoint(path, run.device)
+        about[stem] = dict(config=saved["config"], seconds=saved["seconds"])
+        if stem in stems:
+            model = new_lifter(Config(**saved["config"]), stems[stem][0]).to(run.device)
+            model.load_state_dict(saved["model"])
+            lifters[stems[stem]] = model.eval().requires_grad_(False)
+    return lifters, about
 
 
-def describe(run: Run, saved: dict[str, dict], sizes: dict[str, int], seeds: int) -> dict[str, str]:
-    """What a reader must know to judge the tables: {heading: text}."""
-    changed = {}
+def describe(run: Run, about: dict[str, dict], sizes: dict[str, int], seeds: int) -> str:
+    """What a reader must know to judge the tables, as a list."""
+    changed = []
     for key, default in vars(Config()).items():
-        values = dict.fromkeys(s["config"].get(key, default) for s in saved.values())
+        values = dict.fromkeys(a["config"].get(key, default) for a in about.values())
         if list(values) != [default]:
-            changed[key] = f"{key} {' or '.join(map(str, values))} ({default})"
+            changed.append(f"{key} {' or '.join(map(str, values))} ({default})")
 
-    def seconds(start: str) -> float:
-        return sum(s["seconds"] for stem, s in saved.items() if stem.startswith(start))
+    def seconds(start: str) -> str:
+        return f"{sum(a['seconds'] for stem, a in about.items() if stem.startswith(start)):.0f} s"
 
     gpu = f"{torch.cuda.get_device_name(run.device)}, " if run.device.type == "cuda" else ""
-    note = ("A smaller model, trained for less time, than the paper's; the `quick` preset promises no accuracy for stages 2 "
-            "and 3. ") if changed else ""
-    return {
-        "model": note + "Differences from the paper's `Config()`: " + (", ".join(changed.values()) or "none"),
-        "data": f"{run.data}: " + ", ".join(f"{name} {n}" for name, n in sizes.items()) + " samples; of train, the tables "
-                "use the first ones under a fresh draw of detections",
-        "training": f"stage 1 {seconds('stage1'):.0f} s, stage 2 {seconds('stage2'):.0f} s, the rivals' regressor "
-                    f"{seconds('regressor'):.0f} s, {seeds * len(FEEDS)} lifters {seconds('stage3'):.0f} s",
-        "evaluated": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC on {run.device} ({gpu}"
-                     f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads), torch "
-                     f"{torch.__version__}, Python {platform.python_version()}",
-    }
+    small = "No accuracy of stages 2 and 3 is promised for the preset `quick`.\n- " if run.path.name == "quick" else ""
+    return (f"- {small}model: the paper's `Config()`, but for " + (", ".join(changed) + " (in brackets the paper's)"
+                                                                   if changed else "nothing")
+            + f"\n- data: {run.data}, samples: " + ", ".join(f"{name} {n}" for name, n in sizes.items())
+            + f"\n- training: stage 1 {seconds('stage1')}, stage 2 {seconds('stage2')}, regressor of (d) "
+            f"{seconds('regressor')}, {seeds * len(FEEDS)} lifters {seconds('stage3')}"
+            f"\n- evaluated {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC on {run.device} ({gpu}"
+            f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads), torch {torch.__version__}, "
+            f"Python {platform.python_version()}")
 
 
 def write(path: Path, text: str) -> None:
@@ -342,30 +335,25 @@ def write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def arguments() -> argparse.ArgumentParser:
+def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--name", default="standard", help="the run, runs/NAME")
     p.add_argument("--data", default="data/demo", help="folder of the data set")
     p.add_argument("--seeds", type=int, default=1, help="lifters per feed")
     p.add_argument("--device", help="cuda, cpu or mps; default: cuda if there is one, else cpu")
-    return p
-
-
-def main() -> None:
-    args = arguments().parse_args()
+    args = p.parse_args()
     if args.seeds < 1:
         stop(f"--seeds must be at least 1, found {args.seeds}")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     run = Run(Path("runs") / args.name, Config(), device, data=args.data)
-    hipart, regressor = load_hipart(run), load_regressor(run)
-    lifters, saved = load_lifters(run, args.seeds)
+    hipart, regressor, (lifters, about) = load_hipart(run), load_regressor(run), load_lifters(run, args.seeds)
     splits = {name: run.split(name) for name in ("train", "val", *SPLITS)}
-    sizes = {name: split.n for name, split in splits.items()}
-    splits["train"].n = min(sizes["train"], sizes["val"])  # as many as there are to validate on
+    header = describe(run, about, {name: split.n for name, split in splits.items()}, args.seeds)
+    splits["train"].n = min(splits["train"].n, splits["val"].n)  # as many samples as there are to validate on
     summaries = {}
     for name, split in splits.items():
-        rng = run.rng(5) if name == "train" else None
-        rows = measure(split, hipart, regressor, lifters if name in SPLITS else {}, rng)
+        print(f"measuring {name}: {split.n} samples", flush=True)
+        rows = measure(split, hipart, regressor, lifters if name in SPLITS else {}, run.rng(5) if name == "train" else None)
         summaries[name] = summarize(rows, split.meta["actions"])
 
     def in_frame(block: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -373,24 +361,24 @@ def main() -> None:
         return {k: to_model_frame(block[k], pelvis) for k in ("x_f", "x_d")} | dict(a=block["action"])
 
     reports = {name: tokenizer_report(hipart.msst, splits[name], in_frame) for name in ("val", *SPLITS)}
-    header = describe(run, saved, sizes, args.seeds)
-    sections = [f"# Evaluation of {run.path}", "\n".join(f"- {heading}: {text}" for heading, text in header.items())]
+    sections = [f"# Evaluation of {run.path}", header]
     for name, kind in SPLITS.items():
-        sections += [f"## 3D error, split `{name}`: {kind}", lifting_tables(summaries[name], args.seeds), PAPER_NOTE]
+        sections += [f"## 3D error on `{name}`", lifting_tables(summaries[name], args.seeds, kind)]
     sections += ["## Where the 2D error comes from", error_table(summaries),
-                 "Mean error of the 96 fine points over all frames. *train*: a fresh draw of detections, on poses that all "
-                 "stages have seen. *told the past*: every token is chosen given the true ones before it (teacher forcing)."]
+                 f"Mean error of the 96 fine points over all frames. *train*: its first {splits['train'].n} poses under a "
+                 "fresh draw of detections; all stages know these poses. *told the past*: every token is chosen given the "
+                 "true tokens before it (teacher forcing)."]
     for name, kind in SPLITS.items():
-        sections += [f"## 2D error of the fine pose, split `{name}`: {kind}", "Pixels (percent of standing height).",
-                     fine_pose_tables(summaries[name])]
-    sections += ["## Codebooks", codebook_table(reports, summaries, hipart.config),
+        sections += [f"## 2D error of the fine pose on `{name}` ({kind})", fine_pose_tables(summaries[name])]
+    sections += ["## Tokenizer and codebooks", codebook_table(reports, summaries, hipart.config),
                  "Perplexity and dead codes (never used) are taken over the whole split. *alignment*: mean cosine of a sparse "
                  "embedding with the mean dense embedding of its own part, minus that with the other parts."]
     text = "\n\n".join(sections) + "\n"
-    print(text)
+    print("\n" + text)
     write(run.path / "table.md", text)
-    write(run.path / "evaluation.json", json.dumps(dict(run=args.name, **header, splits=summaries, codebooks=reports), indent=1))
-    print(f"Written to {run.path}: table.md, evaluation.json")
+    numbers = dict(run=args.name, about=header, training=about, splits=summaries, codebooks=reports)
+    write(run.path / "evaluation.json", json.dumps(numbers, indent=1))
+    print(f"written: {run.path / 'table.md'}, {run.path / 'evaluation.json'}")
 
 
 if __name__ == "__main__":

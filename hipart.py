@@ -549,7 +549,7 @@ def lifting_features(x: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Ten
         raise ValueError(f"a lifter takes [B, 17, 2] or [B, 161, 2] (17 + 48 + 96 points), found {list(x.shape)}")
     x_s, seen = x[:, :J], torch.ones_like(x[:, :J, 0]) if conf is None else (conf > 0).to(x)
     pelvis = detected_pelvis(x_s, conf)
-    sparse = torch.cat([pelvis, x_s[:, 1:] - pelvis], 1) * torch.cat([torch.ones_like(seen[:, :1]), seen[:, 1:]], 1)[..., None]
+    sparse = torch.cat([pelvis, (x_s[:, 1:] - pelvis) * seen[:, 1:, None]], 1)
     if x.shape[1] == J:
         return sparse, None, None, seen
     x_d, x_f = x[:, J : J + J_D], x[:, J + J_D :]

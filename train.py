@@ -221,8 +221,8 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
             for k, v in terms.items():
                 sums[k] = sums.get(k, 0.0) + v
             if step % 20 == 0:
-                if not math.isfinite(float(loss)):
-                    stop(f"{name}: the loss became {float(loss)} at step {step}; try a lower learning rate")
+                if not math.isfinite(float(loss.detach())):
+                    stop(f"{name}: the loss became {float(loss.detach())} at step {step}; try a lower learning rate")
                 bar.set_postfix({k: f"{float(v):.3g}" for k, v in terms.items()})
         model.eval()
         with torch.no_grad():

@@ -125,7 +125,8 @@ def _say(t: Tensor) -> str:
 
 def _check_pair(x: Tensor, codebook: Tensor) -> None:
     if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or not codebook.numel():
-        raise ValueError(f"nearest_code needs x [N, D] and codebook [K, D] with K, D >= 1, found {_say(x)} and {_say(codebook)}")
+        raise ValueError("nearest_code needs x [N, D] and codebook [K, D] with K, D >= 1, "
+                         f"found {_say(x)} and {_say(codebook)}")
     if x.dtype != codebook.dtype or x.dtype not in (*_WIDENED, torch.float64):
         raise TypeError(f"nearest_code needs one floating dtype for both, found {_say(x)} and {_say(codebook)}")
     if x.device != codebook.device:
