@@ -9,7 +9,7 @@ Read it top to bottom; data flows the same way. Symbols are the paper's, section
   stage 3  lifters 17 (+ 48 + 96) 2D points -> 17 3D joints                                    Fig. 11
 
 Sizes: B batch, J_s = 16 sparse joints that own a token, r = 3 dense points each, J_d = 48, J_f = 96, D code width.
-    model = HiPART(Config()); x_d, x_f = model.densify(x_s, conf)          # [B, 17, 2] -> [B, 48, 2], [B, 96, 2]
+    model = HiPART(Config()).eval(); x_d, x_f = model.densify(x_s, conf)   # [B, 17, 2] -> [B, 48, 2], [B, 96, 2]
 """
 
 from dataclasses import dataclass
@@ -95,6 +95,19 @@ class Config:
     epochs_r: int = 50  # rival (d): the plain regressor
     regressor_width: int = 1024
 
+    def __post_init__(self):
+        for name, value, choices in (("condition", self.condition, ("sos", "every")),
+                                     ("lifter", self.lifter, ("spatial", "mlp"))):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, found {value!r}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, found {self.width} and {self.heads}")
+        if self.epochs_soft and not self.soft:
+            raise ValueError("epochs_soft trains through expected embeddings: it needs soft")
+        small = [k for k, v in vars(self).items() if type(v) is int and v < 1 and not k.startswith(("warmup", "epochs_soft"))]
+        if small:
+            raise ValueError(f"{', '.join(small)} must be at least 1")
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Coordinates. Poses come in VideoPose3D's normalised image coordinates: x in [-1, 1] over the image width, y on the same
@@ -113,12 +126,17 @@ def to_pixels(x: Tensor, w: int, h: int) -> Tensor:
     return (x + x.new_tensor([1, h / w])) * (w / 2)
 
 
+def hide_missing(x_s: Tensor, seen: Tensor) -> Tensor:
+    """x_s [B, 17, 2] with 0 wherever seen [B, 17] is 0, whatever a detector left there (NaN too)."""
+    return x_s.masked_fill(seen[..., None] == 0, 0.0)
+
+
 def detected_pelvis(x_s: Tensor, conf: Tensor | None = None) -> Tensor:
     """Where the detector puts the pelvis, [B, 17, 2] -> [B, 1, 2]: joint 0, or the mean of the visible joints without it."""
     if conf is None:
         return x_s[:, :1]
-    visible = (conf > 0).to(x_s)[..., None]
-    mean = (x_s * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True).clamp_min(1)
+    seen = (conf > 0).to(x_s)
+    mean = hide_missing(x_s, seen).sum(1, keepdim=True) / seen.sum(1).clamp_min(1)[:, None, None]
     return torch.where(conf[:, :1, None] > 0, x_s[:, :1], mean)
 
 
@@ -227,7 +245,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z: Tensor, rows_per_step: int, iterations: int = 10) -> None:
-        """Set the codebook by k-means on encoder outputs z [N, D]; counts as a training step of so many rows would leave."""
+        """Set the codebook by k-means on encoder outputs z [N, D]; counts are set to what steps of `rows_per_step` rows would leave."""
         K, z = len(self.codebook), z.float()
         if len(z) < K:
             raise ValueError(f"k-means needs at least as many encoder outputs as codes ({K}), found {len(z)}")
@@ -244,7 +262,8 @@ class Quantizer(nn.Module):
 class MSST(nn.Module):
     """Multi-Scale Skeletal Tokenization: a two-level VQ-VAE over dense 2D poses (section 4.1, Alg. 2).
 
-    All poses are in the model frame. The codebook term of Eq. 6 is reported, not optimised: EMA replaces it.
+    All poses are in the model frame. The codebook term of Eq. 6 is not optimised, EMA replaces it; its value is
+    that of the commitment terms, which are reported.
     """
 
     def __init__(self, config: Config):
@@ -263,7 +282,7 @@ class MSST(nn.Module):
         self.action = nn.Linear(c.encoder_width, c.n_actions)
 
     def forward(self, x_f: Tensor) -> dict[str, Tensor]:
-        """x_f [B, 96, 2] -> everything that the loss, the logs and the figures need, by its name in the paper."""
+        """x_f [B, 96, 2] -> all that the loss, the logs and the figures need, by its name in the paper (z_d is z'_d)."""
         z_d = self.E_f(x_f)  # [B, 48, D]
         z_s = self.E_d(z_d)  # [B, 16, D]
         zh_s, q_s = self.Q_s(z_s)  # Eq. 1
@@ -316,7 +335,7 @@ class MSST(nn.Module):
     @torch.no_grad()
     def initialize_codebooks(self, x_f: Tensor, batch: int) -> None:
         """k-means on the encoder outputs of x_f [N, 96, 2]: first C_s, then C_d from what C_s leaves to tell."""
-        z_d = self.E_f(x_f)
+        z_d = torch.cat([self.E_f(part) for part in x_f.split(1024)])
         z_s = self.E_d(z_d)
         self.Q_s.initialize(z_s.flatten(0, 1), batch * J_S)
         z_d = self.fuse(torch.cat([z_d, self.D_s(self.Q_s(z_s)[0])], -1))
@@ -388,8 +407,6 @@ class HiARM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         c, W = config, config.width
-        if c.condition not in ("sos", "every"):
-            raise ValueError(f'condition must be "sos" or "every", found "{c.condition}"')
         self.config = c
         self.register_buffer("C_s", torch.randn(c.K_s, c.D))
         self.register_buffer("C_d", torch.randn(c.K_d, c.D))
@@ -421,7 +438,7 @@ class HiARM(nn.Module):
         """g^0 = P_c(x_s) [B, W], a projection of the whole sparse pose where a missing joint adds its learned token, and
         what is added to each position [B or 1, 16, W]: the position's embedding, and x_s again if condition="every"."""
         seen = torch.ones_like(x_s[..., 0]) if conf is None else (conf > 0).to(x_s)
-        x = (x_s * seen[..., None]).flatten(1)
+        x = hide_missing(x_s, seen).flatten(1)
         g_0, position = self.P_c(x) + self.missing(1 - seen), self.part[None]
         if self.config.condition == "every":
             position = position + self.P_e(torch.cat([x, seen], 1)).unflatten(1, (J_S, -1))
@@ -485,7 +502,8 @@ class HiARM(nn.Module):
 
     @torch.no_grad()
     def generate(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The most probable token at every step: q_s [B, 16], q_d [B, 48] int64."""
+        """The most probable token at every step: q_s [B, 16], q_d [B, 48] int64. (If config.soft, `HiPART.densify` decodes
+        the expected embeddings instead, so its pose is not exactly that of these tokens.)"""
         logits_s, logits_d, _, _ = self.rollout(x_s, conf)
         return logits_s.argmax(-1), logits_d.argmax(-1)
 
@@ -549,13 +567,13 @@ def lifting_features(x: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Ten
         raise ValueError(f"a lifter takes [B, 17, 2] or [B, 161, 2] (17 + 48 + 96 points), found {list(x.shape)}")
     x_s, seen = x[:, :J], torch.ones_like(x[:, :J, 0]) if conf is None else (conf > 0).to(x)
     pelvis = detected_pelvis(x_s, conf)
-    sparse = torch.cat([pelvis, (x_s[:, 1:] - pelvis) * seen[:, 1:, None]], 1)
+    sparse = torch.cat([pelvis, hide_missing(x_s - pelvis, seen)[:, 1:]], 1)
     if x.shape[1] == J:
         return sparse, None, None, seen
     x_d, x_f = x[:, J : J + J_D], x[:, J + J_D :]
     mean = x_d.unflatten(1, (J_S, R)).mean(2)  # [B, 16, 2]
     own = list(PART_JOINT)
-    gap = (mean - x_s[:, own]) * seen[:, own, None]
+    gap = hide_missing(mean - x_s[:, own], seen[:, own])
     mean, gap = mean.repeat_interleave(R, 1), gap.repeat_interleave(R, 1)  # [B, 48, 2]
     dense = torch.cat([mean - pelvis, gap, x_d - mean], -1)
     return sparse, dense, x_f - x_d.repeat_interleave(2, 1), seen
@@ -667,7 +685,7 @@ class MLPLifter(Lifter):
 class Regressor(nn.Module):
     """The plain rival of tokens: an MLP from the sparse pose straight to dense and fine points, in one step.
 
-    Same interface as `HiPART.densify`. It learns the conditional mean, which no token can beat in pixels.
+    Same interface as `HiPART.densify`; trained on the mean distance, so it learns where a point most likely is.
     """
 
     def __init__(self, width: int = 1024, blocks: int = 3, dropout: float = 0.0):
@@ -677,7 +695,7 @@ class Regressor(nn.Module):
     def forward(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Model frame: x_s [B, 17, 2] -> x_d [B, 48, 2], x_f [B, 96, 2]."""
         seen = torch.ones_like(x_s[..., 0]) if conf is None else (conf > 0).to(x_s)
-        out = self.mlp(torch.cat([(x_s * seen[..., None]).flatten(1), seen], 1)).unflatten(1, (J_D + J_F, 2))
+        out = self.mlp(torch.cat([hide_missing(x_s, seen).flatten(1), seen], 1)).unflatten(1, (J_D + J_F, 2))
         return out[:, :J_D], out[:, J_D:]
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
     python train.py --preset standard        # quick | standard | paper
     python train.py --stage 1                # one stage; 2 and 3 need the stages before them
     python train.py --resume                 # go on where an interrupted run stopped
-    python train.py --gcsab-blocks 8 --name shallow     # any field of hipart.Config
+    python train.py --gcsab-blocks 2 --name shallow     # any field of hipart.Config
 
 Stage 1 learns the tokenizer (MSST), stage 2 the transformer (HiARM), stage 3 the rivals' regressor and one lifter for
 every kind of input ("feed") that evaluate.py compares. Everything lands in runs/NAME: log.jsonl has one line per epoch,
@@ -43,13 +43,13 @@ from hipart import (
 )
 from prepare_data import detect, load
 
-# The same structure everywhere: presets shrink width, depth, codebooks, samples and epochs, and turn on the two switches of
-# HiARM that go beyond the paper. `paper` is Config() itself.
+# The same three stages everywhere. The small presets shrink width, depth, codebooks, samples and epochs, take the lifter
+# that a CPU can afford, and turn on what goes beyond the paper in HiARM (condition, soft). `paper` is Config() itself.
 SMALL = dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64, lr_1=2e-3, ema_decay=0.98,
              width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, lr_2=1e-3, condition="every", soft=True,
              epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=3e-3, cosine_3=True)
 PRESETS = {
-    "quick": SMALL | dict(limit=16_000, epochs_1=3, epochs_2=3, epochs_r=35, epochs_3=10, draws_3=2),
+    "quick": SMALL | dict(limit=12_000, epochs_1=3, epochs_2=3, epochs_r=40, epochs_3=10, draws_3=2),
     "standard": SMALL | dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=20, draws_3=3),
     "paper": dict(),
 }
@@ -98,24 +98,26 @@ class Split:
         t["x_s"] = t["x_s"] * (t["conf"] > 0)[..., None]
         return t
 
-    def blocks(self, rng: np.random.Generator | None = None, clean: bool = False):
+    def blocks(self, rng: np.random.Generator | None = None, clean: bool = False, size: int = BLOCK):
         """All samples in order."""
-        for start in range(0, self.n, BLOCK):
-            yield self.read(slice(start, min(start + BLOCK, self.n)), rng, clean)
+        for start in range(0, self.n, size):
+            yield self.read(slice(start, min(start + size, self.n)), rng, clean)
 
     def batches(self, size: int, rng: np.random.Generator | None, clean: bool = False, prepare=lambda block, rows: block):
-        """One epoch of shuffled full batches (order from torch's random state); `prepare` sees each block once."""
+        """One epoch of shuffled full batches, or one smaller batch if there are not enough samples for a full one; the
+        order comes from torch's random state, and `prepare` sees each block once."""
         order = torch.randperm(self.n).numpy()
         for start in range(0, self.n, BLOCK):
             rows = np.sort(order[start : start + BLOCK])
+            if start and len(rows) < size:
+                return
             block = prepare(self.read(rows, rng, clean), rows)
             shuffled = torch.randperm(len(rows)).to(self.device)
             for i in range(0, len(rows) - size + 1, size) if len(rows) >= size else [0]:
                 yield {k: v[shuffled[i : i + size]] for k, v in block.items()}
 
     def steps(self, size: int) -> int:
-        sizes = [min(BLOCK, self.n - start) for start in range(0, self.n, BLOCK)]
-        return sum(max(1, n // size) for n in sizes)
+        return max(1, sum(min(BLOCK, self.n - start) // size for start in range(0, self.n, BLOCK)))
 
     def pixels(self, a: Tensor, b: Tensor) -> Tensor:
         """Mean distance of normalised points, in pixels of the image."""
@@ -138,6 +140,10 @@ class Run:
     limit: int = 0  # training samples used; 0 = all
     resume: bool = False
 
+    def identity(self) -> dict:
+        """What must not change when a run resumes, beside its config."""
+        return dict(seed=self.seed, data=self.data, limit=self.limit)
+
     def log(self, **row) -> None:
         with open(self.path / "log.jsonl", "a") as f:
             f.write(json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
@@ -146,7 +152,7 @@ class Run:
         return Split(self.data, name, self.device, self.limit if name == "train" else 0)
 
     def rng(self, *key: int) -> np.random.Generator:
-        """Random numbers for the simulated detector: a stream of its own for every stage, seed and epoch."""
+        """Random numbers for the simulated detector, keyed by stage, seed and epoch: an epoch can be drawn again."""
         return np.random.default_rng([self.seed, *key])
 
 
@@ -179,9 +185,18 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         stop(f"{path} is not a readable checkpoint ({type(e).__name__}): delete it and {_how_to_make(path)}")
 
 
+def load_finished(run: Run, name: str) -> dict:
+    """The checkpoint of an earlier stage, which must have run to its end with the sizes of this config."""
+    path = run.path / f"{name}.pt"
+    saved = load_checkpoint(path, run.device)
+    if saved["epoch"] < saved["epochs"]:
+        stop(f"{path} is unfinished ({saved['epoch']} of {saved['epochs']} epochs): go on with --resume")
+    return saved
+
+
 def _how_to_make(path: Path) -> str:
     stage = {"stage1": 1, "stage2": 2}.get(path.stem, 3)
-    return f"run `python train.py --name {path.parent.name} --stage {stage}` first"
+    return f"run `python train.py --name {path.parent.name} --stage {stage}` (and the options of that run) first"
 
 
 def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, train: Split, size: int, batches, loss_of,
@@ -196,8 +211,8 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
     first, step, spent = 0, 0, 0.0
     if path.exists() and run.resume:
         saved = load_checkpoint(path, run.device)
-        if saved["config"] != dataclasses.asdict(run.config) or saved["epochs"] != epochs:
-            stop(f"{path} was trained with another config: resume with the same options, or choose another --name")
+        if saved["config"] != dataclasses.asdict(run.config) or saved["run"] != run.identity():
+            stop(f"{path} was trained with other options: resume with the same ones, or choose another --name")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         set_random_state(saved["random"])
@@ -211,7 +226,10 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
         for batch in bar:
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * lr_at(step, per_epoch * epochs)
-            loss, terms, output = loss_of(batch)
+            try:
+                loss, terms, output = loss_of(batch)
+            except ValueError as e:  # nearest_code refuses NaN
+                stop(f"{name}, step {step}: {e}; try a lower learning rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -221,9 +239,9 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
             for k, v in terms.items():
                 sums[k] = sums.get(k, 0.0) + v
             if step % 20 == 0:
-                if not math.isfinite(float(loss.detach())):
-                    stop(f"{name}: the loss became {float(loss.detach())} at step {step}; try a lower learning rate")
                 bar.set_postfix({k: f"{float(v):.3g}" for k, v in terms.items()})
+        if not all(math.isfinite(float(v)) for v in sums.values()):
+            stop(f"{name}: the loss became infinite or NaN in epoch {epoch + 1}; try a lower learning rate")
         model.eval()
         with torch.no_grad():
             result = validate()
@@ -234,7 +252,8 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
         print(f"{name} {epoch + 1}/{epochs}  {spent:.0f} s  " + "  ".join(f"{k} {float(v):.4g}" for k, v in result.items()),
               flush=True)
         save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), random=random_state(),
-                        config=dataclasses.asdict(run.config), epochs=epochs, epoch=epoch + 1, step=step, seconds=spent,
+                        config=dataclasses.asdict(run.config), run=run.identity(), epochs=epochs, epoch=epoch + 1, step=step,
+                        seconds=spent,
                         val={k: float(v) for k, v in result.items()})
     return model.eval()
 
@@ -260,7 +279,7 @@ def warmup_cosine(warmup: int):
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, device: torch.device):
-    """AdamW with weight decay on matrices only; biases, norms and embeddings go without."""
+    """AdamW with weight decay on matrices only; biases and norms go without."""
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
@@ -274,6 +293,9 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, device: torch.device
 def stage_1(run: Run):
     """The tokenizer. It sees no detection, yet its frame is a detected pelvis: so the shift is one that a detector gives."""
     c, train, val = run.config, run.split("train"), run.split("val")
+    steps = c.epochs_1 * train.steps(c.batch_1)
+    if steps <= c.warmup_free:
+        stop(f"stage 1 has {steps} steps, and the codebooks begin only after --warmup_free {c.warmup_free}: train longer")
     torch.manual_seed(run.seed)
     model = HiPART(c).msst.to(run.device)
 
@@ -286,8 +308,8 @@ def stage_1(run: Run):
 
     def after_step(step, batch, output):
         model.update_codebooks(output)
-        if step + 1 == c.warmup_free:
-            rows = torch.randperm(train.n)[: max(4096, 16 * max(c.K_s, c.K_d) // 16)].sort().values.numpy()
+        if step + 1 == max(1, c.warmup_free):
+            rows = torch.randperm(train.n)[: 8 * max(c.K_s, c.K_d)].sort().values.numpy()
             model.initialize_codebooks(in_frame(train.read(rows, run.rng(1, 10**6)))["x_f"], c.batch_1)
 
     def validate():
@@ -331,7 +353,7 @@ def stage_2(run: Run):
     c, train, val = run.config, run.split("train"), run.split("val")
     torch.manual_seed(run.seed)
     model = HiPART(c).to(run.device)
-    model.msst.load_state_dict(load_checkpoint(run.path / "stage1.pt", run.device)["model"])
+    model.msst.load_state_dict(load_finished(run, "stage1")["model"])
     model.msst.eval().requires_grad_(False)
     hiarm = model.hiarm
     hiarm.set_codebooks(model.msst)
@@ -357,16 +379,14 @@ def stage_2(run: Run):
         return loss, terms | dict(loss=loss.detach()), None
 
     def validate():
-        sums, n = {}, 0
-        for block in val.blocks():
-            b = tokenized(block)
-            loss, terms = model.loss(**b)
+        sums = {}
+        for block in val.blocks(size=512):
+            loss, terms = model.loss(**tokenized(block))
             x_d, x_f = model.densify(block["x_s"], block["conf"])
             part = terms | dict(loss=loss, fine_px=val.pixels(x_f, block["x_f"]), dense_px=val.pixels(x_d, block["x_d"]))
             for k, v in part.items():
                 sums[k] = sums.get(k, 0.0) + float(v) * len(x_f)
-            n += len(x_f)
-        return {k: v / n for k, v in sums.items()}
+        return {k: v / val.n for k, v in sums.items()}
 
     fit(run, "stage2", hiarm, adamw(hiarm, c.lr_2, c.weight_decay_2, run.device), c.epochs_2, warmup_cosine(c.warmup_2),
         train, c.batch_2, batches, loss_of, validate)
@@ -379,15 +399,17 @@ def stage_2(run: Run):
 
 def load_hipart(run: Run) -> HiPART:
     """Stages 1 and 2 of a run, frozen."""
-    saved = {s: load_checkpoint(run.path / f"stage{s}.pt", run.device) for s in (1, 2)}
+    saved = {s: load_finished(run, f"stage{s}") for s in (1, 2)}
     model = HiPART(Config(**saved[2]["config"])).to(run.device)
     model.msst.load_state_dict(saved[1]["model"])
     model.hiarm.load_state_dict(saved[2]["model"])
+    if not torch.equal(model.hiarm.C_s, model.msst.Q_s.codebook):
+        stop(f"{run.path}: stage 2 was trained on another tokenizer than stage1.pt; train it again under another --name")
     return model.eval().requires_grad_(False)
 
 
 def load_regressor(run: Run) -> Regressor:
-    saved = load_checkpoint(run.path / "regressor.pt", run.device)
+    saved = load_finished(run, "regressor")
     model = Regressor(saved["config"]["regressor_width"]).to(run.device)
     model.load_state_dict(saved["model"])
     return model.eval().requires_grad_(False)
@@ -421,15 +443,16 @@ def densified_training_set(run: Run, model: HiPART, draw: int) -> tuple[np.ndarr
     """HiPART's own output on draw number `draw` of detections of the training set, made once and kept on disk:
     x [N, 161, 2] and conf [N, 17]. Stage 3 trains on what the model generates, not on ground truth."""
     path = run.path / f"generated_{draw}.npy"
-    if not path.exists():
-        train, made = run.split("train"), []
-        blocks = train.blocks(run.rng(3, draw))
-        for block in tqdm(blocks, desc=f"densify {draw + 1}/{run.config.draws_3}", total=-(-train.n // BLOCK), leave=False):
-            for x_s, conf in zip(block["x_s"].split(1024), block["conf"].split(1024), strict=True):
-                x = torch.cat([x_s, *model.densify(x_s, conf)], 1).flatten(1)
-                made.append(torch.cat([x, conf], 1).cpu().numpy())
-        beside = path.with_suffix(".tmp.npy")
-        np.save(beside, np.concatenate(made))
+    if not path.exists() or path.stat().st_mtime < (run.path / "stage2.pt").stat().st_mtime:
+        train, beside, done = run.split("train"), path.with_suffix(".tmp"), 0
+        out = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=(train.n, 161 * 2 + 17))
+        with tqdm(desc=f"densify {draw + 1}/{run.config.draws_3}", total=train.n, leave=False) as bar:
+            for block in train.blocks(run.rng(3, draw), size=1024):
+                x = torch.cat([block["x_s"], *model.densify(block["x_s"], block["conf"])], 1).flatten(1)
+                out[done : done + len(x)] = torch.cat([x, block["conf"]], 1).cpu().numpy()
+                done += len(x)
+                bar.update(len(x))
+        out.flush()
         os.replace(beside, path)
     both = np.load(path, mmap_mode="r", allow_pickle=False)
     return both[:, : 161 * 2].reshape(-1, 161, 2), both[:, 161 * 2 :]
@@ -494,24 +517,17 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
         error = (y - b["y"]).norm(dim=-1).mean()
         return error / 100 + c.lambda_aux * extra, dict(mpjpe=error.detach()), None
 
+    shown_val = [fed(block) for block in val.blocks(clean=clean)]  # densified once: the same in every epoch
+
     def validate():
         errors = []
-        for block in val.blocks(clean=clean):
-            b = val_fed(block)
+        for b in shown_val:
             errors += [(model(x, conf) - y).norm(dim=-1).mean(-1) for x, conf, y in
                        zip(b["x"].split(1024), b["conf"].split(1024), b["y"].split(1024), strict=True)]
         return dict(mpjpe=torch.cat(errors).mean())
 
-    kept = {}
-
-    def val_fed(block):  # the densified validation set is the same in every epoch: make it once
-        key = float(block["x_s"].sum())
-        if key not in kept:
-            kept[key] = fed(block)
-        return kept[key]
-
-    first = train.read(slice(0, min(train.n, BLOCK)), run.rng(3, seed, 10**6), clean)
-    shown = fed(first)
+    rows = np.sort(torch.randperm(train.n)[:BLOCK].numpy())
+    shown = fed(train.read(rows, run.rng(3, seed, 10**6), clean))
     model.standardize(shown["all"] if name == "auxiliary" else shown["x"], shown["y"], shown["conf"])
     lr_at = warmup_cosine(500) if c.cosine_3 else lambda step, _: 0.96 ** (step // train.steps(c.batch_3) // 4)
     return fit(run, f"stage3_{name}_{seed}", model, torch.optim.Adam(model.parameters(), lr=c.lr_3, fused=True), c.epochs_3,
@@ -519,8 +535,7 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
 
 
 def stage_3(run: Run, seeds: int) -> None:
-    for s in (1, 2):
-        load_checkpoint(run.path / f"stage{s}.pt")  # say at once what is missing
+    load_hipart(run)  # say at once what is missing
     train_regressor(run)
     for seed in range(seeds):
         for name in FEEDS:
@@ -540,26 +555,35 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, help="use only so many training samples")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--seeds", type=int, default=1, help="lifters per feed in stage 3")
-    p.add_argument("--device", help="cuda, cpu or mps; default: cuda if there is one, else cpu")
+    p.add_argument("--device", help="cuda or cpu; default: cuda if there is one, else cpu")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoints of this run")
     group = p.add_argument_group("fields of hipart.Config (they override the preset)")
     for f in dataclasses.fields(Config):
-        if f.type == "bool" or f.type is bool:
-            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None)
+        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))  # either spelling
+        if f.type is bool:
+            group.add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, default=None)
         else:
-            group.add_argument(f"--{f.name}", type=type(f.default), metavar=str(f.default))
+            group.add_argument(*names, dest=f.name, type=type(f.default), metavar=str(f.default))
     return p
 
 
 def main() -> None:
     args = arguments().parse_args()
+    if args.seeds < 1 or (args.limit or 0) < 0:
+        stop(f"--seeds must be at least 1 and --limit at least 0, found {args.seeds} and {args.limit}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda needs a GPU that torch can see, and there is none: leave --device out")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     preset = args.preset or ("paper" if device.type == "cuda" else "quick")
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     options = PRESETS[preset] | given
     limit = options.pop("limit", 0) if args.limit is None else args.limit
     options.pop("limit", None)
-    run = Run(Path("runs") / (args.name or preset), Config(**options), device, args.seed, args.data, limit, args.resume)
+    try:
+        config = Config(**options)
+    except ValueError as e:
+        stop(str(e))
+    run = Run(Path("runs") / (args.name or preset), config, device, args.seed, args.data, limit, args.resume)
     torch.set_float32_matmul_precision("high")
     print(f"preset {preset} on {device} ({torch.get_num_threads()} threads), torch {torch.__version__}: {run.path}")
     if not Path(args.data, "meta.json").exists():

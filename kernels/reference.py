@@ -47,13 +47,13 @@ def _nearest_chunk(x64: Tensor, c64: Tensor, x_screen: Tensor, c_screen: Tensor,
     if everything:
         row, code = torch.ones(N, K, dtype=torch.bool, device=x64.device).nonzero(as_tuple=True)
     else:
-        # An exact power of two brings the largest magnitude to [1, 2): squares can neither overflow nor vanish.
+        # An exact power of two brings the largest magnitude to [0.5, 1): squares can neither overflow nor vanish.
         largest = torch.maximum(x_screen.abs().max(), c_screen.abs().max())
         exponent = -torch.frexp(largest).exponent.double() if float(largest) > 0 else torch.zeros_like(largest)
         scale = torch.pow(2.0, exponent)
         x32, c32 = (x_screen * scale).float(), (c_screen * scale).float()
         x_norm, c_norm = x32.double().norm(dim=1, keepdim=True), c32.double().norm(dim=1)
-        score = torch.addmm((c_norm**2).float(), x32, c32.T, alpha=-2)  # [N, K], |x|^2 left out: same for every code
+        score = _float32_scores(x32, c32, (c_norm**2).float())
         # Rounding of inputs to float32, of a length-D float32 dot product in any order, and of the contract's own float64
         # sum, all relative to (|x| + |c|)^2; the last term covers flushed denormals.
         error = (D + 16) * 2.0**-23 * (x_norm + c_norm.max()) ** 2 + D * 2.0**-120
@@ -72,6 +72,18 @@ def _nearest_chunk(x64: Tensor, c64: Tensor, x_screen: Tensor, c_screen: Tensor,
         d64 += e * e
     best = torch.full((N,), torch.inf, dtype=torch.float64, device=x64.device).scatter_reduce(0, row, d64, "amin")
     return idx.scatter_reduce(0, row, torch.where(d64 == best[row], code, K), "amin")
+
+
+def _float32_scores(x: Tensor, c: Tensor, c2: Tensor) -> Tensor:
+    """|c|^2 - 2 x c^T [N, K] in true float32 (|x|^2 is left out: it is the same for every code). The bound above holds for
+    nothing less, so neither autocast nor TF32 may touch this product."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.addmm(c2, x, c.T, alpha=-2)
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @torch.no_grad()

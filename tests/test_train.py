@@ -28,6 +28,7 @@ TINY = dict(D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_wid
             lifter_blocks=2, warmup_free=6, epochs_1=3, batch_1=16, epochs_2=3, batch_2=16, epochs_3=5, batch_3=32,
             draws_3=2, epochs_r=2, regressor_width=32)  # fmt: skip
 FEEDS = ("sparse", "generated", "regressor", "auxiliary", "ground_truth_clean")  # the whole chain below trains them all
+BAR = re.compile(r"^.*\d+/\d+ \[[^\]]*\]")  # a progress bar, which may stand before the message
 FLAGS = {a.dest: a.option_strings[0] for a in train.arguments()._actions}
 
 
@@ -57,7 +58,8 @@ def refused(monkeypatch, capsys, folder, *args, **config):
         main(monkeypatch, folder, *args, **config)
     code = exit_info.value.code
     status, said = (code, "") if isinstance(code, int) else (1, str(code))
-    return status, (said + capsys.readouterr().err.split("\r")[-1]).strip()  # what follows the progress bars
+    lines = [BAR.sub("", line).strip() for line in re.split(r"[\r\n]", said + "\n" + capsys.readouterr().err)]
+    return status, "\n".join(filter(None, lines))
 
 
 def checkpoint(folder, name):
@@ -337,7 +339,7 @@ def test_preset_paper_is_config_itself_and_the_others_are_configs():
     for name, options in train.PRESETS.items():
         fields = {k: v for k, v in options.items() if k != "limit"}
         built[name] = Config(**fields)
-        structure = {k: getattr(built[name], k) for k in ("decoder_blocks", "lsab_blocks", "cosine_local", "ema_decay")}
+        structure = {k: getattr(built[name], k) for k in ("decoder_blocks", "lsab_blocks", "cosine_local")}
         assert structure == {k: getattr(Config(), k) for k in structure}
         assert built[name].width % built[name].heads == 0
     assert built.keys() == {"quick", "standard", "paper"} and built["paper"] == Config()

@@ -1,0 +1,339 @@
+"""Draw what a run does: densified 2D poses, lifted 3D poses, its codebooks, and what single tokens stand for.
+
+    python sample.py                              # runs/standard on data/demo, test split
+    python sample.py --name quick --split unseen --n 6
+    python sample.py --tokens random --without no_local      # Fig. 14, beside runs/no_local (`--lambda_l 0`)
+
+Writes PNG files to runs/NAME/figures; needs no display.
+
+    overview.png      one occluded person: detection -> 48 dense -> 96 fine points -> 3D
+    poses_random.png  random samples, poses_worst.png the worst of the pool           Fig. 2, 13, 15
+    similarity.png    cosine similarity of the codes, and of parts                    Fig. 7, 14
+    swap.png          what moves when one token is swapped                            Fig. 8
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluate import alignment, mpjpe
+from hipart import (
+    J_D,
+    J_S,
+    JOINT_NAMES,
+    LEFT,
+    MSST,
+    PARENTS,
+    PART_JOINT,
+    RIGHT,
+    SCALE,
+    Config,
+    HiPART,
+    J,
+    R,
+    detected_pelvis,
+    from_model_frame,
+    to_model_frame,
+    to_pixels,
+)
+from train import Run, Split, feed, load_checkpoint, load_hipart, new_lifter, stop
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+POOL = 1000  # random samples of the split, from which the figures choose
+BLUE, ORANGE, DARK, LIGHT, RING = "#0072B2", "#D55E00", "#444444", "#BBBBBB", "#CC79A7"  # Okabe-Ito and greys
+SIDE = [BLUE if j in LEFT else ORANGE if j in RIGHT else DARK for j in range(J)]  # colour of each joint
+PART_COLOURS = [SIDE[j] for j in PART_JOINT]
+PART_NAMES = [JOINT_NAMES[j] for j in PART_JOINT]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+@torch.no_grad()
+def predict(split: Split, hipart: HiPART, lifter, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Densify and lift samples `rows` of a split: pixels and millimetres.
+
+    x_s [n, 17, 2] as detected, conf [n, 17], x_d [n, 48, 2] and x_f [n, 96, 2] generated, y [n, 17, 3] predicted; the
+    truth of each with `true_` before its name; px [n] error of the fine points, mm [n] MPJPE, action [n].
+    """
+    block, clean = split.read(rows), split.read(rows, clean=True)
+    x = feed("generated", block, hipart, None)
+    y = torch.cat([lifter(*p) for p in zip(x.split(1024), block["conf"].split(1024), strict=True)])
+    out = dict(x_s=x[:, :J], x_d=x[:, J : J + J_D], x_f=x[:, J + J_D :])
+    out |= {f"true_{k}": clean[k] for k in ("x_s", "x_d", "x_f")}
+    out = {k: to_pixels(v, split.w, split.h) for k, v in out.items()} | dict(y=y, true_y=block["y"])
+    out = {k: v.cpu().numpy() for k, v in (out | {k: block[k] for k in ("conf", "action")}).items()}
+    height = split.arrays["height_px"][rows]
+    for level in "sdf":
+        error = np.linalg.norm(out[f"x_{level}"] - out[f"true_x_{level}"], axis=-1)
+        seen = out["conf"] > 0 if level == "s" else np.ones_like(error, bool)
+        out[f"px_{level}"] = (error * seen).sum(1) / seen.sum(1)
+    return out | dict(mm=mpjpe(out["y"], out["true_y"]), percent=out["px_f"] / height * 100)
+
+
+@torch.no_grad()
+def swaps(msst: MSST, x_f: Tensor) -> tuple[np.ndarray, dict]:
+    """Swap one token of true poses x_f [n, 96, 2] (model frame) for the one that the next pose has in its place.
+
+    Returns moved [2, n, 16, 16]: how far the fine points of part k (last axis) move when a sparse token (first axis 0) or
+    the first dense token (1) of part i is swapped; and poses {"kept" or (level, i): [n, 96, 2]}. All in the model frame.
+    """
+    q_s, q_d = msst.encode(x_f)
+    poses = {"kept": msst.decode(q_s, q_d)[1]}
+    for level, q in enumerate((q_s, q_d)):
+        for i in range(J_S):
+            at, new = i * (1, R)[level], q.clone()
+            new[:, at] = q[:, at].roll(1)
+            poses[level, i] = msst.decode(*((new, q_d) if level == 0 else (q_s, new)))[1]
+    moved = [[(poses[level, i] - poses["kept"]).norm(dim=-1).unflatten(1, (J_S, -1)).mean(2) for i in range(J_S)]
+             for level in (0, 1)]  # each [n, 16]
+    return (torch.stack([torch.stack(m, 1) for m in moved]).cpu().numpy(), {k: v.cpu().numpy() for k, v in poses.items()})
+
+
+@torch.no_grad()
+def similarities(msst: MSST, x_f: Tensor, tokens: str) -> dict:
+    """Cosine similarities: among 100 sparse codes, among 100 dense codes and across (the paper's Fig. 7), and of parts of
+    true poses x_f (model frame): sparse embedding of part i (row) with the mean dense embedding of part k, [16, 16]."""
+    codes = []
+    for quantizer in (msst.Q_s, msst.Q_d):
+        C = F.normalize(quantizer.codebook, dim=-1).cpu()
+        order = torch.randperm(len(C), generator=torch.Generator().manual_seed(0)) if tokens == "random" else slice(None)
+        codes.append(C[order][:100])
+    o = msst(x_f)
+    part = F.normalize(o["zh_d"].unflatten(1, (J_S, R)).mean(2), dim=-1)
+    parts = (F.normalize(o["zh_s"], dim=-1) @ part.transpose(1, 2)).mean(0)  # [16, 16]
+    C_s, C_d = codes
+    return dict(sparse=(C_s @ C_s.T).numpy(), dense=(C_d @ C_d.T).numpy(), across=(C_d @ C_s.T).numpy(),
+                parts=parts.cpu().numpy(), alignment=float(alignment(o["zh_s"], o["zh_d"]).mean()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pieces of pictures
+
+
+def bones(ax, x: np.ndarray, seen=None, colours=SIDE, **style) -> None:
+    """Skeleton x [17, 2 or 3]; bones with an unseen end are left out."""
+    for j in range(1, J):
+        if seen is None or (seen[j] and seen[PARENTS[j]]):
+            ax.plot(*zip(x[PARENTS[j]], x[j], strict=True), color=colours[j] if isinstance(colours, list) else colours, **style)
+
+
+def detection(ax, p: dict, i: int) -> None:
+    """What the detector gave, over the true skeleton; rings where it gave nothing."""
+    seen = p["conf"][i] > 0
+    bones(ax, p["true_x_s"][i], colours=LIGHT, lw=5, solid_capstyle="round")
+    bones(ax, p["x_s"][i], seen, lw=2)
+    ax.scatter(*p["x_s"][i][seen].T, c=np.array(SIDE)[seen], s=22, zorder=3)
+    ax.scatter(*p["true_x_s"][i][~seen].T, s=130, facecolor="none", edgecolor=RING, lw=2.2, zorder=4)
+
+
+def points(ax, x: np.ndarray, true: np.ndarray) -> None:
+    """Generated points by side of the body over the true ones, each tied to its own."""
+    rate = len(x) // J_S
+    for a, b in zip(x, true, strict=True):
+        ax.plot(*zip(a, b, strict=True), color=LIGHT, lw=1, zorder=1)
+    ax.scatter(*true.T, s=26, facecolor="none", edgecolor="#888888", lw=0.9, zorder=2)
+    ax.scatter(*x.T, s=13, c=np.repeat(PART_COLOURS, rate), zorder=3)
+
+
+def flat(ax, p: dict, i: int) -> None:
+    """Image axes (y down), equal scale, all panels of a sample alike."""
+    x = np.concatenate([p["true_x_f"][i], p["true_x_s"][i], p["x_f"][i]])
+    middle, half = (x.max(0) + x.min(0)) / 2, 0.55 * np.ptp(x, 0).max()
+    ax.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] + half, middle[1] - half), aspect="equal")
+    ax.set_xticks([]), ax.set_yticks([])
+
+
+def solid(ax, y: np.ndarray, under: np.ndarray | None, box: np.ndarray) -> None:
+    """Skeleton y [17, 3] mm (camera frame: x right, y down, z forward) standing upright, seen from 50 degrees to the side
+    of the camera; `under` in grey below it; `box` [n, 3] sets the limits."""
+
+    def upright(a):
+        return np.stack([a[:, 0], a[:, 2], -a[:, 1]], 1)
+
+    if under is not None:
+        bones(ax, upright(under), colours=LIGHT, lw=5, solid_capstyle="round")
+    bones(ax, upright(y), lw=2.4, solid_capstyle="round")
+    box = upright(box)
+    middle, half = (box.max(0) + box.min(0)) / 2, 0.5 * np.ptp(box, 0).max()
+    ax.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half),
+           zlim=(middle[2] - half, middle[2] + half), xticklabels=[], yticklabels=[], zticklabels=[])
+    ax.set_box_aspect((1, 1, 1), zoom=1.25)
+    ax.view_init(elev=12, azim=-40)
+
+
+def save(fig, path: Path) -> None:
+    """Beside and renamed: a reader sees the old picture or the new one."""
+    beside = path.with_name(path.stem + ".tmp.png")
+    fig.savefig(beside, dpi=100)
+    plt.close(fig)
+    os.replace(beside, path)
+    print(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def draw_poses(path: Path, p: dict, rows, names: list[str], title: str) -> None:
+    """Fig. 2, 13, 15: a sample per row: detected, dense, fine, predicted 3D, true 3D."""
+    fig = plt.figure(figsize=(12, 0.9 + 2.65 * len(rows)), layout="constrained")
+    for r, i in enumerate(rows):
+        axes = [fig.add_subplot(len(rows), 5, 5 * r + k + 1, projection="3d" if k > 2 else None) for k in range(5)]
+        detection(axes[0], p, i)
+        points(axes[1], p["x_d"][i], p["true_x_d"][i])
+        points(axes[2], p["x_f"][i], p["true_x_f"][i])
+        for ax in axes[:3]:
+            flat(ax, p, i)
+        both = np.concatenate([p["y"][i], p["true_y"][i]])
+        solid(axes[3], p["y"][i], p["true_y"][i], both)
+        solid(axes[4], p["true_y"][i], None, both)
+        gone = int((p["conf"][i] == 0).sum())
+        axes[0].set_ylabel(("unknown", *names)[p["action"][i] + 1], fontsize=12)
+        for ax, text in zip(axes, (f"detected: {p['px_s'][i]:.0f} px off" + (f", {gone} missing" if gone else ""),
+                                   f"48 dense: {p['px_d'][i]:.0f} px off",
+                                   f"96 fine: {p['px_f'][i]:.0f} px ({p['percent'][i]:.1f} %)",
+                                   f"3D: {p['mm'][i]:.0f} mm off", "3D: ground truth"), strict=True):
+            ax.set_title(text, fontsize=11)
+    fig.suptitle(f"{title}\nblue: left, orange: right, grey: truth, pink ring: joint that the detector missed", fontsize=12)
+    save(fig, path)
+
+
+def draw_overview(path: Path, p: dict, i: int) -> None:
+    """One person from detection to 3D, large."""
+    fig = plt.figure(figsize=(12, 3.9), layout="constrained")
+    axes = [fig.add_subplot(1, 4, k + 1, projection="3d" if k == 3 else None) for k in range(4)]
+    detection(axes[0], p, i)
+    points(axes[1], p["x_d"][i], p["true_x_d"][i])
+    points(axes[2], p["x_f"][i], p["true_x_f"][i])
+    for ax in axes[:3]:
+        flat(ax, p, i)
+    solid(axes[3], p["y"][i], p["true_y"][i], np.concatenate([p["y"][i], p["true_y"][i]]))
+    for ax, text in zip(axes, (f"input: 17 joints, {int((p['conf'][i] == 0).sum())} missing",
+                               f"48 dense points, {p['px_d'][i]:.0f} px off", f"96 fine points, {p['px_f'][i]:.0f} px off",
+                               f"3D pose, {p['mm'][i]:.0f} mm off"), strict=True):
+        ax.set_title(text, fontsize=13)
+    save(fig, path)
+
+
+def draw_similarity(path: Path, runs: dict[str, dict]) -> None:
+    """Fig. 7 and 14: a row per run."""
+    fig, axes = plt.subplots(len(runs), 4, figsize=(12, 0.8 + 3.1 * len(runs)), layout="constrained", squeeze=False)
+    for row, (name, s) in zip(axes, runs.items(), strict=True):
+        for ax, key, label, x, y in zip(row, ("sparse", "dense", "across", "parts"),
+                                        ("sparse codes", "dense codes", "sparse with dense codes", "parts of a pose"),
+                                        ("sparse code", "dense code", "sparse code", "dense mean of part"),
+                                        ("sparse code", "dense code", "dense code", "sparse token of part"), strict=True):
+            image = ax.imshow(s[key], vmin=-1, vmax=1, cmap="PuOr_r", interpolation="nearest")
+            ax.set_xlabel(x), ax.set_ylabel(y)
+            ax.set_title(label + (f"\nown minus others: {s['alignment']:.2f}" if key == "parts" else "\n"), fontsize=11)
+        row[0].set_title(f"{name}\nsparse codes", fontsize=11)
+    fig.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
+    save(fig, path)
+
+
+def draw_swap(path: Path, moved: np.ndarray, poses: dict, x_s: np.ndarray) -> None:
+    """Fig. 8: a sparse and a dense token swapped in two examples, and the mean over all poses; x_s [n, 17, 2] in px."""
+    fig, axes = plt.subplots(2, 3, figsize=(12, 8), layout="constrained", width_ratios=(1, 1, 1.3))
+    top = moved.mean(1).max()
+    for level, (row, name) in enumerate(zip(axes, ("sparse", "dense"), strict=True)):
+        for ax, i in zip(row, (PART_NAMES.index("left wrist"), PART_NAMES.index("right knee")), strict=False):
+            own = moved[0, :, i, i]
+            n = int(np.abs(own - np.quantile(own, 0.9)).argmin())  # a clear case for the sparse token; the same one for dense
+            kept, new, mine = poses["kept"][n], poses[level, i][n], np.arange(len(poses["kept"][n])) // (2 * R) == i
+            bones(ax, x_s[n], colours="#DDDDDD", lw=4, solid_capstyle="round")
+            for a, b in zip(kept, new, strict=True):
+                ax.plot(*zip(a, b, strict=True), color=ORANGE, lw=1.2, zorder=2)
+            ax.scatter(*kept.T, s=16, c=np.where(mine, "black", "#888888"), zorder=3)
+            ax.scatter(*new[mine].T, s=34, facecolor="none", edgecolor=ORANGE, lw=1.8, zorder=4)
+            middle, half = (kept.max(0) + kept.min(0)) / 2, 0.58 * np.ptp(kept, 0).max()
+            ax.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] + half, middle[1] - half), aspect="equal")
+            ax.set_xticks([]), ax.set_yticks([])
+            shift = moved[level, n, i]
+            ax.set_title(f"{name} token of the {PART_NAMES[i]} swapped\nit moves {shift[i]:.0f} px, other parts "
+                         f"{np.delete(shift, i).mean():.1f} px", fontsize=11)
+        mean = moved[level].mean(0)
+        own, other = np.diag(mean).mean(), mean[~np.eye(J_S, dtype=bool)].mean()
+        image = row[2].imshow(mean, cmap="cividis", vmin=0, vmax=top)
+        row[2].set_xticks(range(J_S), PART_NAMES, rotation=90, fontsize=8)
+        row[2].set_yticks(range(J_S), PART_NAMES, fontsize=8)
+        row[2].set(xlabel="moves this part", ylabel=f"{name} token swapped")
+        row[2].set_title(f"mean of {moved.shape[1]} poses:\nown part {own:.1f} px, other parts {other:.1f} px", fontsize=11)
+    fig.colorbar(image, ax=axes[:, 2], shrink=0.6, label="px")
+    fig.suptitle("Black: the part's points before the swap, orange: after; lines: what moved", fontsize=12)
+    save(fig, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def typical_occlusion(p: dict) -> int:
+    """The sample of median 3D error among those with two or more joints of one arm or leg missing (else among all)."""
+    limbs = np.array([[1, 2, 3], [4, 5, 6], [11, 12, 13], [14, 15, 16]])
+    hidden = np.flatnonzero(((p["conf"][:, limbs] == 0).sum(-1) >= 2).any(1))
+    rows = hidden if len(hidden) else np.arange(len(p["mm"]))
+    return int(rows[p["mm"][rows].argsort()[len(rows) // 2]])
+
+
+def main() -> None:
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument("--name", default="standard", help="the run, runs/NAME")
+    a.add_argument("--data", default="data/demo", help="folder of the data set")
+    a.add_argument("--split", default="test", choices=("val", "test", "unseen"))
+    a.add_argument("--n", type=int, default=4, help="samples in poses_random.png and poses_worst.png")
+    a.add_argument("--seed", type=int, default=0, help="which samples are drawn")
+    a.add_argument("--tokens", default="first", choices=("first", "random"), help="which 100 codes similarity.png shows")
+    a.add_argument("--without", help="a second run for similarity.png, trained with --lambda_l 0; stage 1 is enough")
+    a.add_argument("--device", help="cuda, cpu or mps; default: cuda if there is one, else cpu")
+    args = a.parse_args()
+    if args.n < 1:
+        stop(f"--n must be at least 1, found {args.n}")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run = Run(Path("runs") / args.name, Config(), device, data=args.data)
+    hipart, split = load_hipart(run), run.split(args.split)
+    saved = load_checkpoint(run.path / "stage3_generated_0.pt", device)
+    lifter = new_lifter(Config(**saved["config"]), "generated").to(device).eval()
+    lifter.load_state_dict(saved["model"])
+    tokenizers = {args.name: hipart.msst}
+    if args.without:
+        path = Path("runs") / args.without / "stage1.pt"
+        if not path.exists():
+            stop(f"{path} is not there: run `python train.py --name {args.without} --stage 1 --lambda_l 0` first")
+        other = load_checkpoint(path, device)
+        tokenizers[args.without] = MSST(Config(**other["config"])).to(device).eval()
+        tokenizers[args.without].load_state_dict(other["model"])
+
+    order = np.random.default_rng(args.seed).permutation(split.n)[:POOL]
+    p = predict(split, hipart, lifter, np.sort(order))
+    block = split.read(np.sort(order))
+    pelvis = detected_pelvis(block["x_s"], block["conf"])
+    x_f = to_model_frame(block["x_f"], pelvis)
+    figures, actions = run.path / "figures", split.meta["actions"]
+    figures.mkdir(parents=True, exist_ok=True)
+    draw_overview(figures / "overview.png", p, typical_occlusion(p))
+    picked = np.argsort(order).argsort()[: args.n]  # the first ones drawn, as rows of the sorted pool
+    draw_poses(figures / "poses_random.png", p, picked, actions, f"Random samples of `{args.split}`")
+    worst = p["mm"].argsort()[::-1][: args.n]
+    draw_poses(figures / "poses_worst.png", p, worst, actions, f"The worst of {len(order)} samples of `{args.split}`, by 3D error")
+    draw_similarity(figures / "similarity.png",
+                    {f"{name}, λ_l = {m.config.lambda_l:g}": similarities(m, x_f, args.tokens) for name, m in tokenizers.items()})
+    moved, poses = swaps(hipart.msst, x_f)
+
+    def px(x: np.ndarray) -> np.ndarray:
+        x = from_model_frame(torch.from_numpy(x).to(device), pelvis)
+        return to_pixels(x, split.w, split.h).cpu().numpy()
+
+    draw_swap(figures / "swap.png", moved * SCALE * split.w / 2, {k: px(x) for k, x in poses.items()}, p["true_x_s"])
+
+
+if __name__ == "__main__":
+    main()
