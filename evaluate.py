@@ -184,8 +184,9 @@ def summarize(rows: dict[str, np.ndarray], names: list[str]) -> dict[str, dict]:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """Aligned Markdown: first column to the left, numbers to the right."""
-    width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [[row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:], strict=True))] for row in [head, *rows]]
+    width = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [[cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, width, strict=True))]
+             for row in (head, *rows)]
     lines.insert(1, ["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -371,8 +372,8 @@ def main() -> None:
     for name, kind in SPLITS.items():
         sections += [f"## 2D error of the fine pose on `{name}` ({kind})", fine_pose_tables(summaries[name])]
     sections += ["## Tokenizer and codebooks", codebook_table(reports, summaries, hipart.config),
-                 "Perplexity and dead codes (never used) are taken over the whole split. *alignment*: mean cosine of a sparse "
-                 "embedding with the mean dense embedding of its own part, minus that with the other parts."]
+                 "Perplexity and dead codes (never used) are taken over the whole split. *alignment*: mean cosine of a "
+                 "sparse embedding with the mean dense embedding of its own part, minus that with the other parts."]
     text = "\n\n".join(sections) + "\n"
     print("\n" + text)
     write(run.path / "table.md", text)

@@ -104,9 +104,9 @@ class Config:
             raise ValueError(f"width must be a multiple of heads, found {self.width} and {self.heads}")
         if self.epochs_soft and not self.soft:
             raise ValueError("epochs_soft trains through expected embeddings: it needs soft")
-        small = [k for k, v in vars(self).items() if type(v) is int and v < 1 and not k.startswith(("warmup", "epochs_soft"))]
-        if small:
-            raise ValueError(f"{', '.join(small)} must be at least 1")
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1 and not name.startswith(("warmup", "epochs_soft")):
+                raise ValueError(f"{name} must be at least 1, found {value}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z: Tensor, rows_per_step: int, iterations: int = 10) -> None:
-        """Set the codebook by k-means on encoder outputs z [N, D]; counts are set to what steps of `rows_per_step` rows would leave."""
+        """k-means on encoder outputs z [N, D]; counts are set to what training steps of `rows_per_step` rows would leave."""
         K, z = len(self.codebook), z.float()
         if len(z) < K:
             raise ValueError(f"k-means needs at least as many encoder outputs as codes ({K}), found {len(z)}")

@@ -96,7 +96,8 @@ def swaps(msst: MSST, x_f: Tensor) -> tuple[np.ndarray, dict]:
             poses[level, i] = msst.decode(*((new, q_d) if level == 0 else (q_s, new)))[1]
     moved = [[(poses[level, i] - poses["kept"]).norm(dim=-1).unflatten(1, (J_S, -1)).mean(2) for i in range(J_S)]
              for level in (0, 1)]  # each [n, 16]
-    return (torch.stack([torch.stack(m, 1) for m in moved]).cpu().numpy(), {k: v.cpu().numpy() for k, v in poses.items()})
+    moved = torch.stack([torch.stack(m, 1) for m in moved])
+    return moved.cpu().numpy(), {k: v.cpu().numpy() for k, v in poses.items()}
 
 
 @torch.no_grad()
@@ -137,12 +138,11 @@ def detection(ax, p: dict, i: int) -> None:
 
 
 def points(ax, x: np.ndarray, true: np.ndarray) -> None:
-    """Generated points by side of the body over the true ones, each tied to its own."""
-    rate = len(x) // J_S
+    """Generated points, by side of the body; grey rings: the true ones, each tied to its own."""
     for a, b in zip(x, true, strict=True):
         ax.plot(*zip(a, b, strict=True), color=LIGHT, lw=1, zorder=1)
-    ax.scatter(*true.T, s=26, facecolor="none", edgecolor="#888888", lw=0.9, zorder=2)
-    ax.scatter(*x.T, s=13, c=np.repeat(PART_COLOURS, rate), zorder=3)
+    ax.scatter(*true.T, s=22, facecolor="none", edgecolor="#888888", lw=0.9, zorder=2)
+    ax.scatter(*x.T, s=13, c=np.repeat(PART_COLOURS, len(x) // J_S), zorder=3)
 
 
 def flat(ax, p: dict, i: int) -> None:
@@ -164,10 +164,13 @@ def solid(ax, y: np.ndarray, under: np.ndarray | None, box: np.ndarray) -> None:
         bones(ax, upright(under), colours=LIGHT, lw=5, solid_capstyle="round")
     bones(ax, upright(y), lw=2.4, solid_capstyle="round")
     box = upright(box)
-    middle, half = (box.max(0) + box.min(0)) / 2, 0.5 * np.ptp(box, 0).max()
+    middle, half, floor = (box.max(0) + box.min(0)) / 2, 0.5 * np.ptp(box, 0).max(), box[:, 2].min()
     ax.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half),
-           zlim=(middle[2] - half, middle[2] + half), xticklabels=[], yticklabels=[], zticklabels=[])
-    ax.set_box_aspect((1, 1, 1), zoom=1.25)
+           zlim=(floor, floor + 2 * half), xticklabels=[], yticklabels=[], zticklabels=[])
+    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+        axis.line.set_color("none")
+        axis.set_tick_params(color="none")
+    ax.set_box_aspect((1, 1, 1), zoom=1.3)
     ax.view_init(elev=12, azim=-40)
 
 
@@ -186,7 +189,7 @@ def save(fig, path: Path) -> None:
 
 def draw_poses(path: Path, p: dict, rows, names: list[str], title: str) -> None:
     """Fig. 2, 13, 15: a sample per row: detected, dense, fine, predicted 3D, true 3D."""
-    fig = plt.figure(figsize=(12, 0.9 + 2.65 * len(rows)), layout="constrained")
+    fig = plt.figure(figsize=(12, 0.8 + 2.3 * len(rows)), layout="constrained")
     for r, i in enumerate(rows):
         axes = [fig.add_subplot(len(rows), 5, 5 * r + k + 1, projection="3d" if k > 2 else None) for k in range(5)]
         detection(axes[0], p, i)
@@ -204,72 +207,75 @@ def draw_poses(path: Path, p: dict, rows, names: list[str], title: str) -> None:
                                    f"96 fine: {p['px_f'][i]:.0f} px ({p['percent'][i]:.1f} %)",
                                    f"3D: {p['mm'][i]:.0f} mm off", "3D: ground truth"), strict=True):
             ax.set_title(text, fontsize=11)
-    fig.suptitle(f"{title}\nblue: left, orange: right, grey: truth, pink ring: joint that the detector missed", fontsize=12)
+    fig.suptitle(f"{title}. Blue: left, orange: right, grey: truth, pink ring: joint that the detector missed, "
+                 "3D: from the side", fontsize=12)
     save(fig, path)
 
 
 def draw_overview(path: Path, p: dict, i: int) -> None:
-    """One person from detection to 3D, large."""
-    fig = plt.figure(figsize=(12, 3.9), layout="constrained")
+    """One person from detection to 3D, large; the true skeleton in grey under everything."""
+    fig = plt.figure(figsize=(12, 3.7), layout="constrained")
     axes = [fig.add_subplot(1, 4, k + 1, projection="3d" if k == 3 else None) for k in range(4)]
     detection(axes[0], p, i)
-    points(axes[1], p["x_d"][i], p["true_x_d"][i])
-    points(axes[2], p["x_f"][i], p["true_x_f"][i])
+    for ax, level in zip(axes[1:3], "df", strict=True):
+        bones(ax, p["true_x_s"][i], colours=LIGHT, lw=5, solid_capstyle="round")
+        x = p[f"x_{level}"][i]
+        ax.scatter(*x.T, s=30, c=np.repeat(PART_COLOURS, len(x) // J_S), zorder=3)
     for ax in axes[:3]:
         flat(ax, p, i)
     solid(axes[3], p["y"][i], p["true_y"][i], np.concatenate([p["y"][i], p["true_y"][i]]))
-    for ax, text in zip(axes, (f"input: 17 joints, {int((p['conf'][i] == 0).sum())} missing",
-                               f"48 dense points, {p['px_d'][i]:.0f} px off", f"96 fine points, {p['px_f'][i]:.0f} px off",
-                               f"3D pose, {p['mm'][i]:.0f} mm off"), strict=True):
+    for ax, text in zip(axes, (f"detected: 17 joints, {int((p['conf'][i] == 0).sum())} missing (rings)",
+                               f"48 dense points ({p['px_d'][i]:.0f} px off)", f"96 fine points ({p['px_f'][i]:.0f} px off)",
+                               f"3D pose ({p['mm'][i]:.0f} mm off)"), strict=True):
         ax.set_title(text, fontsize=13)
     save(fig, path)
 
 
 def draw_similarity(path: Path, runs: dict[str, dict]) -> None:
     """Fig. 7 and 14: a row per run."""
-    fig, axes = plt.subplots(len(runs), 4, figsize=(12, 0.8 + 3.1 * len(runs)), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(runs), 4, figsize=(12, 0.5 + 2.9 * len(runs)), layout="constrained", squeeze=False)
     for row, (name, s) in zip(axes, runs.items(), strict=True):
-        for ax, key, label, x, y in zip(row, ("sparse", "dense", "across", "parts"),
-                                        ("sparse codes", "dense codes", "sparse with dense codes", "parts of a pose"),
-                                        ("sparse code", "dense code", "sparse code", "dense mean of part"),
-                                        ("sparse code", "dense code", "dense code", "sparse token of part"), strict=True):
+        panels = {"sparse": ("sparse codes", "sparse code", "sparse code"), "dense": ("dense codes", "dense code", "dense code"),
+                  "across": ("sparse x dense codes", "sparse code", "dense code"),
+                  "parts": (f"in poses: own - others {s['alignment']:.2f}", "part of 3 dense tokens", "part of sparse token")}
+        for ax, (key, (title, x, y)) in zip(row, panels.items(), strict=True):
             image = ax.imshow(s[key], vmin=-1, vmax=1, cmap="PuOr_r", interpolation="nearest")
-            ax.set_xlabel(x), ax.set_ylabel(y)
-            ax.set_title(label + (f"\nown minus others: {s['alignment']:.2f}" if key == "parts" else "\n"), fontsize=11)
-        row[0].set_title(f"{name}\nsparse codes", fontsize=11)
+            ax.set(xlabel=x, ylabel=y, xticks=(), yticks=())
+            ax.set_title(title, fontsize=11)
+        row[0].set_ylabel(f"{name}\n\nsparse code")
     fig.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
     save(fig, path)
 
 
 def draw_swap(path: Path, moved: np.ndarray, poses: dict, x_s: np.ndarray) -> None:
     """Fig. 8: a sparse and a dense token swapped in two examples, and the mean over all poses; x_s [n, 17, 2] in px."""
-    fig, axes = plt.subplots(2, 3, figsize=(12, 8), layout="constrained", width_ratios=(1, 1, 1.3))
+    fig, axes = plt.subplots(2, 3, figsize=(12, 7.4), layout="constrained", width_ratios=(1, 1, 1.25))
     top = moved.mean(1).max()
     for level, (row, name) in enumerate(zip(axes, ("sparse", "dense"), strict=True)):
         for ax, i in zip(row, (PART_NAMES.index("left wrist"), PART_NAMES.index("right knee")), strict=False):
             own = moved[0, :, i, i]
-            n = int(np.abs(own - np.quantile(own, 0.9)).argmin())  # a clear case for the sparse token; the same one for dense
+            n = int(np.abs(own - np.quantile(own, 0.8)).argmin())  # a clear case for sparse; dense shows the same pose
             kept, new, mine = poses["kept"][n], poses[level, i][n], np.arange(len(poses["kept"][n])) // (2 * R) == i
             bones(ax, x_s[n], colours="#DDDDDD", lw=4, solid_capstyle="round")
             for a, b in zip(kept, new, strict=True):
                 ax.plot(*zip(a, b, strict=True), color=ORANGE, lw=1.2, zorder=2)
-            ax.scatter(*kept.T, s=16, c=np.where(mine, "black", "#888888"), zorder=3)
-            ax.scatter(*new[mine].T, s=34, facecolor="none", edgecolor=ORANGE, lw=1.8, zorder=4)
+            ax.scatter(*kept.T, s=16, c=np.where(mine, "black", "#999999"), zorder=3)
+            ax.scatter(*new[mine].T, s=36, c=ORANGE, edgecolor="white", lw=0.8, zorder=4)
             middle, half = (kept.max(0) + kept.min(0)) / 2, 0.58 * np.ptp(kept, 0).max()
             ax.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] + half, middle[1] - half), aspect="equal")
             ax.set_xticks([]), ax.set_yticks([])
             shift = moved[level, n, i]
-            ax.set_title(f"{name} token of the {PART_NAMES[i]} swapped\nit moves {shift[i]:.0f} px, other parts "
-                         f"{np.delete(shift, i).mean():.1f} px", fontsize=11)
+            ax.set_title(f"{'the' if level == 0 else 'one'} {name} token of the {PART_NAMES[i]} swapped:\n"
+                         f"it moves {shift[i]:.0f} px, other parts {np.delete(shift, i).mean():.1f} px", fontsize=11)
         mean = moved[level].mean(0)
         own, other = np.diag(mean).mean(), mean[~np.eye(J_S, dtype=bool)].mean()
         image = row[2].imshow(mean, cmap="cividis", vmin=0, vmax=top)
-        row[2].set_xticks(range(J_S), PART_NAMES, rotation=90, fontsize=8)
-        row[2].set_yticks(range(J_S), PART_NAMES, fontsize=8)
-        row[2].set(xlabel="moves this part", ylabel=f"{name} token swapped")
-        row[2].set_title(f"mean of {moved.shape[1]} poses:\nown part {own:.1f} px, other parts {other:.1f} px", fontsize=11)
-    fig.colorbar(image, ax=axes[:, 2], shrink=0.6, label="px")
-    fig.suptitle("Black: the part's points before the swap, orange: after; lines: what moved", fontsize=12)
+        row[2].set_yticks(range(J_S), PART_NAMES, fontsize=9)
+        row[2].set(xlabel="moves the points of this part (same order)", ylabel=f"{name} token swapped", xticks=())
+        row[2].set_title(f"mean of {moved.shape[1]} poses:\nown part {own:.1f} px, others {other:.1f} px", fontsize=11)
+    fig.colorbar(image, ax=axes[:, 2], shrink=0.6, label="mean shift, px")
+    fig.suptitle("One token is swapped for another pose's. Black: points of its part before, orange: after; lines: all that "
+                 "moved", fontsize=12)
     save(fig, path)
 
 
@@ -323,9 +329,9 @@ def main() -> None:
     picked = np.argsort(order).argsort()[: args.n]  # the first ones drawn, as rows of the sorted pool
     draw_poses(figures / "poses_random.png", p, picked, actions, f"Random samples of `{args.split}`")
     worst = p["mm"].argsort()[::-1][: args.n]
-    draw_poses(figures / "poses_worst.png", p, worst, actions, f"The worst of {len(order)} samples of `{args.split}`, by 3D error")
-    draw_similarity(figures / "similarity.png",
-                    {f"{name}, λ_l = {m.config.lambda_l:g}": similarities(m, x_f, args.tokens) for name, m in tokenizers.items()})
+    draw_poses(figures / "poses_worst.png", p, worst, actions, f"Worst 3D of {len(order)} samples of `{args.split}`")
+    draw_similarity(figures / "similarity.png", {f"{name} (λ_l = {m.config.lambda_l:g})": similarities(m, x_f, args.tokens)
+                                                 for name, m in tokenizers.items()})
     moved, poses = swaps(hipart.msst, x_f)
 
     def px(x: np.ndarray) -> np.ndarray:

@@ -152,7 +152,7 @@ SIZES = st.one_of(st.integers(1, 8), st.sampled_from([13, 31, 37, 61]))
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @given(seed=st.integers(0, 2**32 - 1), N=SIZES, K=SIZES, D=SIZES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_nearest_code_is_the_contracts_argmin(kind, seed, N, K, D):
     with np.errstate(over="ignore", under="ignore"):
         check(*kind(np.random.default_rng(seed), N, K, D))
