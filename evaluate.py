@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hipart import J_D, J_S, Config, HiPART, J, R, Regressor, detected_pelvis, from_model_frame, to_model_frame
-from train import FEEDS, Run, Split, feed, load_checkpoint, load_hipart, load_regressor, new_lifter, stop, tokenizer_report
+from train import FEEDS, Run, Split, feed, load_finished, load_hipart, load_regressor, new_lifter, stop, tokenizer_report
 
 SPLITS = {"test": "new bodies, familiar motion", "unseen": "unseen motion"}
 LOW_CONF = 0.5  # a sample with a joint that is missing, or less sure than this, counts as occluded
@@ -288,16 +288,23 @@ def codebook_table(reports: dict[str, dict], summaries: dict[str, dict], c: Conf
 # The run
 
 
+def open_run(args: argparse.Namespace) -> Run:
+    """The run that --name, --data and --device point to."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda needs a GPU that torch can see, and there is none: leave --device out")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Run(Path("runs") / args.name, Config(), device, data=args.data)
+
+
 def load_lifters(run: Run, seeds: int) -> tuple[dict, dict[str, dict]]:
     """All lifters {(feed, seed): model}, and of every checkpoint {file stem: {config, seconds}}."""
     stems = {f"stage3_{name}_{seed}": (name, seed) for seed in range(seeds) for name in FEEDS}
     lifters, about = {}, {}
     for stem in ("stage1", "stage2", "regressor", *stems):
-        path = run.path / f"{stem}.pt"
-        if stem in stems and stems[stem][1] and not path.exists():
+        if stem in stems and stems[stem][1] and not (run.path / f"{stem}.pt").exists():
             again = f"python train.py --name {run.path.name} --data {run.data} --stage 3 --seeds {seeds} --resume"
-            stop(f"{path} is not there: run `{again}` with the options of the first seed")
-        saved = load_checkpoint(path, run.device)
+            stop(f"{run.path} has no {stem}.pt: run `{again}` with the options of the first seed")
+        saved = load_finished(run, stem)
         about[stem] = dict(config=saved["config"], seconds=saved["seconds"])
         if stem in stems:
             model = new_lifter(Config(**saved["config"]), stems[stem][0]).to(run.device)
@@ -341,12 +348,11 @@ def main() -> None:
     p.add_argument("--name", default="standard", help="the run, runs/NAME")
     p.add_argument("--data", default="data/demo", help="folder of the data set")
     p.add_argument("--seeds", type=int, default=1, help="lifters per feed")
-    p.add_argument("--device", help="cuda, cpu or mps; default: cuda if there is one, else cpu")
+    p.add_argument("--device", help="cuda or cpu; default: cuda if there is one, else cpu")
     args = p.parse_args()
     if args.seeds < 1:
         stop(f"--seeds must be at least 1, found {args.seeds}")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = Run(Path("runs") / args.name, Config(), device, data=args.data)
+    run = open_run(args)
     hipart, regressor, (lifters, about) = load_hipart(run), load_regressor(run), load_lifters(run, args.seeds)
     splits = {name: run.split(name) for name in ("train", "val", *SPLITS)}
     header = describe(run, about, {name: split.n for name, split in splits.items()}, args.seeds)

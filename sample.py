@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluate import alignment, mpjpe
+from evaluate import alignment, mpjpe, open_run
 from hipart import (
     J_D,
     J_S,
@@ -42,10 +42,11 @@ from hipart import (
     to_model_frame,
     to_pixels,
 )
-from train import Run, Split, feed, load_checkpoint, load_hipart, new_lifter, stop
+from train import Split, feed, load_checkpoint, load_finished, load_hipart, new_lifter, stop
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.collections import LineCollection  # noqa: E402
 
 POOL = 1000  # random samples of the split, from which the figures choose
 BLUE, ORANGE, DARK, LIGHT, RING = "#0072B2", "#D55E00", "#444444", "#BBBBBB", "#CC79A7"  # Okabe-Ito and greys
@@ -125,7 +126,8 @@ def bones(ax, x: np.ndarray, seen=None, colours=SIDE, **style) -> None:
     """Skeleton x [17, 2 or 3]; bones with an unseen end are left out."""
     for j in range(1, J):
         if seen is None or (seen[j] and seen[PARENTS[j]]):
-            ax.plot(*zip(x[PARENTS[j]], x[j], strict=True), color=colours[j] if isinstance(colours, list) else colours, **style)
+            colour = colours[j] if isinstance(colours, list) else colours
+            ax.plot(*zip(x[PARENTS[j]], x[j], strict=True), color=colour, **style)
 
 
 def detection(ax, p: dict, i: int) -> None:
@@ -139,8 +141,7 @@ def detection(ax, p: dict, i: int) -> None:
 
 def points(ax, x: np.ndarray, true: np.ndarray) -> None:
     """Generated points, by side of the body; grey rings: the true ones, each tied to its own."""
-    for a, b in zip(x, true, strict=True):
-        ax.plot(*zip(a, b, strict=True), color=LIGHT, lw=1, zorder=1)
+    ax.add_collection(LineCollection(np.stack([x, true], 1), colors=LIGHT, lw=1, zorder=1))
     ax.scatter(*true.T, s=22, facecolor="none", edgecolor="#888888", lw=0.9, zorder=2)
     ax.scatter(*x.T, s=13, c=np.repeat(PART_COLOURS, len(x) // J_S), zorder=3)
 
@@ -224,7 +225,7 @@ def draw_overview(path: Path, p: dict, i: int) -> None:
     for ax in axes[:3]:
         flat(ax, p, i)
     solid(axes[3], p["y"][i], p["true_y"][i], np.concatenate([p["y"][i], p["true_y"][i]]))
-    for ax, text in zip(axes, (f"detected: 17 joints, {int((p['conf'][i] == 0).sum())} missing (rings)",
+    for ax, text in zip(axes, (f"detected ({int((p['conf'][i] == 0).sum())} joints missing)",
                                f"48 dense points ({p['px_d'][i]:.0f} px off)", f"96 fine points ({p['px_f'][i]:.0f} px off)",
                                f"3D pose ({p['mm'][i]:.0f} mm off)"), strict=True):
         ax.set_title(text, fontsize=13)
@@ -235,9 +236,10 @@ def draw_similarity(path: Path, runs: dict[str, dict]) -> None:
     """Fig. 7 and 14: a row per run."""
     fig, axes = plt.subplots(len(runs), 4, figsize=(12, 0.5 + 2.9 * len(runs)), layout="constrained", squeeze=False)
     for row, (name, s) in zip(axes, runs.items(), strict=True):
-        panels = {"sparse": ("sparse codes", "sparse code", "sparse code"), "dense": ("dense codes", "dense code", "dense code"),
-                  "across": ("sparse x dense codes", "sparse code", "dense code"),
-                  "parts": (f"in poses: own - others {s['alignment']:.2f}", "part of 3 dense tokens", "part of sparse token")}
+        panels = {"sparse": ("among sparse codes", "sparse code", "sparse code"),
+                  "dense": ("among dense codes", "dense code", "dense code"),
+                  "across": ("sparse with dense codes", "sparse code", "dense code"),
+                  "parts": (f"parts: own - others = {s['alignment']:.2f}", "dense tokens of part", "sparse token of part")}
         for ax, (key, (title, x, y)) in zip(row, panels.items(), strict=True):
             image = ax.imshow(s[key], vmin=-1, vmax=1, cmap="PuOr_r", interpolation="nearest")
             ax.set(xlabel=x, ylabel=y, xticks=(), yticks=())
@@ -253,20 +255,21 @@ def draw_swap(path: Path, moved: np.ndarray, poses: dict, x_s: np.ndarray) -> No
     top = moved.mean(1).max()
     for level, (row, name) in enumerate(zip(axes, ("sparse", "dense"), strict=True)):
         for ax, i in zip(row, (PART_NAMES.index("left wrist"), PART_NAMES.index("right knee")), strict=False):
-            own = moved[0, :, i, i]
-            n = int(np.abs(own - np.quantile(own, 0.8)).argmin())  # a clear case for sparse; dense shows the same pose
+            # A clear case for the sparse token that is easy to read: the tallest of those that move a lot, not the most.
+            order = moved[0, :, i, i].argsort()
+            clear = order[7 * len(order) // 10 : 9 * len(order) // 10 + 1]
+            n = int(clear[np.ptp(x_s[clear, :, 1], axis=1).argmax()])  # the dense token is swapped in the same pose
             kept, new, mine = poses["kept"][n], poses[level, i][n], np.arange(len(poses["kept"][n])) // (2 * R) == i
             bones(ax, x_s[n], colours="#DDDDDD", lw=4, solid_capstyle="round")
-            for a, b in zip(kept, new, strict=True):
-                ax.plot(*zip(a, b, strict=True), color=ORANGE, lw=1.2, zorder=2)
+            ax.add_collection(LineCollection(np.stack([kept, new], 1), colors=ORANGE, lw=1.2, zorder=2))
             ax.scatter(*kept.T, s=16, c=np.where(mine, "black", "#999999"), zorder=3)
             ax.scatter(*new[mine].T, s=36, c=ORANGE, edgecolor="white", lw=0.8, zorder=4)
             middle, half = (kept.max(0) + kept.min(0)) / 2, 0.58 * np.ptp(kept, 0).max()
             ax.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] + half, middle[1] - half), aspect="equal")
             ax.set_xticks([]), ax.set_yticks([])
             shift = moved[level, n, i]
-            ax.set_title(f"{'the' if level == 0 else 'one'} {name} token of the {PART_NAMES[i]} swapped:\n"
-                         f"it moves {shift[i]:.0f} px, other parts {np.delete(shift, i).mean():.1f} px", fontsize=11)
+            ax.set_title(f"{name} token, {PART_NAMES[i]}:\n{shift[i]:.0f} px there, elsewhere "
+                         f"{np.delete(shift, i).mean():.1f} px", fontsize=11)
         mean = moved[level].mean(0)
         own, other = np.diag(mean).mean(), mean[~np.eye(J_S, dtype=bool)].mean()
         image = row[2].imshow(mean, cmap="cividis", vmin=0, vmax=top)
@@ -274,8 +277,8 @@ def draw_swap(path: Path, moved: np.ndarray, poses: dict, x_s: np.ndarray) -> No
         row[2].set(xlabel="moves the points of this part (same order)", ylabel=f"{name} token swapped", xticks=())
         row[2].set_title(f"mean of {moved.shape[1]} poses:\nown part {own:.1f} px, others {other:.1f} px", fontsize=11)
     fig.colorbar(image, ax=axes[:, 2], shrink=0.6, label="mean shift, px")
-    fig.suptitle("One token is swapped for another pose's. Black: points of its part before, orange: after; lines: all that "
-                 "moved", fontsize=12)
+    fig.suptitle("One token swapped for another pose's. Black: the points of its part before, orange: after. "
+                 "Lines: all that moves", fontsize=12)
     save(fig, path)
 
 
@@ -283,11 +286,14 @@ def draw_swap(path: Path, moved: np.ndarray, poses: dict, x_s: np.ndarray) -> No
 
 
 def typical_occlusion(p: dict) -> int:
-    """The sample of median 3D error among those with two or more joints of one arm or leg missing (else among all)."""
+    """A sample that shows the idea, of typical quality: two or more joints of one arm or leg are missing (any sample, if
+    there is none), the 3D error is in the middle fifth of such samples, and the person stands the tallest among those."""
     limbs = np.array([[1, 2, 3], [4, 5, 6], [11, 12, 13], [14, 15, 16]])
-    hidden = np.flatnonzero(((p["conf"][:, limbs] == 0).sum(-1) >= 2).any(1))
-    rows = hidden if len(hidden) else np.arange(len(p["mm"]))
-    return int(rows[p["mm"][rows].argsort()[len(rows) // 2]])
+    rows = np.flatnonzero(((p["conf"][:, limbs] == 0).sum(-1) >= 2).any(1))
+    rows = rows if len(rows) else np.arange(len(p["mm"]))
+    rows = rows[p["mm"][rows].argsort()]
+    middle = rows[2 * len(rows) // 5 : 3 * len(rows) // 5 + 1]
+    return int(middle[np.ptp(p["true_x_s"][middle, :, 1], axis=1).argmax()])
 
 
 def main() -> None:
@@ -299,14 +305,13 @@ def main() -> None:
     a.add_argument("--seed", type=int, default=0, help="which samples are drawn")
     a.add_argument("--tokens", default="first", choices=("first", "random"), help="which 100 codes similarity.png shows")
     a.add_argument("--without", help="a second run for similarity.png, trained with --lambda_l 0; stage 1 is enough")
-    a.add_argument("--device", help="cuda, cpu or mps; default: cuda if there is one, else cpu")
+    a.add_argument("--device", help="cuda or cpu; default: cuda if there is one, else cpu")
     args = a.parse_args()
     if args.n < 1:
         stop(f"--n must be at least 1, found {args.n}")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = Run(Path("runs") / args.name, Config(), device, data=args.data)
-    hipart, split = load_hipart(run), run.split(args.split)
-    saved = load_checkpoint(run.path / "stage3_generated_0.pt", device)
+    run = open_run(args)
+    device, hipart, split = run.device, load_hipart(run), run.split(args.split)
+    saved = load_finished(run, "stage3_generated_0")
     lifter = new_lifter(Config(**saved["config"]), "generated").to(device).eval()
     lifter.load_state_dict(saved["model"])
     tokenizers = {args.name: hipart.msst}
@@ -318,18 +323,16 @@ def main() -> None:
         tokenizers[args.without] = MSST(Config(**other["config"])).to(device).eval()
         tokenizers[args.without].load_state_dict(other["model"])
 
-    order = np.random.default_rng(args.seed).permutation(split.n)[:POOL]
-    p = predict(split, hipart, lifter, np.sort(order))
-    block = split.read(np.sort(order))
+    rows = np.random.default_rng(args.seed).permutation(split.n)[:POOL]
+    p, block = predict(split, hipart, lifter, rows), split.read(rows)
     pelvis = detected_pelvis(block["x_s"], block["conf"])
     x_f = to_model_frame(block["x_f"], pelvis)
     figures, actions = run.path / "figures", split.meta["actions"]
     figures.mkdir(parents=True, exist_ok=True)
     draw_overview(figures / "overview.png", p, typical_occlusion(p))
-    picked = np.argsort(order).argsort()[: args.n]  # the first ones drawn, as rows of the sorted pool
-    draw_poses(figures / "poses_random.png", p, picked, actions, f"Random samples of `{args.split}`")
-    worst = p["mm"].argsort()[::-1][: args.n]
-    draw_poses(figures / "poses_worst.png", p, worst, actions, f"Worst 3D of {len(order)} samples of `{args.split}`")
+    few, worst = range(min(args.n, len(rows))), p["mm"].argsort()[::-1][: args.n]
+    draw_poses(figures / "poses_random.png", p, few, actions, f"Random samples of `{args.split}`")
+    draw_poses(figures / "poses_worst.png", p, worst, actions, f"Worst 3D of {len(rows)} samples of `{args.split}`")
     draw_similarity(figures / "similarity.png", {f"{name} (λ_l = {m.config.lambda_l:g})": similarities(m, x_f, args.tokens)
                                                  for name, m in tokenizers.items()})
     moved, poses = swaps(hipart.msst, x_f)

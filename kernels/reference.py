@@ -111,10 +111,11 @@ def ema_update_(codebook: Tensor, count: Tensor, total: Tensor, x: Tensor, idx: 
     smoothing `eps` on the count. Where the count is then below `restart_below`, the code is dead: it becomes row
     `restart_rows[k]` of x, and its count and total are reset with it to a fair share N / K. Returns how many restarted.
     """
-    K, D = codebook.shape
-    if count.shape != (K,) or total.shape != (K, D) or x.shape[1:] != (D,):
+    if (codebook.dim() != 2 or count.shape != codebook.shape[:1] or total.shape != codebook.shape
+            or x.shape[1:] != codebook.shape[1:]):
         raise ValueError(f"ema_update_ needs codebook [K, D], count [K], total [K, D], x [N, D], found {_say(codebook)}, "
                          f"{_say(count)}, {_say(total)}, {_say(x)}")
+    K = len(codebook)
     n, s = code_statistics(x, idx, K)
     count.mul_(decay).add_(n, alpha=1 - decay)
     total.mul_(decay).add_(s, alpha=1 - decay)

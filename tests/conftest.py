@@ -93,3 +93,29 @@ def tiny_data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     write_tiny(root / "tiny")
     return root
+
+
+# Sizes of a run that trains in seconds, for the scripts that read one.
+RUN_SIZES = dict(D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_width=12, token_hidden=8, width=16,
+                 heads=2, mlp_ratio=2, gcsab_blocks=2, ph_blocks=1, dropout=0.1, lifter="mlp", lifter_width=16,
+                 lifter_blocks=1, warmup_free=4, epochs_1=3, batch_1=16, epochs_2=2, batch_2=16, epochs_3=2, batch_3=32,
+                 draws_3=1, epochs_r=2, regressor_width=32)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data, tmp_path_factory):
+    """A folder that holds runs/tiny: all stages, two lifters per feed, trained on the set 'tiny'. Do not write to it."""
+    import torch
+
+    import train
+
+    folder, precision = tmp_path_factory.mktemp("run"), torch.get_float32_matmul_precision()
+    sizes = [part for k, v in RUN_SIZES.items() for part in (f"--{k}", str(v))]
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        for stage in "123":
+            m.setattr("sys.argv", ["train.py", "--preset", "paper", "--name", "tiny", "--data", f"{tiny_data}/tiny",
+                                   "--device", "cpu", "--stage", stage, "--seeds", "2", *sizes])  # fmt: skip
+            train.main()
+    torch.set_float32_matmul_precision(precision)
+    return folder

@@ -1,0 +1,450 @@
+"""evaluate.py: metrics against closed forms and an independent fit, averages, tables, and a real (tiny) run recomputed."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import evaluate
+import train
+from evaluate import alignment, mpjpe, number, pa_mpjpe, summarize, table
+from hipart import MSST, Config, HiPART, Regressor, detected_pelvis, from_model_frame, normalize_screen, to_model_frame
+from prepare_data import load
+
+SCRIPT = Path(evaluate.__file__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def rotation(rng):
+    """A random proper rotation, from a unit quaternion."""
+    w, x, y, z = (q := rng.normal(size=4)) / np.linalg.norm(q)
+    return np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+                     [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+                     [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])  # fmt: skip
+
+
+def horn(pred, gt):
+    """PA-MPJPE of one frame by another road: Horn's quaternion, the largest eigenvector of a 4 x 4 matrix."""
+    p, g = pred - pred.mean(0), gt - gt.mean(0)
+    S = p.T @ g
+    d = [S[1, 2] - S[2, 1], S[2, 0] - S[0, 2], S[0, 1] - S[1, 0]]
+    N = np.block([[np.array([[np.trace(S)]]), np.array([d])], [np.array(d)[:, None], S + S.T - np.trace(S) * np.eye(3)]])
+    values, vectors = np.linalg.eigh(N)
+    w, x, y, z = vectors[:, -1]
+    turn = np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+                     [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+                     [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])  # fmt: skip
+    fitted = values[-1] / (p * p).sum() * p @ turn.T
+    return np.linalg.norm(fitted - g, axis=1).mean()
+
+
+def poses(rng, n=5, joints=17, size=300.0):
+    return rng.normal(size=(n, joints, 3)) * size
+
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def test_mpjpe_is_the_mean_distance_of_all_joints_as_given():
+    gt = np.zeros((2, 4, 3))
+    pred = gt.copy()
+    pred[0] += [3, 4, 0]  # every joint 5 mm off, the pelvis too: nothing is re-aligned
+    pred[1, 2] = [0, 0, 8]  # one joint of four
+    np.testing.assert_allclose(mpjpe(pred, gt), [5, 2])
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds)
+def test_mpjpe_by_loops(seed):
+    rng = np.random.default_rng(seed)
+    a, b = poses(rng), poses(rng)
+    loops = [sum(math.dist(p, g) for p, g in zip(*frame, strict=True)) / 17 for frame in zip(a, b, strict=True)]
+    np.testing.assert_allclose(mpjpe(a, b), loops)
+    np.testing.assert_allclose(mpjpe(b, a), loops)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.floats(1e-3, 1e3))
+def test_pa_mpjpe_is_zero_under_any_similarity(seed, scale):
+    rng = np.random.default_rng(seed)
+    gt = poses(rng)
+    pred = np.stack([scale * g @ rotation(rng).T + rng.normal(size=3) * 1000 for g in gt])
+    assert pa_mpjpe(pred, gt).max() < 1e-6
+    assert pa_mpjpe(gt, pred).max() < 1e-6 * max(scale, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(4, 20))
+def test_pa_mpjpe_agrees_with_horns_quaternions(seed, joints):
+    rng = np.random.default_rng(seed)
+    gt = poses(rng, joints=joints)
+    pred = gt + poses(rng, joints=joints, size=rng.choice([1, 100, 1000]))
+    pred[0] = gt[0] * [-1, 1, 1]  # where an SVD must not answer with a reflection
+    np.testing.assert_allclose(pa_mpjpe(pred, gt), [horn(*pair) for pair in zip(pred, gt, strict=True)], rtol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds)
+def test_pa_mpjpe_does_not_see_where_how_large_or_how_turned_the_prediction_is(seed):
+    rng = np.random.default_rng(seed)
+    gt, pred = poses(rng), poses(rng)
+    moved = np.stack([rng.uniform(0.1, 10) * p @ rotation(rng).T + rng.normal(size=3) * 500 for p in pred])
+    expected = pa_mpjpe(pred, gt)
+    np.testing.assert_allclose(pa_mpjpe(moved, gt), expected)
+    turn = rotation(rng)
+    np.testing.assert_allclose(pa_mpjpe(pred, 2 * gt @ turn.T + 7), 2 * expected)
+    order, joints = rng.permutation(5), rng.permutation(17)
+    np.testing.assert_allclose(pa_mpjpe(pred[order], gt[order]), expected[order])  # frames are on their own
+    np.testing.assert_allclose(pa_mpjpe(pred[:, joints], gt[:, joints]), expected)
+    # Least squares: no worse than no alignment in root mean square, which is never below the mean distance.
+    assert (expected <= np.sqrt(((pred - gt) ** 2).sum(-1).mean(-1)) + 1e-9).all()
+
+
+def test_a_mirror_image_is_not_aligned_away():
+    gt = poses(np.random.default_rng(0))
+    mirrored = gt * [-1, 1, 1]
+    assert pa_mpjpe(mirrored, gt).min() > 50  # a reflection would make it 0
+
+
+def test_pa_mpjpe_of_flat_straight_and_single_point_poses():
+    rng = np.random.default_rng(0)
+    gt, turn = poses(rng, n=3), rotation(rng)
+    gt[1, :, 2] = 0  # flat
+    gt[2, :, 1:] = 0  # straight
+    assert pa_mpjpe(3 * gt @ turn.T + 5, gt).max() < 1e-6
+    assert pa_mpjpe(gt[1:2] * [-1, 1, 1], gt[1:2]).max() < 1e-6  # a flat mirror image can be turned over
+    point = np.full_like(gt, 123.0)
+    spread = np.linalg.norm(gt - gt.mean(1, keepdims=True), axis=-1).mean(-1)
+    np.testing.assert_allclose(pa_mpjpe(point, gt), spread)  # a point is shifted to the mean, no more
+    np.testing.assert_allclose(pa_mpjpe(gt, point), 0, atol=1e-9)
+    np.testing.assert_allclose(pa_mpjpe(point, point), 0, atol=1e-9)
+
+
+def test_metrics_take_tensors_and_leave_their_input_alone():
+    rng = np.random.default_rng(0)
+    pred, gt = poses(rng), poses(rng)
+    before = pred.copy(), gt.copy()
+    for metric in (mpjpe, pa_mpjpe):
+        np.testing.assert_allclose(metric(torch.from_numpy(pred), torch.from_numpy(gt)), metric(pred, gt))
+        np.testing.assert_allclose(metric(pred.astype(np.float32), gt.astype(np.float32)), metric(pred, gt), rtol=1e-5)
+        assert metric(pred[:0], gt[:0]).shape == (0,)
+    assert (pred == before[0]).all() and (gt == before[1]).all()
+
+
+@pytest.mark.parametrize("metric", [mpjpe, pa_mpjpe])
+def test_metrics_refuse_what_is_no_pair_of_poses(metric):
+    good = np.zeros((2, 17, 3))
+    for pred in (good[:1], good[0], good[..., :2], good[:, :16]):  # nothing is broadcast
+        with pytest.raises(ValueError, match="one shape"):
+            metric(pred, good)
+    with pytest.raises(ValueError, match="NaN"):
+        metric(good + np.nan, good)
+
+
+def test_alignment_by_loops_and_in_the_extremes():
+    rng = np.random.default_rng(0)
+    zh_s, zh_d = rng.normal(size=(3, 16, 8)), rng.normal(size=(3, 48, 8))
+    expected = []
+    for s, d in zip(zh_s, zh_d, strict=True):
+        part = [d[3 * k : 3 * k + 3].mean(0) for k in range(16)]
+        cos = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in part] for a in s])
+        expected.append(np.mean([cos[i, i] for i in range(16)])
+                        - np.mean([cos[i, k] for i in range(16) for k in range(16) if i != k]))  # fmt: skip
+    found = alignment(torch.from_numpy(zh_s), torch.from_numpy(zh_d))
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(alignment(5 * torch.from_numpy(zh_s), torch.from_numpy(zh_d) / 7), expected)
+    tied = torch.eye(16)[None]
+    assert alignment(tied, tied.repeat_interleave(3, 1)).item() == pytest.approx(1)
+    assert alignment(torch.ones(1, 16, 4), torch.ones(1, 48, 4)).item() == pytest.approx(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averages and tables
+
+
+def test_summarize_tells_the_mean_of_actions_from_the_mean_of_frames():
+    rows = dict(error=np.array([1.0, 1, 1, 5, 9]), action=np.array([0.0, 0, 0, 2, -1]), occluded=np.array([1.0, 0, 0, 0, 1]))
+    s = summarize(rows, ["jump", "kick", "walk"])["error"]
+    assert s["per_action"] == {"unknown": 9, "jump": 1, "walk": 5}  # no kick, no line for it
+    assert s["actions"] == 5 and s["frames"] == pytest.approx(17 / 5)
+    assert s["occluded"] == 5 and s["clear"] == pytest.approx(7 / 3)
+
+
+def test_summarize_never_makes_up_a_number():
+    rows = dict(error=np.array([np.nan, 2, np.nan]), action=np.array([0.0, 1, 0]), occluded=np.array([1.0, 0, 1]))
+    s = summarize(rows, ["jump", "kick"])["error"]
+    assert s == dict(actions=2, frames=2, occluded=None, clear=2, per_action={"jump": None, "kick": 2})
+
+
+def test_number():
+    assert number([3.14159]) == "3.1" and number([3.14159], 3) == "3.142"
+    assert number([1.0, 3.0]) == "2.0 ± 1.4"
+    assert number([]) == number([None]) == "-"
+
+
+def test_table_is_aligned_markdown():
+    text = table(["name", "x"], [["a", "1.0"], ["longer", "-"]])
+    assert text == "| name   |   x |\n| ------ | --: |\n| a      | 1.0 |\n| longer |   - |"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real run
+
+
+def main(monkeypatch, folder, *args, name="tiny"):
+    with monkeypatch.context() as m:
+        m.chdir(folder)
+        m.setattr(sys, "argv", ["evaluate.py", "--name", name, "--device", "cpu", *map(str, args)])
+        evaluate.main()
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data):
+    return f"{tiny_data}/tiny"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory):
+    """A copy of the tiny run: evaluate.py writes into it."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(tiny_run / "runs", folder / "runs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(run, data):
+    """`python evaluate.py --seeds 2` as a user runs it. -> (folder, what it printed, evaluation.json)."""
+    before = {p.name: p.read_bytes() for p in (run / "runs/tiny").iterdir()}
+    command = [sys.executable, SCRIPT, "--name", "tiny", "--data", data, "--seeds", "2", "--device", "cpu"]
+    done = subprocess.run(command, cwd=run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = {p.name: p.read_bytes() for p in (run / "runs/tiny").iterdir()}
+    assert after.keys() - before.keys() == {"table.md", "evaluation.json"}  # and no half-written file
+    assert all(after[name] == before[name] for name in before)
+
+    def strict(constant):
+        raise AssertionError(f"evaluation.json holds {constant}, which is not JSON")
+
+    return done.stdout, json.loads(after["evaluation.json"], parse_constant=strict)
+
+
+def saved(run, stem):
+    return torch.load(run / "runs" / "tiny" / f"{stem}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    parts = saved(run, "stage1"), saved(run, "stage2")
+    hipart = HiPART(Config(**parts[1]["config"]))
+    hipart.msst.load_state_dict(parts[0]["model"])
+    hipart.hiarm.load_state_dict(parts[1]["model"])
+    return hipart.eval()
+
+
+def arrays(data, split, kind="detected"):
+    """A split read without train.py: normalised x_s, x_d, x_f, conf, and the raw arrays."""
+    a = {k: np.array(v) for k, v in load("tiny", split, Path(data).parent)[0].items()}
+    conf = torch.from_numpy(a["conf"]) if kind == "detected" else torch.ones(len(a["x_s"]), 17)
+    x_s = torch.from_numpy(a["x_s_det"] if kind == "detected" else a["x_s"])
+    t = {k: normalize_screen(torch.from_numpy(a[k]), 1000, 1000) for k in ("x_d", "x_f")}
+    return normalize_screen(x_s, 1000, 1000) * (conf > 0)[..., None], conf, t["x_d"], t["x_f"], a
+
+
+def averages(values, a, names=("jump", "kick", "punch", "walk")):
+    per_action = {names[k]: values[a["action"] == k].mean() for k in np.unique(a["action"])}
+    return dict(per_action=per_action, actions=np.mean(list(per_action.values())), frames=values.mean())
+
+
+def assert_average(found, values, a):
+    expected = averages(np.asarray(values, np.float64), a)
+    assert found["per_action"] == pytest.approx(expected["per_action"], rel=1e-4)
+    assert found["actions"] == pytest.approx(expected["actions"], rel=1e-4)
+    assert found["frames"] == pytest.approx(expected["frames"], rel=1e-4)
+
+
+@pytest.mark.parametrize("split", ["test", "unseen"])
+@pytest.mark.parametrize("name", train.FEEDS)
+def test_3d_errors_are_true(result, run, data, model, split, name):
+    x_s, conf, x_d, x_f, a = arrays(data, split, "clean" if name.endswith("_clean") else "detected")
+    if name == "generated":
+        x_d, x_f = model.densify(x_s, conf)
+    elif name == "regressor":
+        regressor = Regressor(32)
+        regressor.load_state_dict(saved(run, "regressor")["model"])
+        x_d, x_f = regressor.eval().densify(x_s, conf)
+    x = x_s if "sparse" in name or name == "auxiliary" else torch.cat([x_s, x_d, x_f], 1)
+    for seed in (0, 1):
+        checkpoint = saved(run, f"stage3_{name}_{seed}")
+        lifter = train.new_lifter(Config(**checkpoint["config"]), name)
+        lifter.load_state_dict(checkpoint["model"])
+        with torch.no_grad():
+            y = lifter.eval()(x, conf).numpy()
+        assert_average(result[1]["splits"][split][f"mpjpe/{name}/{seed}"], np.linalg.norm(y - a["y"], axis=-1).mean(1), a)
+        pa = [horn(*pair) for pair in zip(y.astype(np.float64), a["y"], strict=True)]
+        assert_average(result[1]["splits"][split][f"pa_mpjpe/{name}/{seed}"], pa, a)
+
+
+@pytest.mark.parametrize("split", ["val", "test", "unseen"])
+@pytest.mark.parametrize("kind", ["detected", "clean"])
+def test_2d_errors_are_true(result, data, model, split, kind):
+    x_s, conf, _, x_f, a = arrays(data, split, kind)
+    s, pelvis = result[1]["splits"][split], detected_pelvis(x_s, conf)
+    truth, sight = to_model_frame(x_f, pelvis), to_model_frame(x_s, pelvis)
+    with torch.no_grad():
+        q_s, q_d = model.msst.encode(truth)
+        logits_s, logits_d = model.hiarm(sight, q_s, q_d, conf)
+        guess_s, guess_d = logits_s.argmax(-1), logits_d.argmax(-1)
+        made = dict(floor=from_model_frame(model.msst.decode(q_s, q_d)[1], pelvis), generated=model.densify(x_s, conf)[1],
+                    teacher=from_model_frame(model.msst.decode(guess_s, guess_d)[1], pelvis))
+    for what, x in made.items():
+        px = ((x - x_f).numpy().astype(np.float64) ** 2).sum(-1) ** 0.5 * 500
+        assert_average(s[f"px/{kind}/{what}"], px.mean(1), a)
+        assert_average(s[f"percent/{kind}/{what}"], px.mean(1) / a["height_px"] * 100, a)
+    assert_average(s[f"accuracy_s/{kind}"], (guess_s == q_s).float().mean(1) * 100, a)
+    assert_average(s[f"accuracy_d/{kind}"], (guess_d == q_d).float().mean(1) * 100, a)
+    if kind == "clean":
+        assert s["px/clean/input"]["frames"] < 1e-3
+    else:
+        off = [np.mean([math.dist(*p) for p, c in zip(zip(d, t, strict=True), cs, strict=True) if c > 0])
+               for d, t, cs in zip(a["x_s_det"], a["x_s"], a["conf"], strict=True)]  # fmt: skip
+        assert_average(s["px/detected/input"], off, a)
+        hidden = [any(c < 0.5 for c in row) for row in a["conf"]]  # a missing joint has confidence 0
+        assert s["occluded"]["frames"] == pytest.approx(np.mean(hidden))
+        error = s["mpjpe/sparse/0"] if split != "val" else None
+        if error:
+            mix = np.mean(hidden) * (error["occluded"] or 0) + (1 - np.mean(hidden)) * (error["clear"] or 0)
+            assert mix == pytest.approx(error["frames"])
+
+
+def test_codebook_numbers_are_true(result, run, data):
+    checkpoint = saved(run, "stage1")
+    msst = MSST(Config(**checkpoint["config"]))
+    msst.load_state_dict(checkpoint["model"])
+    for split, report in result[1]["codebooks"].items():
+        x_s, conf, _, x_f, _ = arrays(data, split)
+        with torch.no_grad():
+            tokens = dict(zip("sd", msst.eval().encode(to_model_frame(x_f, detected_pelvis(x_s, conf))), strict=True))
+        for level, K in (("s", 16), ("d", 24)):
+            share = np.array([(tokens[level] == k).sum().item() for k in range(K)]) / tokens[level].numel()
+            assert report[f"dead_{level}"] == pytest.approx((share == 0).mean())
+            entropy = -sum(p * math.log(p) for p in share if p > 0)
+            assert report[f"perplexity_{level}"] == pytest.approx(math.exp(entropy), rel=1e-4)
+
+
+def cells(text, heading, row):
+    """The cells of the first line that starts with `row`, after the line with `heading`."""
+    for line in text[text.index(heading) :].splitlines():
+        if line.startswith(f"| {row}"):
+            return [c.strip() for c in line.strip("|").split("|")][1:]
+    raise AssertionError(f"no row {row!r} after {heading!r}")
+
+
+def test_tables_show_these_numbers(result, run):
+    text, numbers = result
+    assert (run / "runs/tiny/table.md").read_text() in text  # what is printed is what is written
+    test = numbers["splits"]["test"]
+    b, a = ([test[f"mpjpe/{f}/{seed}"] for seed in (0, 1)] for f in ("generated", "sparse"))
+    means = [np.mean([s["actions"] for s in x]) for x in (b, a)]
+    found = cells(text, "3D error on `test`", "b  sparse + generated")
+    assert found[0] == f"{means[0]:.1f} ± {abs(b[0]['actions'] - b[1]['actions']) / math.sqrt(2):.1f}"
+    assert found[1].startswith(f"{np.mean([s['frames'] for s in b]):.1f} ±")
+    assert found[4] == f"{means[0] / means[1]:.2f}" and found[-1] == "42.0"
+    assert cells(text, "3D error on `test`", "-  clean sparse only")[5:7] == ["-", "-"]  # nothing is occluded there
+    assert cells(text, "3D error on `unseen`", "kick")  # its one action
+    px, percent = (numbers["splits"]["unseen"][f"{k}/detected/generated"]["frames"] for k in ("px", "percent"))
+    assert cells(text, "Where the 2D", "detected: HiARM, free")[3] == f"{px:.1f} ({percent:.1f} %)"
+    train_px = numbers["splits"]["train"]["px/clean/floor"]["frames"]
+    assert cells(text, "Where the 2D", "clean: tokenizer alone")[0].startswith(f"{train_px:.1f} (")
+    assert not re.search(r"\bnan\b|None|\binf\b", text)
+
+
+def test_the_top_says_what_was_run(result):
+    top = result[0][: result[0].index("3D error")]
+    for part in ("runs/tiny", "K_s 16 (2048)", "lifter mlp (spatial)", "train 64, val 32, test 32, unseen 32",
+                 "14 lifters", "stage 1", torch.__version__, "on cpu"):  # fmt: skip
+        assert part in top, part
+    assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", top)
+    assert "Human3.6M, the paper's data set and not this one" in result[0]
+
+
+def test_numbers_do_not_depend_on_how_a_split_is_read(result, run, data, model, monkeypatch):
+    monkeypatch.setattr(train.Split.blocks, "__defaults__", (None, False, 5))
+    split = train.Split(data, "test", torch.device("cpu"))
+    regressor = Regressor(32)
+    regressor.load_state_dict(saved(run, "regressor")["model"])
+    rows = evaluate.measure(split, model.requires_grad_(False), regressor.eval(), {})
+    found, expected = summarize(rows, split.meta["actions"]), result[1]["splits"]["test"]
+    for column in found:
+        assert found[column]["frames"] == pytest.approx(expected[column]["frames"], rel=1e-4, abs=1e-4), column
+
+
+def test_one_seed_has_no_spread(run, data, monkeypatch, capsys, result):
+    main(monkeypatch, run, "--data", data)
+    text = capsys.readouterr().out
+    assert "±" not in text
+    expected = result[1]["splits"]["test"]["mpjpe/sparse/0"]["actions"]
+    assert cells(text, "3D error on `test`", "a  detected")[0] == f"{expected:.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one sentence, exit status 2
+
+
+def refused(monkeypatch, capsys, folder, *args, **options):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        main(monkeypatch, folder, *args, **options)
+    assert e.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said and "\n" not in said and "Traceback" not in said
+    return said
+
+
+def test_a_missing_run_is_said_with_the_command(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "--name", "nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    said = done.stderr.strip()
+    assert "\n" not in said and "nowhere" in said and "python train.py --name nowhere --stage 1" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_are_said(run, tmp_path, monkeypatch, capsys):
+    assert "prepare_data.py" in refused(monkeypatch, capsys, run, "--data", tmp_path / "none")
+
+
+@pytest.mark.parametrize("stem", ["stage1", "stage2", "regressor", "stage3_generated_0", "stage3_sparse_1"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "unfinished"])
+def test_a_missing_or_damaged_checkpoint_is_said(tiny_run, data, tmp_path, monkeypatch, capsys, stem, damage):
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("*.npy"))
+    path = tmp_path / "runs" / "tiny" / f"{stem}.pt"
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        content = torch.load(path, weights_only=True)
+        torch.save(content | dict(epoch=content["epoch"] - 1), path)
+    said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--seeds", "2")
+    assert stem in said
+    if damage == "gone":
+        stage = {"stage1": 1, "stage2": 2}.get(stem, 3)
+        assert f"--stage {stage}" in said and ("--seeds 2" in said or not stem.endswith("_1"))
+    assert not (tmp_path / "runs" / "tiny" / "table.md").exists()
+
+
+def test_senseless_options_are_said(run, data, monkeypatch, capsys):
+    assert "--seeds" in refused(monkeypatch, capsys, run, "--data", data, "--seeds", 0)
+    if not torch.cuda.is_available():
+        assert "--device" in refused(monkeypatch, capsys, run, "--data", data, "--device", "cuda")
