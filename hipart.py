@@ -239,7 +239,7 @@ class Quantizer(nn.Module):
         """One EMA step from the rows z that were quantized to q. Does nothing in eval mode or before initialisation."""
         if self.training and self.active:
             rows, K = z.detach().float().flatten(0, 1), len(self.codebook)
-            lucky = torch.randint(len(rows), (K,), device=rows.device)
+            lucky = torch.randperm(max(len(rows), K), device=rows.device)[:K] % len(rows)  # as different as they can be
             ema_update_(self.codebook, self.count, self.total, rows, q.flatten(), self.decay,
                         restart_below=self.restart_below * len(rows) / K, restart_rows=lucky)
 
@@ -251,7 +251,7 @@ class Quantizer(nn.Module):
             raise ValueError(f"k-means needs at least as many encoder outputs as codes ({K}), found {len(z)}")
         self.codebook.copy_(z[torch.randperm(len(z), device=z.device)[:K]])
         for _ in range(iterations):  # k-means is the same update with no memory; an empty cluster restarts
-            lucky = torch.randint(len(z), (K,), device=z.device)
+            lucky = torch.randperm(len(z), device=z.device)[:K]
             ema_update_(self.codebook, self.count, self.total, z, nearest_code(z, self.codebook), decay=0.0, eps=0.0,
                         restart_below=1.0, restart_rows=lucky)
         self.count.mul_(rows_per_step / len(z)).clamp_min_(rows_per_step / K * 0.1)
