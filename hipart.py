@@ -601,6 +601,8 @@ class Lifter(nn.Module):
         self.std_y.fill_(float(y.std(correction=0)))  # one scale for all joints: MPJPE weighs millimetres alike
 
     def features(self, x: Tensor, conf: Tensor | None) -> list[Tensor | None]:
+        if x.shape[1] != self.n_points:
+            raise ValueError(f"this lifter was made for {self.n_points} points, found x {list(x.shape)}")
         *levels, seen = lifting_features(x, conf)
         return [None if t is None else (t - getattr(self, f"mean_{n}")) / getattr(self, f"std_{n}")
                 for n, t in zip(("sparse", "dense", "fine"), levels, strict=True)] + [seen]

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hipart import (
+    J_D,
+    J_S,
     SCALE,
     Config,
     HiPART,
@@ -49,7 +51,7 @@ SMALL = dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder
              width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, lr_2=1e-3, condition="every", soft=True,
              epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=3e-3, cosine_3=True)
 PRESETS = {
-    "quick": SMALL | dict(limit=12_000, epochs_1=3, epochs_2=3, epochs_r=40, epochs_3=10, draws_3=2),
+    "quick": SMALL | dict(limit=10_000, epochs_1=3, epochs_2=3, epochs_r=40, epochs_3=10, draws_3=2),
     "standard": SMALL | dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=20, draws_3=3),
     "paper": dict(),
 }
@@ -180,9 +182,21 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     if not path.exists():
         stop(f"{path} is not there: {_how_to_make(path)}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
         stop(f"{path} is not a readable checkpoint ({type(e).__name__}): delete it and {_how_to_make(path)}")
+    fields, wanted = {f.name for f in dataclasses.fields(Config)}, {"model", "config", "epoch", "epochs"}
+    if not isinstance(saved, dict) or not wanted <= set(saved) or set(saved["config"]) != fields:
+        stop(f"{path} is not a checkpoint of this version of the project: delete it and {_how_to_make(path)}")
+    return saved
+
+
+def restore(module: nn.Module, saved: dict, path: Path) -> None:
+    """load_state_dict, or one sentence if the sizes do not fit."""
+    try:
+        module.load_state_dict(saved["model"])
+    except RuntimeError:
+        stop(f"{path} has weights of other sizes than this config: use the options that it was trained with")
 
 
 def load_finished(run: Run, name: str) -> dict:
@@ -211,7 +225,7 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
     first, step, spent = 0, 0, 0.0
     if path.exists() and run.resume:
         saved = load_checkpoint(path, run.device)
-        if saved["config"] != dataclasses.asdict(run.config) or saved["run"] != run.identity():
+        if saved["config"] != dataclasses.asdict(run.config) or saved.get("run") != run.identity():
             stop(f"{path} was trained with other options: resume with the same ones, or choose another --name")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -296,6 +310,10 @@ def stage_1(run: Run):
     steps = c.epochs_1 * train.steps(c.batch_1)
     if steps <= c.warmup_free:
         stop(f"stage 1 has {steps} steps, and the codebooks begin only after --warmup_free {c.warmup_free}: train longer")
+    if train.n * J_S < c.K_s or train.n * J_D < c.K_d:
+        stop(f"{train.n} training samples are too few to start {c.K_s} and {c.K_d} codes: lower --K_s and --K_d")
+    if len(train.meta["actions"]) > c.n_actions:
+        stop(f"{run.data} has {len(train.meta['actions'])} actions: --n_actions must be at least that, found {c.n_actions}")
     torch.manual_seed(run.seed)
     model = HiPART(c).msst.to(run.device)
 
@@ -353,7 +371,7 @@ def stage_2(run: Run):
     c, train, val = run.config, run.split("train"), run.split("val")
     torch.manual_seed(run.seed)
     model = HiPART(c).to(run.device)
-    model.msst.load_state_dict(load_finished(run, "stage1")["model"])
+    restore(model.msst, load_finished(run, "stage1"), run.path / "stage1.pt")
     model.msst.eval().requires_grad_(False)
     hiarm = model.hiarm
     hiarm.set_codebooks(model.msst)
@@ -401,8 +419,8 @@ def load_hipart(run: Run) -> HiPART:
     """Stages 1 and 2 of a run, frozen."""
     saved = {s: load_finished(run, f"stage{s}") for s in (1, 2)}
     model = HiPART(Config(**saved[2]["config"])).to(run.device)
-    model.msst.load_state_dict(saved[1]["model"])
-    model.hiarm.load_state_dict(saved[2]["model"])
+    restore(model.msst, saved[1], run.path / "stage1.pt")
+    restore(model.hiarm, saved[2], run.path / "stage2.pt")
     if not torch.equal(model.hiarm.C_s, model.msst.Q_s.codebook):
         stop(f"{run.path}: stage 2 was trained on another tokenizer than stage1.pt; train it again under another --name")
     return model.eval().requires_grad_(False)

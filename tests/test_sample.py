@@ -159,6 +159,8 @@ def test_the_overview_shows_a_hidden_limb_of_typical_error():
     hidden = [3, 8, 15, 22, 30]
     p["conf"][np.ix_(hidden, [12, 13])] = 0  # elbow and wrist of the left arm
     p["conf"][5, [3, 6]] = 0  # two joints, but of two legs
+    p["conf"][6, [2, 3, 15, 16]] = 0  # a leg and an arm
+    p["conf"][7, [7, 8, 9, 12, 13]] = 0  # an arm and much else
     assert sample.typical_occlusion(p) in hidden
     p["mm"][hidden] = [5, 1, 3, 2, 4]
     assert sample.typical_occlusion(p) in (15, 30)  # the middle fifth, both ends included
