@@ -102,6 +102,14 @@ def mixed_rows(rng, N, K, D):
     return x * 10.0 ** rng.uniform(-35, 35, (N, 1)), c * 10.0 ** rng.uniform(-35, 35, (K, 1))
 
 
+def products_underflow(rng, N, K, D):
+    """One row of ordinary size sets the scale; all the others are so small that float32 products of them are denormal."""
+    x, c = plain(rng, N, K, D)
+    x, c = x * 2.0 ** rng.uniform(-76, -66), c * 2.0 ** rng.uniform(-76, -66)
+    x[rng.integers(N)] = 1
+    return x, c
+
+
 def one_huge_code(rng, N, K, D):
     x, c = plain(rng, N, K, D)
     c[rng.integers(K)] *= 10.0 ** rng.uniform(4, 37)
@@ -145,8 +153,8 @@ def midpoints(rng, N, K, D):
 
 
 KINDS = [plain, one_ulp, exact_ties, duplicates, offset_1e3, offset_1e6, only_codes_offset, scaled, scaled_together,
-         denormals, mixed_columns, mixed_rows, one_huge_code, one_huge_row, largest_numbers, all_equal, permutations,
-         clusters, midpoints]
+         denormals, mixed_columns, mixed_rows, products_underflow, one_huge_code, one_huge_row, largest_numbers, all_equal,
+         permutations, clusters, midpoints]
 SIZES = st.one_of(st.integers(1, 8), st.sampled_from([13, 31, 37, 61]))
 
 
