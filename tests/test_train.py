@@ -772,9 +772,6 @@ def test_a_refusal_prints_one_line_and_exits_with_2(data, tmp_path):
 
 def test_the_whole_chain_from_another_folder(data, tmp_path):
     """`python train.py` with tiny settings: stages 1-3, tables and figures, run from outside the project's folder."""
-    missing = [s for s in ("evaluate.py", "sample.py") if not (HERE / s).exists()]
-    if missing:
-        pytest.skip(f"{' and '.join(missing)} not there yet")
     short = TINY | dict(epochs_1=2, epochs_2=1, epochs_3=1, epochs_r=1)
     done = python_train(tmp_path, "--name", "tiny", "--data", data, "--device", "cpu", *flags(**short))
     assert done.returncode == 0, done.stderr[-2000:]
