@@ -544,7 +544,7 @@ class HiPART(nn.Module):
     @torch.no_grad()
     def densify(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x_s [B, 17, 2] and conf [B, 17] (0 = missing; None = all seen) -> x_d [B, 48, 2], x_f [B, 96, 2] (Alg. 1), all
-        in normalised image coordinates."""
+        in normalised image coordinates. Call `eval()` first: in training mode HiARM's dropout is at work."""
         pelvis = detected_pelvis(x_s, conf)
         _, _, zh_s, zh_d = self.hiarm.rollout(to_model_frame(x_s, pelvis), conf)
         x_d, x_f = self.msst.decode_embeddings(zh_s, zh_d)

@@ -150,6 +150,15 @@ class Run:
         with open(self.path / "log.jsonl", "a") as f:
             f.write(json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
 
+    def forget(self, model: str, epoch: int) -> None:
+        """Drop log lines of epochs that never reached a checkpoint: a resumed run writes them again."""
+        path = self.path / "log.jsonl"
+        rows = path.read_text().splitlines() if path.exists() else []
+        kept = [r for r in rows if json.loads(r)["model"] != model or json.loads(r)["epoch"] <= epoch]
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(r + "\n" for r in kept))
+        os.replace(beside, path)
+
     def split(self, name: str) -> Split:
         return Split(self.data, name, self.device, self.limit if name == "train" else 0)
 
@@ -166,7 +175,7 @@ def _rounded(v):
 
 def stop(message: str) -> NoReturn:
     """The user's mistake, in one sentence, and exit status 2."""
-    print(message, file=sys.stderr)
+    tqdm.write(message, file=sys.stderr)  # not glued to an open progress bar
     raise SystemExit(2)
 
 
@@ -231,6 +240,7 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
         optimizer.load_state_dict(saved["optimizer"])
         set_random_state(saved["random"])
         first, step, spent = saved["epoch"], saved["step"], saved["seconds"]
+        run.forget(name, first)
     elif path.exists():
         stop(f"{path} exists already: add --resume to go on, or choose another --name")
     for epoch in range(first, epochs):

@@ -88,10 +88,7 @@ def _float32_scores(x: Tensor, c: Tensor, c2: Tensor) -> Tensor:
 
 @torch.no_grad()
 def code_statistics(x: Tensor, idx: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """How many rows chose each code, and the sum of those rows: x [N, D], idx [N] -> n [K], s [K, D], both float32.
-
-    Separate from the update so that data-parallel training can all-reduce n and s in between.
-    """
+    """How many rows chose each code, and the sum of those rows: x [N, D], idx [N] -> n [K], s [K, D], both float32."""
     if x.dim() != 2 or idx.shape != x.shape[:1] or idx.dtype != torch.int64:
         raise ValueError(f"code_statistics needs x [N, D] and idx [N] int64, found {_say(x)} and {_say(idx)}")
     if len(idx) and (int(idx.min()) < 0 or int(idx.max()) >= K):

@@ -804,3 +804,12 @@ def test_the_whole_chain_from_another_folder(data, tmp_path):
     made = {"stage1.pt", "stage2.pt", "regressor.pt", "log.jsonl"} | {f"stage3_{feed}_0.pt" for feed in train.FEEDS}
     assert made <= {p.name for p in run.iterdir()}
     assert list(run.rglob("*.png")) and "mpjpe" in done.stdout.lower()
+
+
+def test_resuming_forgets_log_lines_that_have_no_checkpoint(tmp_path):
+    run = train.Run(tmp_path, Config(), torch.device("cpu"))
+    for model, epoch in (("stage1", 1), ("stage1", 2), ("stage2", 1), ("stage2", 2)):
+        run.log(model=model, epoch=epoch)
+    run.forget("stage2", 1)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["model"], r["epoch"]) for r in rows] == [("stage1", 1), ("stage1", 2), ("stage2", 1)]
