@@ -1,9 +1,244 @@
-"""The two operations that the tokenizer lives on: `nearest_code` (an exact argmin) and `ema_update_`.
+"""The two operations that the tokenizer lives on: nearest-code search and EMA codebook update, exact and fast.
 
-This package knows nothing of poses. Today both are the pure-PyTorch twin of `reference.py`; its docstring states the
-contract that any faster backend has to meet bit for bit.
+    python -m kernels                        # what is in use here, why, and a self-check
+    HIPART_KERNELS=reference|cpp|cuda|auto   # overrides the choice; auto, the default, takes the best that builds
+
+Three implementations of one contract (stated in reference.py): the pure-PyTorch twin in reference.py, C++ in
+quantizer.cpp, CUDA in quantizer.cu. The compiled ones are built on first use, never at import, into PyTorch's extension
+cache (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions). Where that fails, one line says why and the twin does the work.
+All are torch ops with fake kernels, so torch.compile(fullgraph=True) takes them. None of them has a gradient: the
+straight-through estimator belongs to the model. This package knows nothing of poses.
 """
 
-from .reference import code_statistics, ema_update_, nearest_code
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
 
-__all__ = ["code_statistics", "ema_update_", "nearest_code"]
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["backend", "code_statistics", "ema_apply_", "ema_update_", "nearest_code", "quantize"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CHOICES = ("auto", "reference", "cpp", "cuda")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Public functions: they check, then call the op
+
+
+def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code of every row: x [N, D], codebook [K, D] -> idx [N] int64. Ties go to the lowest index.
+
+    Both tensors share one floating dtype and one device; N may be 0, K and D are at least 1; any strides. The answer is
+    the exact argmin of the contract in reference.py, the same bits from every backend. Raises ValueError on other shapes,
+    TypeError on other dtypes. Non-finite values never give a usable index: ValueError from the twin and on the CPU; in
+    CUDA code, where looking would stall the stream, index K, which every lookup refuses.
+    """
+    return quantize_op(x, codebook)[0]
+
+
+def quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`nearest_code`, the codes themselves, and the squared distances: idx [N] int64, codes [N, D], d [N] float64.
+
+    The distance is the contract's own number, which the search knows anyway.
+    """
+    idx, distance = quantize_op(x, codebook)
+    return idx, codebook.detach()[idx], distance
+
+
+def quantize_op(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks, then the op: idx [N], d [N]."""
+    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or not codebook.numel():
+        raise ValueError("nearest_code needs x [N, D] and codebook [K, D] with K, D >= 1, "
+                         f"found {_say(x)} and {_say(codebook)}")
+    if x.dtype != codebook.dtype or x.dtype not in _FLOATS:
+        raise TypeError(f"nearest_code needs one floating dtype for both, found {_say(x)} and {_say(codebook)}")
+    if x.device != codebook.device:
+        raise ValueError(f"nearest_code needs both on one device, found {_say(x)} and {_say(codebook)}")
+    return torch.ops.hipart.quantize(x.detach(), codebook.detach())
+
+
+def code_statistics(x: Tensor, idx: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """How many rows chose each code, and the sum of those rows: x [N, D], idx [N] -> n [K], s [K, D], both float32.
+
+    Sums run over ascending rows in float32: the same bits for any number of threads. Data-parallel training adds up n and s
+    over its processes before `ema_apply_`.
+    """
+    if x.dim() != 2 or x.dtype not in _FLOATS or idx.shape != x.shape[:1] or idx.dtype != torch.int64 or K < 1:
+        raise ValueError(f"code_statistics needs x [N, D], idx [N] int64 and K >= 1, found {_say(x)}, {_say(idx)} and {K}")
+    if x.device != idx.device:
+        raise ValueError(f"code_statistics needs both on one device, found {_say(x)} and {_say(idx)}")
+    return torch.ops.hipart.code_statistics(x.detach(), idx, K)
+
+
+def ema_apply_(codebook: Tensor, count: Tensor, total: Tensor, n: Tensor, s: Tensor, decay: float = 0.99, eps: float = 1e-5,
+               restart_below: float = 0.0, candidates: Tensor | None = None) -> Tensor:
+    """Move the codebook by the statistics n [K], s [K, D], in place (van den Oord et al. 2017, appendix A.1).
+
+    codebook [K, D], running count [K] and total [K, D], all float32 and contiguous. *Every* code decays, used or not:
+    count <- decay count + (1 - decay) n, total <- decay total + (1 - decay) s, codebook <- total / count with Laplace
+    smoothing `eps` on the count. Where the count is then below `restart_below`, the code is dead: it becomes row k of
+    `candidates` [K, D], and its count and total are reset with it to a fair share sum(n) / K. Returns how many restarted,
+    as a tensor: nobody has to wait for it.
+    """
+    every = dict(codebook=codebook, count=count, total=total, n=n, s=s)
+    if candidates is not None:
+        every["candidates"] = candidates
+    wide, short = codebook.shape, codebook.shape[:1]
+    wanted = dict(codebook=wide, count=short, total=wide, n=short, s=wide, candidates=wide)
+    if codebook.dim() != 2 or any(t.shape != wanted[k] or t.dtype != torch.float32 or t.device != codebook.device
+                                  or not t.is_contiguous() for k, t in every.items()):
+        raise ValueError("ema_apply_ needs codebook, total, s (and candidates) [K, D], count and n [K], all contiguous "
+                         "float32 on one device, found " + ", ".join(f"{k} {_say(t)}" for k, t in every.items()))
+    return torch.ops.hipart.ema_apply_(codebook, count, total, n, s, candidates, decay, eps, restart_below)
+
+
+def ema_update_(codebook: Tensor, count: Tensor, total: Tensor, x: Tensor, idx: Tensor, decay: float = 0.99,
+                eps: float = 1e-5, restart_below: float = 0.0, restart_rows: Tensor | None = None) -> Tensor:
+    """`code_statistics` of the rows x [N, D] that chose the codes idx [N], then `ema_apply_`.
+
+    A dead code k restarts as row restart_rows[k] of x. An empty batch restarts nothing.
+    """
+    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1]:
+        raise ValueError(f"ema_update_ needs codebook [K, D] and x [N, D], found {_say(codebook)} and {_say(x)}")
+    n, s = code_statistics(x, idx, len(codebook))
+    candidates = None if restart_rows is None or not len(x) else x.detach()[restart_rows].float()
+    return ema_apply_(codebook, count, total, n, s, decay, eps, restart_below, candidates)
+
+
+def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
+    """Which implementation serves tensors on `device` ("reference", "cpp" or "cuda"), and why. Builds it if need be."""
+    loaded, why = _load()
+    kind = torch.device(device).type
+    name = {"cpu": "cpp", "cuda": "cuda"}.get(kind, "none")
+    return (name, why) if name in loaded else ("reference", why or f"there is no kernel for {kind} tensors")
+
+
+def _say(t: Tensor) -> str:
+    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The ops. The twin is registered for every device. Its first call builds and loads the compiled kernels, which register
+# themselves for CPU and CUDA tensors; from then on PyTorch's dispatcher goes straight to them.
+
+torch.library.define("hipart::quantize", "(Tensor x, Tensor codebook) -> (Tensor, Tensor)")
+torch.library.define("hipart::code_statistics", "(Tensor x, Tensor idx, int K) -> (Tensor, Tensor)")
+torch.library.define("hipart::ema_apply_", "(Tensor(a!) codebook, Tensor(b!) count, Tensor(c!) total, Tensor n, Tensor s, "
+                     "Tensor? candidates, float decay, float eps, float restart_below) -> Tensor")
+
+
+def _dispatch(name: str, twin, compiled: tuple[str, ...]):
+    def first_call_or_fallback(*args):
+        if backend(args[0].device)[0] in compiled:
+            return getattr(torch.ops.hipart, name)(*args)
+        return twin(*args)
+
+    torch.library.impl(f"hipart::{name}", "default")(first_call_or_fallback)
+
+
+_dispatch("quantize", reference.quantize, ("cpp", "cuda"))
+_dispatch("code_statistics", reference.code_statistics, ("cpp", "cuda"))
+_dispatch("ema_apply_", reference.ema_apply_, ("cpp",))  # on a GPU a few launches on [K, D] cost next to nothing
+
+
+@torch.library.register_fake("hipart::quantize")
+def _(x, codebook):
+    return x.new_empty(x.shape[:1], dtype=torch.int64), x.new_empty(x.shape[:1], dtype=torch.float64)
+
+
+@torch.library.register_fake("hipart::code_statistics")
+def _(x, idx, K):
+    return x.new_empty(K, dtype=torch.float32), x.new_empty((K, x.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("hipart::ema_apply_")
+def _(codebook, count, total, n, s, candidates, decay, eps, restart_below):
+    return n.new_empty((), dtype=torch.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Build and load
+
+_HERE = Path(__file__).parent
+_FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off"]  # no -march=native, no -ffast-math: a cached binary must run, and be right
+_lock = threading.Lock()
+_loaded: tuple[tuple[str, ...], str] | None = None  # (kernels that are in, why)
+
+
+def _load() -> tuple[tuple[str, ...], str]:
+    """Build and load what this machine can run, once per process; says in one line what went wrong, if something did."""
+    global _loaded
+    with _lock:
+        if _loaded is not None:
+            return _loaded
+        choice = os.environ.get("HIPART_KERNELS", "auto")
+        if choice not in _CHOICES:
+            raise ValueError(f"HIPART_KERNELS must be one of {', '.join(_CHOICES)}, found {choice!r}")
+        if choice == "reference":
+            _loaded = (), "HIPART_KERNELS=reference asks for it"
+            return _loaded
+        failures = []
+        attempts = {"auto": [("cpp", "cuda"), ("cpp",)] if torch.cuda.is_available() else [("cpp",)],
+                    "cpp": [("cpp",)], "cuda": [("cpp", "cuda")]}[choice]
+        for kernels in attempts:
+            try:
+                where = _build(kernels)
+            except (OSError, RuntimeError, ImportError) as e:
+                failures.append(f"{'CUDA' if 'cuda' in kernels else 'C++'} kernels could not be built: {_reason(e)}")
+                if choice != "auto":
+                    raise RuntimeError(f"HIPART_KERNELS={choice}, but the {failures[-1]}") from e
+            else:
+                _loaded = kernels, "; ".join([*failures, f"built in {where}"])
+                break
+        else:
+            _loaded = (), "; ".join(failures)
+        if failures:
+            print(f"kernels: {'; '.join(failures)}. The pure-PyTorch twin works instead (exact, slower).", file=sys.stderr)
+        return _loaded
+
+
+def _build(kernels: tuple[str, ...]) -> Path:
+    """Compile unless a cached binary is there, load it, and return its folder.
+
+    The folder's name holds a hash of all that goes in. The binary is linked beside and renamed, so that a killed build
+    leaves nothing that looks finished; a file lock, which dies with its process, lets several first users build once.
+    """
+    import fcntl
+
+    from torch.utils import cpp_extension
+
+    sources = [_HERE / "quantizer.cpp"] + [_HERE / "quantizer.cu"] * ("cuda" in kernels)
+    flags = _FLAGS + ["-DWITH_CUDA"] * ("cuda" in kernels)
+    inputs = [f.read_bytes() for f in (*sources, _HERE / "quantizer.h")]
+    inputs.append(repr((flags, torch.__version__, sys.version)).encode())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    folder = root / f"hipart_{'_'.join(kernels)}_{hashlib.sha256(b''.join(inputs)).hexdigest()[:16]}"
+    binary = folder / "quantizer.so"
+    if binary.exists():
+        torch.ops.load_library(binary)
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if binary.exists():
+            torch.ops.load_library(binary)
+            return folder
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            cpp_extension.load("quantizer", [str(s) for s in sources], extra_cflags=flags, build_directory=beside,
+                               extra_cuda_cflags=["-O3", "-lineinfo"], is_python_module=False)
+            os.replace(Path(beside, "quantizer.so"), binary)
+    return folder
+
+
+def _reason(e: BaseException) -> str:
+    """The first line that names an error, short: compilers say much."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower() and "Error building" not in line), lines[0] if lines else
+                type(e).__name__)[:300]

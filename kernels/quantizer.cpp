@@ -1,0 +1,412 @@
+// The compiled ops: nearest code, code statistics and EMA update on the CPU; at the end their registration, and the thin
+// layer that hands CUDA tensors to quantizer.cu. reference.py states the contract; this file meets it bit for bit.
+//
+// How a cheap screen can give an exact answer. For a row x and a code c, with both shifted by the same vector,
+//     |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c),
+// and |x|^2 is the same for all codes. A float32 product gives the bracket, the *score*, up to an error whose bound E we
+// can state (quantizer.h). So if score(a) - E(a) > score(b) + E(b), code a has lost, for certain. What is left, as a rule one group of 16
+// codes in 2048, is compared in float64 exactly as the contract says. A worse screen costs time, never the answer.
+//
+// Where the bytes go: the codebook is packed once into *panels* of 16 codes, [panel][dimension][code], so that one step of
+// the inner loop reads 16 consecutive floats. A block of 48 rows (24 KB at D = 128) and one panel (8 KB) share the first
+// cache; of the N x K scores only one minimum per row and panel is ever stored, 48 x K / 16 floats per thread.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "quantizer.h"
+
+#ifdef WITH_CUDA
+#include <ATen/ops/arange.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sort.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+
+constexpr int MR = 6, NR = 16;  // 6 x 16 accumulators fill 12 of the 16 AVX2 registers; 2 hold codes, 1 the row's value
+constexpr int ROWS = 8 * MR;    // rows per block
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Input of any type and stride becomes contiguous rows of `Wide`: float, or double for float64 input.
+
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+struct View {
+  const T* data;
+  int64_t rows, columns, row_stride, column_stride;
+
+  explicit View(const Tensor& t)
+      : data(t.const_data_ptr<T>()), rows(t.size(0)), columns(t.size(1)), row_stride(t.stride(0)), column_stride(t.stride(1)) {}
+
+  // Copies a row and says whether all of it is finite: a sum of v - v is 0, or NaN if any v is infinite or NaN.
+  bool load(int64_t row, Wide<T>* out) const {
+    const T* from = data + row * row_stride;
+    if (column_stride == 1)
+      for (int64_t d = 0; d < columns; ++d) out[d] = static_cast<Wide<T>>(from[d]);
+    else
+      for (int64_t d = 0; d < columns; ++d) out[d] = static_cast<Wide<T>>(from[d * column_stride]);
+    Wide<T> zero = 0;
+#pragma omp simd reduction(+ : zero)
+    for (int64_t d = 0; d < columns; ++d) zero += out[d] - out[d];
+    return zero == 0;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The codebook, packed
+
+template <class T>
+struct Codebook {
+  int64_t K, D, panels;
+  std::vector<Wide<T>> raw;   // [panel][D][16] as given: what the certificate compares
+  std::vector<float> screen;  // [panel][D][16] shifted by `mean` and rounded to float32: what the screen multiplies
+  std::vector<float> square;  // [panel][16] |c|^2 of those
+  std::vector<float> norm;    // [panel] largest |c|
+  std::vector<double> mean;   // any shift would do; this one makes the numbers small, hence their rounding errors
+
+  explicit Codebook(const View<T>& codes)
+      : K(codes.rows), D(codes.columns), panels((K + NR - 1) / NR), raw(panels * D * NR), mean(D) {
+    std::vector<char> finite(panels);
+    at::parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
+      std::vector<Wide<T>> row(D);
+      for (int64_t p = begin; p < end; ++p) {
+        finite[p] = true;
+        for (int j = 0; j < NR; ++j) {  // the last panel is filled up with copies of the last code, which never win
+          finite[p] &= codes.load(std::min(p * NR + j, K - 1), row.data());
+          for (int64_t d = 0; d < D; ++d) raw[(p * D + d) * NR + j] = row[d];
+        }
+      }
+    });
+    TORCH_CHECK_VALUE(std::all_of(finite.begin(), finite.end(), [](char ok) { return ok; }),
+                      "codebook holds a non-finite value; nearest_code needs finite numbers");
+    if constexpr (!std::is_same_v<T, double>) prepare_screen();
+  }
+
+  void prepare_screen() {
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t d = 0; d < D; ++d) {
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int j = 0; j < NR; ++j) sum += raw[(p * D + d) * NR + j];
+        mean[d] += sum / (panels * NR);
+      }
+    screen.resize(panels * D * NR), square.resize(panels * NR), norm.resize(panels);
+    at::parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        double sum[NR] = {};
+        for (int64_t d = 0; d < D; ++d)
+          for (int j = 0; j < NR; ++j) {
+            const double c = raw[(p * D + d) * NR + j] - mean[d];
+            screen[(p * D + d) * NR + j] = static_cast<float>(c);
+            sum[j] += c * c;
+          }
+        for (int j = 0; j < NR; ++j) square[p * NR + j] = static_cast<float>(sum[j]);
+        norm[p] = static_cast<float>(std::sqrt(*std::max_element(sum, sum + NR)));
+      }
+    });
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Screen and certificate. Everything below is inlined into one function per instruction set (see `search`).
+
+#define INLINE [[gnu::always_inline]] inline
+
+template <bool FMA>
+INLINE float multiply_add(float a, float b, float c) {
+  if constexpr (FMA)
+    return __builtin_fmaf(a, b, c);
+  else
+    return a * b + c;
+}
+
+// Scores of 6 rows x [D][6] against one panel c [D][16]; the minimum over the panel for every row.
+template <bool FMA>
+INLINE void screen_tile(const float* x, const float* c, int64_t D, const float* square, float* minimum, int64_t stride) {
+  float acc[MR][NR] = {};
+  for (int64_t d = 0; d < D; ++d, x += MR, c += NR) {
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i) {
+#pragma omp simd
+      for (int j = 0; j < NR; ++j) acc[i][j] = multiply_add<FMA>(x[i], c[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i) {
+    float m = FLT_MAX;
+#pragma omp simd reduction(min : m)
+    for (int j = 0; j < NR; ++j) m = std::min(m, square[j] - 2 * acc[i][j]);
+    minimum[i * stride] = m;
+  }
+}
+
+// The contract's number for one row and the 16 codes of a panel; strict `<` keeps the lowest index.
+template <class W>
+INLINE void certify_panel(const W* x, const W* c, int64_t D, int64_t first, int64_t K, int64_t& idx, double& best) {
+  double s[NR] = {};
+  for (int64_t d = 0; d < D; ++d, c += NR) {
+#pragma omp simd
+    for (int j = 0; j < NR; ++j) {
+      const double e = static_cast<double>(x[d]) - static_cast<double>(c[j]);
+      s[j] += e * e;
+    }
+  }
+  for (int j = 0; j < NR && first + j < K; ++j)
+    if (idx < 0 || s[j] < best) idx = first + j, best = s[j];
+}
+
+// One block of at most 48 rows: scratch memory and the search.
+template <class T>
+struct Block {
+  std::vector<Wide<T>> raw;    // [48][D]
+  std::vector<float> tiles;    // [8][D][6] the rows as the screen reads them, shifted and rounded
+  std::vector<float> minimum;  // [48][panels]
+  std::vector<float> error;    // [panels]
+
+  Block(int64_t D, int64_t panels) : raw(ROWS * D), tiles(ROWS * D), minimum(ROWS * panels), error(panels) {}
+
+  template <bool FMA>
+  INLINE void search(const Codebook<T>& codebook, int rows, int64_t* idx, double* distance) {
+    constexpr bool everything = std::is_same_v<T, double>;  // float32 cannot screen float64
+    const int64_t D = codebook.D, panels = codebook.panels;
+    const hipart::Bound bound(D);
+    float norm[ROWS];
+    for (int row = 0; row < rows && !everything; ++row) {
+      float* tile = &tiles[row / MR * MR * D + row % MR];
+      double sum = 0;
+      for (int64_t d = 0; d < D; ++d) {
+        const double v = raw[row * D + d] - codebook.mean[d];
+        sum += v * v;
+        tile[d * MR] = static_cast<float>(v);
+      }
+      norm[row] = static_cast<float>(std::sqrt(sum));
+    }
+    for (int64_t p = 0; p < panels && !everything; ++p)
+      for (int row = 0; row < rows; row += MR)
+        screen_tile<FMA>(&tiles[row * D], &codebook.screen[p * D * NR], D, &codebook.square[p * NR], &minimum[row * panels + p],
+                         panels);
+    for (int row = 0; row < rows; ++row) {
+      const float *low = &minimum[row * panels], *C = codebook.norm.data();
+      float limit = INFINITY, *E = error.data();
+#pragma omp simd reduction(min : limit)
+      for (int64_t p = 0; p < (everything ? 0 : panels); ++p) {
+        E[p] = bound(norm[row], C[p]);
+        limit = std::min(limit, low[p] + E[p]);
+      }
+      idx[row] = -1;
+      for (int64_t p = 0; p < panels; ++p)
+        if (everything || !(low[p] - E[p] > limit))  // `not >`: NaN rules nothing out
+          certify_panel(&raw[row * D], &codebook.raw[p * D * NR], D, p * NR, codebook.K, idx[row], distance[row]);
+    }
+  }
+};
+
+// The same code for two instruction sets, chosen on the machine that runs it: a binary may be cached and copied.
+template <class T>
+void search_portable(Block<T>& block, const Codebook<T>& codebook, int rows, int64_t* idx, double* distance) {
+#ifdef __FP_FAST_FMAF
+  block.template search<true>(codebook, rows, idx, distance);
+#else
+  block.template search<false>(codebook, rows, idx, distance);
+#endif
+}
+
+#ifdef __x86_64__
+template <class T>
+__attribute__((target("avx2,fma"))) void search_avx2(Block<T>& block, const Codebook<T>& codebook, int rows, int64_t* idx,
+                                                     double* distance) {
+  block.template search<true>(codebook, rows, idx, distance);
+}
+#endif
+
+template <class T>
+auto search_here() {
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &search_avx2<T>;
+#endif
+  return &search_portable<T>;
+}
+
+template <class T>
+void quantize_typed(const Tensor& x_, const Tensor& codebook_, int64_t* idx, double* distance) {
+  const View<T> x(x_);
+  const Codebook<T> codebook{View<T>(codebook_)};
+  const auto search = search_here<T>();
+  at::parallel_for(0, (x.rows + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
+    Block<T> block(codebook.D, codebook.panels);
+    for (int64_t first = begin * ROWS; first < std::min(end * ROWS, x.rows); first += ROWS) {
+      const int rows = static_cast<int>(std::min<int64_t>(ROWS, x.rows - first));
+      for (int i = 0; i < rows; ++i)
+        TORCH_CHECK_VALUE(x.load(first + i, &block.raw[i * codebook.D]), "x holds a non-finite value in row ", first + i,
+                          "; nearest_code needs finite numbers");
+      search(block, codebook, rows, idx + first, distance + first);
+    }
+  });
+}
+
+// x [N, D], codebook [K, D] -> idx [N], d64 [N]
+std::tuple<Tensor, Tensor> quantize_cpu(const Tensor& x, const Tensor& codebook) {
+  Tensor idx = at::empty({x.size(0)}, x.options().dtype(at::kLong));
+  Tensor distance = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
+  auto *i = idx.mutable_data_ptr<int64_t>();
+  auto *d = distance.mutable_data_ptr<double>();
+  switch (x.scalar_type()) {
+    case at::kFloat: quantize_typed<float>(x, codebook, i, d); break;
+    case at::kDouble: quantize_typed<double>(x, codebook, i, d); break;
+    case at::kHalf: quantize_typed<at::Half>(x, codebook, i, d); break;
+    case at::kBFloat16: quantize_typed<at::BFloat16>(x, codebook, i, d); break;
+    default: TORCH_CHECK_TYPE(false, "nearest_code needs a floating dtype, found ", x.scalar_type());
+  }
+  return {idx, distance};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// EMA codebook update. A counting sort brings the rows of each code together in ascending order; each code's sum is then
+// one thread's work, in that order: the same bits for any number of threads, and one pass over x.
+
+template <class T>
+void sum_rows(const Tensor& x_, const std::vector<int64_t>& order, const std::vector<int64_t>& first, float* s) {
+  const View<T> x(x_);
+  const int64_t D = x.columns, K = static_cast<int64_t>(first.size()) - 1;
+  at::parallel_for(0, K, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = first[begin]; i < first[end]; ++i) {
+      while (i >= first[begin + 1]) ++begin;  // the code that row order[i] chose
+      const T* row = x.data + order[i] * x.row_stride;
+      float* sum = s + begin * D;
+      if (x.column_stride == 1)
+        for (int64_t d = 0; d < D; ++d) sum[d] += static_cast<float>(row[d]);
+      else
+        for (int64_t d = 0; d < D; ++d) sum[d] += static_cast<float>(row[d * x.column_stride]);
+    }
+  });
+}
+
+// x [N, D], idx [N] -> n [K], s [K, D]
+std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& idx, int64_t K) {
+  const int64_t N = x.size(0);
+  Tensor n = at::empty({K}, x.options().dtype(at::kFloat)), s = at::zeros({K, x.size(1)}, x.options().dtype(at::kFloat));
+  const int64_t *code = idx.const_data_ptr<int64_t>(), step = idx.stride(0);
+  std::vector<int64_t> first(K + 1), order(N);
+  for (int64_t i = 0; i < N; ++i) {
+    TORCH_CHECK_VALUE(code[i * step] >= 0 && code[i * step] < K, "code_statistics: idx must lie in [0, ", K, "), found ",
+                      code[i * step], " in row ", i);
+    ++first[code[i * step] + 1];
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    n.mutable_data_ptr<float>()[k] = static_cast<float>(first[k + 1]);
+    first[k + 1] += first[k];
+  }
+  std::vector<int64_t> next(first.begin(), first.end() - 1);
+  for (int64_t i = 0; i < N; ++i) order[next[code[i * step]]++] = i;
+  auto* sums = s.mutable_data_ptr<float>();
+  switch (x.scalar_type()) {
+    case at::kFloat: sum_rows<float>(x, order, first, sums); break;
+    case at::kDouble: sum_rows<double>(x, order, first, sums); break;
+    case at::kHalf: sum_rows<at::Half>(x, order, first, sums); break;
+    case at::kBFloat16: sum_rows<at::BFloat16>(x, order, first, sums); break;
+    default: TORCH_CHECK_TYPE(false, "code_statistics needs a floating dtype, found ", x.scalar_type());
+  }
+  return {n, s};
+}
+
+// One pass over the three arrays; see ema_apply_ in reference.py for the equations. Returns how many codes restarted.
+Tensor ema_apply_cpu(Tensor& codebook, Tensor& count, Tensor& total, const Tensor& n, const Tensor& s,
+                     const std::optional<Tensor>& candidates, double decay, double eps, double restart_below) {
+  const int64_t K = codebook.size(0), D = codebook.size(1);
+  auto *c = codebook.mutable_data_ptr<float>(), *running = count.mutable_data_ptr<float>(),
+       *sum = total.mutable_data_ptr<float>();
+  const auto *now = n.const_data_ptr<float>(), *s_now = s.const_data_ptr<float>(),
+             *spare = candidates ? candidates->const_data_ptr<float>() : nullptr;
+  const auto keep = static_cast<float>(decay), take = static_cast<float>(1 - decay);
+  double mass = 0, rows = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    running[k] = running[k] * keep + now[k] * take;
+    mass += running[k], rows += now[k];
+  }
+  const auto fair = static_cast<float>(rows / K);
+  const bool may_restart = spare && rows > 0;
+  at::parallel_for(0, K, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const double smooth = (running[k] + eps) / (mass + K * eps) * mass;
+      const auto divisor = static_cast<float>(std::max<double>(smooth, FLT_MIN));
+      const bool dead = may_restart && running[k] < restart_below;
+      for (int64_t i = k * D; i < (k + 1) * D; ++i) {
+        sum[i] = sum[i] * keep + s_now[i] * take;
+        c[i] = sum[i] / divisor;
+        if (dead) c[i] = spare[i], sum[i] = spare[i] * fair;
+      }
+    }
+  });
+  int64_t restarted = 0;
+  for (int64_t k = 0; may_restart && k < K; ++k)
+    if (running[k] < restart_below) running[k] = fair, ++restarted;
+  Tensor out = at::empty({}, n.options().dtype(at::kLong));
+  *out.mutable_data_ptr<int64_t>() = restarted;
+  return out;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA: memory, stream and device come from PyTorch, the kernels from quantizer.cu. Nothing here waits for the GPU.
+
+#ifdef WITH_CUDA
+hipart::Matrix matrix(const Tensor& t) {
+  const auto type = t.scalar_type() == at::kDouble ? hipart::Type::f64
+                    : t.scalar_type() == at::kHalf ? hipart::Type::f16
+                    : t.scalar_type() == at::kBFloat16 ? hipart::Type::bf16 : hipart::Type::f32;
+  return {t.const_data_ptr(), type, t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+void check_launch(int error) { TORCH_CHECK(error == 0, "a CUDA kernel of hipart failed to start: error ", error); }
+
+std::tuple<Tensor, Tensor> quantize_cuda(const Tensor& x, const Tensor& codebook) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  Tensor idx = at::empty({x.size(0)}, x.options().dtype(at::kLong));
+  Tensor distance = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
+  const int64_t bytes = hipart::nearest_code_cuda_scratch(x.size(0), codebook.size(0), x.size(1));
+  Tensor scratch = at::empty({bytes}, x.options().dtype(at::kByte));
+  check_launch(hipart::nearest_code_cuda(matrix(x), matrix(codebook), scratch.mutable_data_ptr(), idx.mutable_data_ptr<int64_t>(),
+                                         distance.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
+  return {idx, distance};
+}
+
+// A stable sort takes the place of the counting sort. A code outside [0, K) belongs to no segment and is not counted.
+std::tuple<Tensor, Tensor> code_statistics_cuda(const Tensor& x, const Tensor& idx, int64_t K) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  auto [sorted, order] = at::sort(idx, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  Tensor first = at::searchsorted(sorted, at::arange(K + 1, idx.options()));
+  Tensor s = at::empty({K, x.size(1)}, x.options().dtype(at::kFloat));
+  check_launch(hipart::segment_sums_cuda(matrix(x), order.const_data_ptr<int64_t>(), first.const_data_ptr<int64_t>(), K,
+                                         s.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
+  return {first.slice(0, 1).sub(first.slice(0, 0, K)).to(at::kFloat), s};
+}
+#endif
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(hipart, CPU, m) {
+  m.impl("quantize", &quantize_cpu);
+  m.impl("code_statistics", &code_statistics_cpu);
+  m.impl("ema_apply_", &ema_apply_cpu);
+}
+
+#ifdef WITH_CUDA
+TORCH_LIBRARY_IMPL(hipart, CUDA, m) {
+  m.impl("quantize", &quantize_cuda);
+  m.impl("code_statistics", &code_statistics_cuda);
+}
+#endif

@@ -1,0 +1,149 @@
+// Just enough of CUDA to run quantizer.cu on a CPU, one block at a time, every thread of it a fiber: for a machine without a
+// GPU, the difference between code that compiles and code that has run. Slow, so for small sizes only. What it cannot show:
+// races between threads (fibers never interleave except at barriers and shuffles), memory limits, speed.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static  // one block runs at a time
+#define __launch_bounds__(n)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float4 { float x, y, z, w; };
+using cudaStream_t = void*;
+enum { cudaSuccess = 0 };
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline int cudaGetLastError() { return cudaSuccess; }
+inline void cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t) { std::memset(p, value, n); }
+
+struct __half { uint16_t bits; };
+inline float __half2float(__half h) {
+  const int exponent = h.bits >> 10 & 31, fraction = h.bits & 1023;  // finite values, or infinity for all that are not
+  const float size = exponent == 31 ? INFINITY : exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(1.f * fraction, -24);
+  return h.bits & 0x8000 ? -size : size;
+}
+struct __nv_bfloat16 { uint16_t bits; };
+inline float __bfloat162float(__nv_bfloat16 b) {
+  const uint32_t wide = uint32_t(b.bits) << 16;
+  float f;
+  std::memcpy(&f, &wide, 4);
+  return f;
+}
+
+inline double __dsub_rn(double a, double b) { return a - b; }  // compiled with -ffp-contract=off
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
+inline int atomicOr(int* p, int v) { const int old = *p; *p |= v; return old; }
+
+namespace emulator {
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(64 << 10);
+  int waits_for = 0;  // 0 nothing, 1 the block, 2 its warp
+  bool done = false;
+};
+inline std::vector<Fiber>* fibers;
+inline ucontext_t scheduler;
+inline int current;
+inline std::function<void()>* body;
+inline uint64_t slots[1024];  // what each thread offers to its warp
+
+inline void wait(int whom) {
+  Fiber& me = (*fibers)[current];
+  me.waits_for = whom;
+  swapcontext(&me.context, &scheduler);
+}
+
+inline void enter() {
+  (*body)();
+  (*fibers)[current].done = true;
+  swapcontext(&(*fibers)[current].context, &scheduler);
+}
+
+// All of [begin, end) that still run wait for the same: let them go on. A barrier that some have left behind is an error.
+inline bool release(int begin, int end, int whom) {
+  for (int i = begin; i < end; ++i)
+    if (!(*fibers)[i].done && (*fibers)[i].waits_for != whom) return false;
+  bool any = false;
+  for (int i = begin; i < end; ++i)
+    if (!(*fibers)[i].done) (*fibers)[i].waits_for = 0, any = true;
+  return any;
+}
+
+inline void run_block(int threads) {
+  std::vector<Fiber> all(threads);
+  fibers = &all;
+  for (Fiber& f : all) {
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, enter, 0);
+  }
+  for (;;) {
+    bool ran = false, left = false;
+    for (current = 0; current < threads; ++current) {
+      left |= !all[current].done;
+      if (all[current].done || all[current].waits_for) continue;
+      threadIdx = dim3(current);
+      swapcontext(&scheduler, &all[current].context);
+      ran = true;
+    }
+    if (!left) return;
+    bool freed = release(0, threads, 1);
+    for (int warp = 0; warp < threads; warp += 32) freed |= release(warp, std::min(warp + 32, threads), 2);
+    if (!ran && !freed) std::abort();  // some wait for ever
+  }
+}
+
+inline void launch(dim3 grid, unsigned threads, std::function<void()> kernel) {
+  body = &kernel;
+  gridDim = grid, blockDim = dim3(threads);
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y);
+      run_block(static_cast<int>(threads));
+    }
+}
+
+template <class T>
+T exchange(T value, int from) {
+  static_assert(sizeof(T) <= 8);
+  std::memcpy(&slots[current], &value, sizeof(T));
+  wait(2);
+  std::memcpy(&value, &slots[from], sizeof(T));
+  wait(2);  // all have read before anyone writes again
+  return value;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::wait(1); }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) { return emulator::exchange(value, emulator::current ^ mask); }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  emulator::exchange(uint64_t(vote), emulator::current);
+  unsigned all = 0;
+  const int first = emulator::current / 32 * 32;
+  for (int i = 0; i < 32; ++i)
+    if (first + i < static_cast<int>(emulator::fibers->size()) && !(*emulator::fibers)[first + i].done)
+      all |= unsigned(emulator::slots[first + i] & 1) << i;
+  emulator::wait(2);
+  return all;
+}
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }

@@ -1,0 +1,122 @@
+"""quantizer.cu without a GPU: nvcc takes it, and its kernels, run thread by thread on the CPU, keep the contract."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_kernels import KINDS, brute_force
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+WRAPPERS = """
+using namespace hipart;
+extern "C" int search(const void* x, const void* c, int type, const int64_t* sizes, int64_t* idx, double* distance) {
+  const int64_t N = sizes[0], K = sizes[1], D = sizes[2];
+  std::vector<char> scratch(nearest_code_cuda_scratch(N, K, D), 0x7f);
+  return nearest_code_cuda({x, Type(type), N, D, sizes[3], sizes[4]}, {c, Type(type), K, D, sizes[5], sizes[6]}, scratch.data(),
+                           idx, distance, nullptr);
+}
+extern "C" int sums(const void* x, int type, const int64_t* sizes, const int64_t* order, const int64_t* first, int64_t K, float* s) {
+  return segment_sums_cuda({x, Type(type), sizes[0], sizes[1], sizes[2], sizes[3]}, order, first, K, s, nullptr);
+}
+"""
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_nvcc_takes_it(architecture, tmp_path):
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc here")
+    subprocess.run(["nvcc", "-std=c++17", f"-arch={architecture}", "-Werror", "all-warnings", "-c", KERNELS / "quantizer.cu",
+                    "-o", tmp_path / "quantizer.o"], check=True)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("no g++ here")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    source = re.sub(r"#include <cuda_\w+\.h>\n", "", (KERNELS / "quantizer.cu").read_text())
+    source, launches = re.subn(r"(\w+(?:<\w+>)?)<<<(.*?), (\w+), 0, \w+>>>\((.*?)\);",
+                               r"emulator::launch(\2, \3, [&] { \1(\4); });", source, flags=re.DOTALL)
+    assert launches >= 9 and "<<<" not in source
+    # small chunks and tiles of rows, so that small inputs cross their borders
+    source, changed = re.subn(r"SCRATCH = 64 << 20", "SCRATCH = 256 << 10", source)
+    assert changed == 1
+    (folder / "emulated.cpp").write_text('#include "cuda_on_cpu.h"\n' + source + WRAPPERS)
+    subprocess.run(["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{KERNELS}",
+                    f"-I{Path(__file__).parent}", folder / "emulated.cpp", "-o", folder / "emulated.so"], check=True)
+    return ctypes.CDLL(folder / "emulated.so")
+
+
+def pointer(t):
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def search(library, x, c):
+    idx, distance = torch.full((len(x),), -7), torch.full((len(x),), -7.0, dtype=torch.float64)
+    sizes = torch.tensor([len(x), len(c), x.shape[1], *x.stride(), *c.stride()])
+    assert library.search(pointer(x), pointer(c), TYPES[x.dtype], pointer(sizes), pointer(idx), pointer(distance)) == 0
+    return idx, distance
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_emulated_search_keeps_the_contract(emulated, kind):
+    for N, K, D in ((5, 3, 1), (131, 150, 13), (1, 1, 8)):
+        with np.errstate(over="ignore", under="ignore"):
+            x, c = (torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in kind(np.random.default_rng(N), N, K, D))
+        idx, distance = search(emulated, x, c)
+        np.testing.assert_array_equal(idx.numpy(), brute_force(x, c))
+        np.testing.assert_array_equal(distance.numpy(), exact_distance(x, c[idx]))
+
+
+def exact_distance(x, c):
+    s = np.zeros(len(x))
+    for i in range(x.shape[1]):
+        e = x[:, i].double().numpy() - c[:, i].double().numpy()
+        s = s + e * e
+    return s
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_emulated_search_of_every_dtype_and_stride(emulated, dtype):
+    x, c = torch.randn(40, 19).to(dtype), torch.randn(19, 70).to(dtype).T
+    idx, distance = search(emulated, x[::2, 1:], c[:, 1:])
+    np.testing.assert_array_equal(idx.numpy(), brute_force(x[::2, 1:].double(), c[:, 1:].double()))
+    np.testing.assert_array_equal(distance.numpy(), exact_distance(x[::2, 1:], c[idx][:, 1:]))
+
+
+def test_emulated_search_crosses_chunks_of_rows(emulated):
+    x, c = torch.randn(700, 40), torch.randn(300, 40)
+    np.testing.assert_array_equal(search(emulated, x, c)[0].numpy(), brute_force(x, c))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_emulated_search_gives_no_usable_index_to_non_finite_input(emulated, value, dtype):
+    x, c = torch.randn(9, 3, dtype=dtype), torch.randn(4, 3, dtype=dtype)
+    expected = brute_force(x, c)
+    x[5, 1] = value
+    idx, distance = search(emulated, x, c)
+    assert idx[5] == 4 and distance[5].isnan()
+    np.testing.assert_array_equal(np.delete(idx.numpy(), 5), np.delete(expected, 5))
+    c[2, 0] = value
+    idx, distance = search(emulated, x, c)
+    assert (idx == 4).all() and distance.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_emulated_sums_run_over_ascending_rows(emulated, dtype):
+    K, x = 9, torch.randn(200, 37).to(dtype)
+    idx = torch.randint(K - 1, (200,))  # the last code is unused
+    order, first = idx.sort(stable=True)[1], torch.searchsorted(idx.sort()[0], torch.arange(K + 1))
+    s, sizes = torch.full((K, 37), 7.0), torch.tensor([*x.shape, *x.stride()])
+    assert emulated.sums(pointer(x), TYPES[dtype], pointer(sizes), pointer(order), pointer(first), ctypes.c_int64(K), pointer(s)) == 0
+    expected = torch.zeros(K, 37)
+    for row, k in zip(x.float(), idx, strict=True):
+        expected[k] += row
+    assert torch.equal(s, expected)
