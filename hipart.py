@@ -85,7 +85,6 @@ class Config:
     lifter: str = "spatial"  # "spatial" (Fig. 11) or "mlp" (Martinez et al. 2017, for small machines)
     lifter_width: int = 96
     lifter_blocks: int = 12
-    lifter_dropout: float = 0.0  # of the mlp lifter; the spatial one has drop path instead
     epochs_3: int = 25
     batch_3: int = 256
     lr_3: float = 1e-3  # Adam, times 0.96 every 4 epochs
@@ -644,13 +643,14 @@ class SpatialLifter(Lifter):
 
 
 class ResidualMLP(nn.Module):
-    """Martinez et al. 2017: linear, then residual blocks of two (linear, batch norm, ReLU, dropout), then linear."""
+    """Martinez et al. 2017: linear, then residual blocks of two (linear, ReLU), then linear. Without their batch norm and
+    dropout: both are noise on a coordinate, and on fresh detections in every epoch they only cost accuracy (README)."""
 
-    def __init__(self, n_in: int, n_out: int, width: int, blocks: int, dropout: float):
+    def __init__(self, n_in: int, n_out: int, width: int, blocks: int):
         super().__init__()
 
         def layer(n: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(n, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout))
+            return nn.Sequential(nn.Linear(n, width), nn.ReLU())
 
         self.first = layer(n_in)
         self.blocks = nn.ModuleList([nn.Sequential(layer(width), layer(width)) for _ in range(blocks)])
@@ -666,11 +666,10 @@ class ResidualMLP(nn.Module):
 class MLPLifter(Lifter):
     """The field's simple baseline (Martinez et al. 2017), for machines without a GPU. Same interface as SpatialLifter."""
 
-    def __init__(self, n_points: int = J + J_D + J_F, width: int = 1024, blocks: int = 2, dropout: float = 0.0,
-                 auxiliary: bool = False):
+    def __init__(self, n_points: int = J + J_D + J_F, width: int = 1024, blocks: int = 2, auxiliary: bool = False):
         super().__init__(n_points, auxiliary)
         n_in = J * 3 + (J_D * 6 + J_F * 2 if n_points > J else 0)
-        self.mlp = ResidualMLP(n_in, J * 3, width, blocks, dropout)
+        self.mlp = ResidualMLP(n_in, J * 3, width, blocks)
         if auxiliary:
             self.aux_head = nn.Linear(width, J_D * 6 + J_F * 2)
 
@@ -690,9 +689,9 @@ class Regressor(nn.Module):
     Same interface as `HiPART.densify`; trained on the mean distance, so it learns where a point most likely is.
     """
 
-    def __init__(self, width: int = 1024, blocks: int = 3, dropout: float = 0.0):
+    def __init__(self, width: int = 1024, blocks: int = 3):
         super().__init__()
-        self.mlp = ResidualMLP(J * 3, (J_D + J_F) * 2, width, blocks, dropout)
+        self.mlp = ResidualMLP(J * 3, (J_D + J_F) * 2, width, blocks)
 
     def forward(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Model frame: x_s [B, 17, 2] -> x_d [B, 48, 2], x_f [B, 96, 2]."""

@@ -49,10 +49,10 @@ from prepare_data import detect, load
 # that a CPU can afford, and turn on what goes beyond the paper in HiARM (condition, soft). `paper` is Config() itself.
 SMALL = dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64, lr_1=2e-3, ema_decay=0.98,
              width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, lr_2=1e-3, condition="every", soft=True,
-             epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=3e-3, cosine_3=True)
+             epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=4e-3, cosine_3=True)
 PRESETS = {
     "quick": SMALL | dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_r=35, epochs_3=8, draws_3=2),
-    "standard": SMALL | dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=20, draws_3=3),
+    "standard": SMALL | dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=24, draws_3=4),
     "paper": dict(),
 }
 FEEDS = {  # name: (what the lifter is fed with, the letter of the README's table)
@@ -164,7 +164,7 @@ class Run:
 
     def rng(self, *key: int) -> np.random.Generator:
         """Random numbers for the simulated detector, keyed by stage, seed and epoch: an epoch can be drawn again."""
-        return np.random.default_rng([self.seed, *key])
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
 
 def _rounded(v):
@@ -502,7 +502,7 @@ def new_lifter(c: Config, name: str) -> nn.Module:
     points = 17 if name in ("sparse", "sparse_clean", "auxiliary") else 161
     if c.lifter == "spatial":
         return SpatialLifter(points, c.lifter_width, c.lifter_blocks, auxiliary=name == "auxiliary")
-    return MLPLifter(points, c.lifter_width, c.lifter_blocks, c.lifter_dropout, auxiliary=name == "auxiliary")
+    return MLPLifter(points, c.lifter_width, c.lifter_blocks, auxiliary=name == "auxiliary")
 
 
 def train_lifter(run: Run, name: str, seed: int) -> nn.Module:

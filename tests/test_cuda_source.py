@@ -18,10 +18,11 @@ using namespace hipart;
 extern "C" int search(const void* x, const void* c, int type, const int64_t* sizes, int64_t* idx, double* distance) {
   const int64_t N = sizes[0], K = sizes[1], D = sizes[2];
   std::vector<char> scratch(nearest_code_cuda_scratch(N, K, D), 0x7f);
-  return nearest_code_cuda({x, Type(type), N, D, sizes[3], sizes[4]}, {c, Type(type), K, D, sizes[5], sizes[6]}, scratch.data(),
-                           idx, distance, nullptr);
+  return nearest_code_cuda({x, Type(type), N, D, sizes[3], sizes[4]}, {c, Type(type), K, D, sizes[5], sizes[6]},
+                           scratch.data(), idx, distance, nullptr);
 }
-extern "C" int sums(const void* x, int type, const int64_t* sizes, const int64_t* order, const int64_t* first, int64_t K, float* s) {
+extern "C" int sums(const void* x, int type, const int64_t* sizes, const int64_t* order, const int64_t* first, int64_t K,
+                    float* s) {
   return segment_sums_cuda({x, Type(type), sizes[0], sizes[1], sizes[2], sizes[3]}, order, first, K, s, nullptr);
 }
 """
@@ -115,7 +116,8 @@ def test_emulated_sums_run_over_ascending_rows(emulated, dtype):
     idx = torch.randint(K - 1, (200,))  # the last code is unused
     order, first = idx.sort(stable=True)[1], torch.searchsorted(idx.sort()[0], torch.arange(K + 1))
     s, sizes = torch.full((K, 37), 7.0), torch.tensor([*x.shape, *x.stride()])
-    assert emulated.sums(pointer(x), TYPES[dtype], pointer(sizes), pointer(order), pointer(first), ctypes.c_int64(K), pointer(s)) == 0
+    assert emulated.sums(pointer(x), TYPES[dtype], pointer(sizes), pointer(order), pointer(first), ctypes.c_int64(K),
+                         pointer(s)) == 0
     expected = torch.zeros(K, 37)
     for row, k in zip(x.float(), idx, strict=True):
         expected[k] += row

@@ -444,7 +444,7 @@ def test_an_epoch_has_every_sample_at_most_once(data, monkeypatch, block, size, 
 
 @pytest.mark.parametrize("block, size", [(20, 8), (21, 16), (63, 16)])
 def test_batches_are_full(data, monkeypatch, block, size):
-    """A block's remainder must not become a small batch: a single row stops batch norm with an error."""
+    """A block's remainder must not become a small batch with as much say as a full one."""
     monkeypatch.setattr(train, "BLOCK", block)
     sizes = [len(b["y"]) for b in split(data).batches(size, np.random.default_rng(0))]
     assert set(sizes) == {size}
