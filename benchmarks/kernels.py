@@ -26,9 +26,12 @@ import kernels  # noqa: E402
 from kernels import reference  # noqa: E402
 from train import PRESETS, adamw  # noqa: E402
 
-SIZES = {"cpu": [(2048, 2048, 128), (6144, 2048, 128), (65536, 2048, 128), (6144, 8192, 256), (6144, 512, 64)],
-         "cuda": [(2048, 2048, 128), (6144, 2048, 128), (65536, 2048, 128), (1_000_000, 2048, 128), (6144, 8192, 256)]}
-FP16_FLOOR_MS = {(65536, 2048, 128): 0.035, (1_000_000, 2048, 128): 0.53}  # 990 TFLOP/s, the data sheet of an H200
+SEARCH_SIZES = {"cpu": [(2048, 2048, 128), (6144, 2048, 128), (65536, 2048, 128), (6144, 8192, 256), (6144, 512, 64)],
+                "cuda": [(2048, 2048, 128), (6144, 2048, 128), (65536, 2048, 128), (10**6, 2048, 128), (6144, 8192, 256)]}
+EMA_SIZES = [(6144, 2048, 128), (65536, 2048, 128)]
+MEMORY = [("ours", 65536), ("ours", 10**6), ("cdist", 65536)]
+STEPS = ["standard", "paper"]
+FP16_FLOOR_MS = {(65536, 2048, 128): 0.035, (10**6, 2048, 128): 0.53}  # 990 TFLOP/s, the data sheet of an H200
 
 
 def interleaved(variants: dict, seconds: float, device: str) -> dict[str, float]:
@@ -85,7 +88,6 @@ def search_variants(x, c, device) -> dict:
             pass
     else:
         try:
-            from flash_kmeans import batch_kmeans_Euclid  # noqa: F401
             from flash_kmeans.assign_euclid_triton import euclid_assign_triton
 
             x2, c2 = (x * x).sum(1)[None], c[None]
@@ -207,14 +209,14 @@ def main() -> None:
     print(json.dumps(report["machine"]))
     if report["machine"]["backend"] == "reference":
         raise SystemExit(f"no compiled kernels for {device}: {kernels.backend(device)[1]}")
-    for N, K, D in SIZES[device]:
+    for N, K, D in SEARCH_SIZES[device]:
         x, c = torch.randn(N, D, device=device), torch.randn(K, D, device=device)
         times = interleaved(search_variants(x, c, device), args.seconds, device)
         report["search"][f"{N},{K},{D}"] = times
         show(f"nearest code, N = {N}, K = {K}, D = {D}", times)
         if device == "cuda" and (N, K, D) in FP16_FLOOR_MS:
             print(f"ours: {times['ours'] / FP16_FLOOR_MS[N, K, D]:.2f} times the fp16 floor of an H200")
-    for N, K, D in ((6144, 2048, 128), (65536, 2048, 128)):
+    for N, K, D in EMA_SIZES:
         report["ema"][f"{N},{K},{D}"] = times = interleaved(ema_variants(N, K, D, device), args.seconds, device)
         show(f"EMA update, N = {N}, K = {K}, D = {D}", times)
     if device == "cpu":
@@ -231,11 +233,11 @@ def main() -> None:
                                                 args.seconds, device)
         torch.set_num_threads(threads)
         show(f"threads, N = 6144, K = 2048, D = 128 (ours: {threads})", times)
-        for variant, N in (("ours", 65536), ("ours", 1_000_000), ("cdist", 65536)):
+        for variant, N in MEMORY:
             report["memory"][f"{variant}, N = {N}"] = mb = extra_memory(N, variant)
             print(f"extra memory at N = {N}, K = 2048, D = 128, {variant}: {mb:.0f} MB, of which the answer is "
                   f"{N * 16 / 2**20:.0f}")
-    for preset in ("standard", "paper"):
+    for preset in STEPS:
         report["step"][preset] = times = interleaved(step_variants(preset, device), 2 * args.seconds, device)
         show(f"one training step of stage 1, {preset}: {1000 / times['ours']:.1f} steps/s", times)
     report["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -184,6 +184,8 @@ def _load() -> tuple[tuple[str, ...], str]:
         if choice == "reference":
             _loaded = (), "HIPART_KERNELS=reference asks for it"
             return _loaded
+        if choice == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("HIPART_KERNELS=cuda, but PyTorch sees no GPU here")
         failures = []
         attempts = {"auto": [("cpp", "cuda"), ("cpp",)] if torch.cuda.is_available() else [("cpp",)],
                     "cpp": [("cpp",)], "cuda": [("cpp", "cuda")]}[choice]
@@ -217,7 +219,8 @@ def _build(kernels: tuple[str, ...]) -> Path:
     sources = [_HERE / "quantizer.cpp"] + [_HERE / "quantizer.cu"] * ("cuda" in kernels)
     flags = _FLAGS + ["-DWITH_CUDA"] * ("cuda" in kernels)
     inputs = [f.read_bytes() for f in (*sources, _HERE / "quantizer.h")]
-    inputs.append(repr((flags, torch.__version__, sys.version)).encode())
+    gpu = torch.cuda.get_device_capability() if "cuda" in kernels else None  # the one that nvcc compiles for
+    inputs.append(repr((flags, torch.__version__, sys.version, gpu)).encode())
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     folder = root / f"hipart_{'_'.join(kernels)}_{hashlib.sha256(b''.join(inputs)).hexdigest()[:16]}"
     binary = folder / "quantizer.so"

@@ -1,7 +1,17 @@
 """Kernels against their contract: nearest code bit for bit, EMA update against the equations, the pitfalls of both.
 
-The oracle is a float64 brute force in the contract's own order of summation, so every comparison is exact equality.
+The oracle is a float64 brute force in the contract's own order of summation, so every comparison is exact equality. Each
+search test runs every implementation that this machine has: the twin always, C++ where it builds, CUDA where there is a GPU.
 """
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,27 +22,51 @@ from hypothesis.extra import numpy as hnp
 
 import kernels
 from hipart import MSST, Config, Quantizer
-from kernels import ema_update_, nearest_code
+from kernels import code_statistics, ema_apply_, ema_update_, nearest_code, quantize, reference
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 
 
-def brute_force(x, c):
-    """The contract, word for word: float64, dimensions in order, every operation rounded, lowest index on ties."""
+def distances(x, c):
+    """The contract, word for word: float64, dimensions in order, every operation rounded. [N, K]"""
     x, c = np.asarray(x, np.float64), np.asarray(c, np.float64)
     s = np.zeros((len(x), len(c)))
-    for i in range(x.shape[1]):
-        e = x[:, i, None] - c[None, :, i]
-        s = s + e * e
-    return s.argmin(1)
+    with np.errstate(over="ignore"):
+        for i in range(x.shape[1]):
+            e = x[:, i, None] - c[None, :, i]
+            s = s + e * e
+    return s
+
+
+def brute_force(x, c):
+    """Lowest index on ties. [N]"""
+    return distances(x, c).argmin(1)
+
+
+SEARCHES = {"reference": reference.quantize, kernels.backend("cpu")[0]: torch.ops.hipart.quantize}
+if torch.cuda.is_available():
+    SEARCHES["cuda"] = lambda x, c: [t.cpu() for t in torch.ops.hipart.quantize(x.cuda(), c.cuda())]
 
 
 def check(x, c):
-    x, c = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(c, np.float32)
-    assert np.isfinite(x).all() and np.isfinite(c).all()
-    idx = nearest_code(torch.from_numpy(x), torch.from_numpy(c))
-    assert idx.dtype == torch.int64 and idx.shape == (len(x),)
-    np.testing.assert_array_equal(idx.numpy(), brute_force(x, c))
+    """Every implementation: indices and distances, bit for bit."""
+    if not isinstance(x, torch.Tensor):
+        x, c = (torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (x, c))
+    assert torch.isfinite(x).all() and torch.isfinite(c).all()
+    expected = distances(x.double().numpy(), c.double().numpy())
+    for name, search in SEARCHES.items():
+        idx, d = search(x, c)
+        assert idx.dtype == torch.int64 and idx.shape == d.shape == (len(x),) and d.dtype == torch.float64
+        np.testing.assert_array_equal(idx.numpy(), expected.argmin(1), err_msg=name)
+        np.testing.assert_array_equal(d.numpy(), expected.min(1, initial=np.inf), err_msg=name)
+
+
+def test_the_compiled_kernels_are_under_test():
+    """Where there is a compiler, a build that fails must not leave the twin to be tested against itself."""
+    if shutil.which("g++") and os.environ.get("HIPART_KERNELS", "auto") != "reference":
+        assert "cpp" in SEARCHES, kernels.backend("cpu")[1]
+    if torch.cuda.is_available() and shutil.which("nvcc"):
+        assert kernels.backend("cuda")[0] == "cuda", kernels.backend("cuda")[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,7 +251,7 @@ def test_other_dtypes_are_widened_exactly(dtype, seed, N, K, D):
     rng = np.random.default_rng(seed)
     for kind in (plain, exact_ties, duplicates):
         x, c = (torch.from_numpy(np.asarray(a, np.float64)).to(dtype) for a in kind(rng, N, K, D))
-        np.testing.assert_array_equal(nearest_code(x, c).numpy(), brute_force(x.double().numpy(), c.double().numpy()))
+        check(x, c)
 
 
 def test_float64_is_compared_in_float64():
@@ -234,7 +268,7 @@ def test_strided_views():
     views = [(big_x.T, big_c.T), (big_x[::3, ::2], big_c[:, 1::2]), (big_x[5:20, 7:18], big_c[30:, 7:18]),
              (big_x[:1].expand(9, 60), big_c), (big_x.as_strided((8, 4), (1, 3)), big_c.as_strided((9, 4), (3, 1)))]
     for x, c in views:
-        np.testing.assert_array_equal(nearest_code(x, c).numpy(), brute_force(x.numpy(), c.numpy()))
+        check(x, c)
 
 
 def test_no_rows():
@@ -278,21 +312,66 @@ def test_bad_shapes_and_dtypes_are_refused(x, c, error):
         nearest_code(x, c)
 
 
+@pytest.mark.parametrize("search", [reference.quantize, quantize], ids=["reference", "in use"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["x", "codebook"])
-def test_non_finite_input_is_refused(dtype, value, where):
+def test_non_finite_input_is_refused(search, dtype, value, where):
     x, c = torch.zeros(9, 3, dtype=dtype), torch.ones(4, 3, dtype=dtype)
     (x if where == "x" else c)[-1, -1] = value
     with pytest.raises(ValueError, match=f"{where} .*non-finite"):
-        nearest_code(x, c)
+        search(x, c)
 
 
-def test_a_non_finite_row_far_down_is_refused():
+@pytest.mark.parametrize("search", [reference.quantize, quantize], ids=["reference", "in use"])
+def test_a_non_finite_row_far_down_is_named(search):
     x = torch.zeros(5000, 2)
     x[4999, 1] = float("nan")
-    with pytest.raises(ValueError, match="non-finite"):
-        nearest_code(x, torch.zeros(512, 2))
+    with pytest.raises(ValueError, match="non-finite value in row 4999"):
+        search(x, torch.zeros(512, 2))
+
+
+def test_non_finite_input_on_cuda_gives_no_usable_index():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here; tests/test_cuda_source.py runs the same kernels on the CPU")
+    x, c = torch.randn(9, 3).cuda(), torch.randn(4, 3).cuda()
+    x[5, 1] = float("nan")
+    idx, d = torch.ops.hipart.quantize(x, c)
+    assert idx[5] == 4 and d[5].isnan() and (idx[:5] < 4).all()
+
+
+def test_quantize_gives_codes_and_the_contracts_distances():
+    x, c = torch.randn(50, 7), torch.randn(9, 7)
+    idx, codes, d = quantize(x, c)
+    assert torch.equal(codes, c[idx]) and torch.equal(idx, nearest_code(x, c))
+    np.testing.assert_array_equal(d.numpy(), distances(x, c).min(1))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    x, c = torch.randn(997, 37), torch.randn(211, 37)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, threads):
+            torch.set_num_threads(n)
+            idx, _, d = quantize(x, c)
+            state = c.clone(), torch.ones(211), c.clone()
+            ema_update_(*state, x, idx, 0.9, restart_below=0.95, restart_rows=torch.arange(211))
+            results.append([idx, d, *code_statistics(x, idx, 211), *state])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_offsets_beyond_32_bits():
+    """Rows more than 2^31 elements apart. The memory in between is never touched, so it costs nothing."""
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((2, 4), (2**31 + 16, 1))
+    far.copy_(torch.randn(2, 4))
+    check(far, far.clone())
+    check(torch.randn(5, 4).bfloat16(), far)
+    n, s = code_statistics(far, torch.tensor([1, 0]), 2)
+    assert n.tolist() == [1, 1] and torch.equal(s, far.flip(0).float())
 
 
 def test_exact_under_autocast():
@@ -300,8 +379,7 @@ def test_exact_under_autocast():
     rng = np.random.default_rng(4)
     x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in clusters(rng, 300, 64, 32))
     with torch.autocast("cpu", torch.bfloat16):
-        idx = nearest_code(x, c)
-    np.testing.assert_array_equal(idx.numpy(), brute_force(x, c))
+        check(x, c)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -312,23 +390,7 @@ def test_exact_at_any_matmul_precision(precision):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        idx = nearest_code(x, c)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    np.testing.assert_array_equal(idx.numpy(), brute_force(x, c))
-
-
-def test_exact_on_cuda_with_tf32_allowed():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        for kind in KINDS:
-            with np.errstate(over="ignore", under="ignore"):
-                x, c = (np.asarray(a, np.float32) for a in kind(np.random.default_rng(6), 500, 257, 64))
-            idx = nearest_code(torch.from_numpy(x).cuda(), torch.from_numpy(c).cuda()).cpu().numpy()
-            np.testing.assert_array_equal(idx, brute_force(x, c), err_msg=kind.__name__)
+        check(x, c)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -338,7 +400,7 @@ def test_no_matrix_of_rows_by_codes_exists():
     N, K = 8192, 1024
     x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in all_equal(np.random.default_rng(7), N, K, 2))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        nearest_code(x, c)
+        reference.quantize(x, c)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest <= 16 << 20, f"one allocation of {largest / 2**20:.0f} MB"
 
@@ -507,6 +569,204 @@ def test_ema_refuses_bad_input_and_changes_nothing(wrong):
     with pytest.raises(ValueError, match="needs .* found|must lie in"):
         ema_update_(**args, decay=0.9)
     assert all(torch.equal(before[k], args[k]) for k in before)
+
+
+@given(seed=st.integers(0, 2**32 - 1), N=st.integers(0, 60), K=SIZES, D=SIZES,
+       dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), strided=st.booleans())
+@EXAMPLES
+def test_statistics_are_the_twins_bits(seed, N, K, D, dtype, strided):
+    """And those of a plain loop over ascending rows in float32."""
+    torch.manual_seed(seed)
+    x, idx = torch.randn(N, D).to(dtype), torch.randint(K, (N,))
+    if strided:
+        x, idx = torch.randn(D, 2 * N).to(dtype).T[::2], torch.randint(K, (3 * N,))[::3]
+    n, s = code_statistics(x, idx, K)
+    expected = torch.zeros(K, D)
+    for row, k in zip(x.float(), idx, strict=True):
+        expected[k] += row
+    assert torch.equal(s, expected) and torch.equal(n, torch.bincount(idx, minlength=K).float())
+    for ours, twins in zip((n, s), reference.code_statistics(x, idx, K), strict=True):
+        assert ours.dtype == twins.dtype == torch.float32 and torch.equal(ours, twins)
+
+
+@given(seed=st.integers(0, 2**32 - 1), K=SIZES, D=SIZES, decay=st.sampled_from([0.0, 0.5, 0.99]),
+       restart_below=st.sampled_from([0.0, 0.3, 2.0, 1e9]), empty=st.booleans(), spare=st.booleans())
+@EXAMPLES
+def test_ema_apply_agrees_with_the_twin(seed, K, D, decay, restart_below, empty, spare):
+    """Rounding apart (the twin's products are fused where the processor can). Both restart the same codes."""
+    torch.manual_seed(seed)
+    state = [torch.randn(K, D), torch.rand(K) + 0.1, torch.randn(K, D)]
+    n = torch.zeros(K) if empty else torch.randint(5, (K,)).float()
+    s, candidates = torch.randn(K, D) * n[:, None], torch.randn(K, D) if spare else None
+    ours, twins = [t.clone() for t in state], [t.clone() for t in state]
+    restarted = ema_apply_(*ours, n, s, decay, 1e-5, restart_below, candidates)
+    assert restarted == reference.ema_apply_(*twins, n, s, candidates, decay, 1e-5, restart_below)
+    assert restarted == (0 if empty or not spare else (decay * state[1] + (1 - decay) * n < restart_below).sum())
+    for a, b in zip(ours, twins, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_of_parts_add_up():
+    """What data-parallel training does: every process its own statistics, their sum, one apply on every process."""
+    x, idx, codebook = torch.randn(60, 5), torch.randint(7, (60,)), torch.randn(7, 5)
+    whole, parts = (state(7, 5) for _ in range(2))
+    ema_update_(*whole, x, idx, 0.9)
+    pieces = [code_statistics(x[i : i + 20], idx[i : i + 20], 7) for i in (0, 20, 40)]
+    ema_apply_(*parts, sum(n for n, _ in pieces), sum(s for _, s in pieces), 0.9)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.equal(whole[0], codebook)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(n=torch.ones(3)), dict(s=torch.ones(4, 2)), dict(count=torch.ones(4, dtype=torch.float64)),
+    dict(total=torch.ones(3, 4).T), dict(candidates=torch.ones(4, 2)), dict(codebook=torch.ones(4)),
+])  # fmt: skip
+def test_ema_apply_refuses_bad_input(wrong):
+    codebook, count, total = state(4, 3)
+    args = dict(codebook=codebook, count=count, total=total, n=torch.ones(4), s=torch.ones(4, 3)) | wrong
+    before = {k: args[k].clone() for k in ("codebook", "count", "total")}
+    with pytest.raises(ValueError, match="ema_apply_ needs .* found"):
+        ema_apply_(**args)
+    assert all(torch.equal(before[k], args[k]) for k in before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch ops: schema, fake kernels, compilation
+
+
+def test_opcheck():
+    x, c, idx, ones = torch.randn(50, 7), torch.randn(9, 7), torch.randint(9, (50,)), torch.ones(9)
+    ops = torch.ops.hipart
+    for op, args in ((ops.quantize, (x, c)), (ops.quantize, (x.double().T[:9].T, c.double()[:, :9])),
+                     (ops.code_statistics, (x, idx, 9)),
+                     (ops.ema_apply_, (c, ones, c.clone(), ones.clone(), c.clone(), None, 0.9, 1e-5, 0.0)),
+                     (ops.ema_apply_, (c, ones, c.clone(), ones.clone(), c.clone(), c.clone(), 0.9, 1e-5, 2.0))):
+        torch.library.opcheck(op.default, args)
+
+
+def test_compiles_into_one_graph():
+    def step(x, codebook, count, total):
+        idx, codes, d = quantize(x, codebook)
+        restarted = ema_update_(codebook, count, total, x, idx, 0.9, restart_below=0.2, restart_rows=torch.arange(9))
+        return idx, codes, d, restarted
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for N in (50, 51, 1):
+        x, states = torch.randn(N, 7), (state(9, 7), state(9, 7))
+        plain, graph = step(x, *states[0]), compiled(x, *states[1])
+        assert all(torch.equal(a, b) for a, b in zip((*plain, *states[0]), (*graph, *states[1]), strict=True))
+
+
+def test_fake_tensors():
+    with torch._subclasses.FakeTensorMode():
+        idx, codes, d = quantize(torch.empty(5, 3), torch.empty(2, 3))
+        n, s = code_statistics(torch.empty(5, 3), idx, 2)
+    assert idx.shape == d.shape == (5,) and codes.shape == (5, 3) and n.shape == (2,) and s.shape == (2, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Building, and doing without
+
+ROOT = Path(__file__).parent.parent
+TINY = 'extern "C" int hipart_tiny() { return 1; }\n'  # builds in a second, registers nothing
+
+
+def fresh(code, tmp_path, **environment):
+    """Run Python code on the kernels package in a process of its own, with a build cache of its own."""
+    env = {k: v for k, v in os.environ.items() if k != "HIPART_KERNELS"} | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
+    return subprocess.run([sys.executable, "-c", "import torch, kernels\nfrom pathlib import Path\n" + code], cwd=ROOT,
+                          env=env | {k: str(v) for k, v in environment.items()}, capture_output=True, text=True, timeout=300)
+
+
+def with_source(folder, text):
+    folder.mkdir(exist_ok=True)
+    (folder / "quantizer.cpp").write_text(text)
+    (folder / "quantizer.h").write_text("")
+    return f"kernels._HERE = Path({str(folder)!r})\n"
+
+
+SEARCH = "print(kernels.nearest_code(torch.tensor([[1.], [5.]]), torch.tensor([[4.], [2.]])).tolist(), kernels.backend()[0])"
+
+
+def fell_back(result, reason):
+    """The right answer from the twin, and one line that says why."""
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[0] == "[1, 0] reference"
+    assert result.stderr.count("\n") == 1 and reason in result.stderr and "twin" in result.stderr, result.stderr
+
+
+def test_no_compiler(tmp_path):
+    fell_back(fresh(SEARCH, tmp_path, PATH=""), "inja")
+
+
+def test_broken_source(tmp_path):
+    source = with_source(tmp_path / "broken", "#error this line is broken\n")
+    fell_back(fresh(source + SEARCH, tmp_path), "this line is broken")
+    forced = fresh(source + SEARCH, tmp_path, HIPART_KERNELS="cpp")
+    assert forced.returncode and "RuntimeError: HIPART_KERNELS=cpp, but" in forced.stderr
+
+
+def test_no_place_to_build(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    fell_back(fresh(SEARCH, tmp_path), "cache")
+
+
+def test_first_users_at_once_build_once(tmp_path):
+    """Three processes start with an empty cache; then one without a compiler loads what they built."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++ here")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo >> {tmp_path / "compiled"};; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    code = with_source(tmp_path / "tiny", TINY) + "print(kernels.backend()[0])"
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: fresh(code, tmp_path, CXX=compiler), range(3)))
+    assert [r.stdout for r in results] == ["cpp\n"] * 3, results
+    assert (tmp_path / "compiled").read_text() == "\n"
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert sorted(f.name for f in folder.iterdir()) == ["lock", "quantizer.so"]
+    assert fresh(code, tmp_path, PATH="").stdout == "cpp\n"
+
+
+@pytest.mark.parametrize("choice, stdout, stderr", [
+    ("reference", "[1, 0] reference\n", ""),
+    ("fast", "", "ValueError: HIPART_KERNELS must be one of auto, reference, cpp, cuda, found 'fast'"),
+    ("cuda", "", "RuntimeError: HIPART_KERNELS=cuda, but"),
+])
+def test_the_choice_can_be_overridden(tmp_path, choice, stdout, stderr):
+    if choice == "cuda" and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    nothing_is_built_at_import = "assert kernels._loaded is None\n"
+    result = fresh(nothing_is_built_at_import + SEARCH, tmp_path, HIPART_KERNELS=choice)
+    assert result.stdout == stdout and stderr in result.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_self_check():
+    result = subprocess.run([sys.executable, "-m", "kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "cpu: self-check passed" in result.stdout
+    assert f"cpu: {kernels.backend('cpu')[0]} (" in result.stdout
+
+
+def test_the_benchmark_runs_and_writes_its_figures(tmp_path, monkeypatch, capsys):
+    if kernels.backend("cpu")[0] != "cpp":
+        pytest.skip("no compiled kernels to time")
+    spec = importlib.util.spec_from_file_location("benchmark_kernels", ROOT / "benchmarks" / "kernels.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "SEARCH_SIZES", {"cpu": [(65, 33, 8)]})
+    monkeypatch.setattr(benchmark, "EMA_SIZES", [(65, 33, 8)])
+    monkeypatch.setattr(benchmark, "MEMORY", [("ours", 100)])
+    monkeypatch.setattr(benchmark, "STEPS", ["standard"])
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cpu", "--seconds", "0", "--results", str(tmp_path)])
+    benchmark.main()
+    report = json.loads((tmp_path / "kernels_cpu.json").read_text())
+    assert report["machine"]["backend"] == "cpp"
+    assert report["search"]["65,33,8"].keys() >= {"ours", "the twin", "cdist + argmin"}
+    rows = report["search"]["65,33,8"], report["ema"]["65,33,8"], report["step"]["standard"]
+    assert all(t > 0 for row in rows for t in row.values())
+    assert "| cdist + argmin |" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Everything about the kernels that needs a GPU, in one call: build, self-check, tests, sanitizers, timings.
+#   benchmarks/on_gpu.sh [FOLDER]      results and logs go to FOLDER (default benchmarks/results)
+# It goes on after a failure, so that one call on a borrowed machine shows all of them, and ends with a summary.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-benchmarks/results}
+mkdir -p "$out"
+status=0
+step() {
+    local name=$1
+    shift
+    if "$@" > "$out/$name.log" 2>&1; then echo "passed  $name"; else echo "FAILED  $name: see $out/$name.log"; status=1; fi
+}
+step self_check env HIPART_KERNELS=cuda python -m kernels
+step tests python -m pytest tests/test_kernels.py tests/test_cuda_source.py
+step memcheck compute-sanitizer --tool memcheck --error-exitcode 1 python -m kernels
+step racecheck compute-sanitizer --tool racecheck --error-exitcode 1 python -m kernels
+step benchmark python benchmarks/kernels.py --device cuda --results "$out"
+exit $status
