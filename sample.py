@@ -3,8 +3,9 @@
     python sample.py                              # runs/standard on data/demo, test split
     python sample.py --name quick --split unseen --n 6
     python sample.py --tokens random --without no_local      # Fig. 14, beside runs/no_local (`--lambda_l 0`)
+    python sample.py --keypoints FILE_OR_FOLDER              # your own 2D keypoints (keypoints.py lists the formats)
 
-Writes PNG files to runs/NAME/figures; needs no display.
+Writes PNG files to runs/NAME/figures, and what it makes of your keypoints to runs/NAME/keypoints; needs no display.
 
     overview.png      one occluded person: detection -> 48 dense -> 96 fine points -> 3D
     poses_random.png  random samples, poses_worst.png the worst of the pool           Fig. 2, 13, 15
@@ -13,7 +14,9 @@ Writes PNG files to runs/NAME/figures; needs no display.
 """
 
 import argparse
+import math
 import os
+import re
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
+import keypoints
 from evaluate import alignment, mpjpe, open_run
 from hipart import (
     J_D,
@@ -42,10 +47,12 @@ from hipart import (
     to_model_frame,
     to_pixels,
 )
+from keypoints import Keypoints
 from train import Split, feed, load_checkpoint, load_finished, load_hipart, new_lifter, stop
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.animation import PillowWriter  # noqa: E402
 from matplotlib.collections import LineCollection  # noqa: E402
 
 POOL = 1000  # random samples of the split, from which the figures choose
@@ -284,6 +291,131 @@ def draw_swap(path: Path, moved: np.ndarray, poses: dict, x_s: np.ndarray) -> No
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A user's own keypoints
+
+SEEN = 6  # a person with fewer joints is left out
+EXTENT = 0.36  # longer side of a person in the training images, as a share of the image
+FRAMES = 120  # of an animation, at most
+
+
+def square_around(k: Keypoints, image_size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, str]:
+    """The square image that each person is seen in: centre [N, 2] and side [N] in pixels, and what was done, in words.
+
+    The models know square images of 1000 pixels with a person of about 360. An image is padded to a square, as a network
+    that was trained on landscape and portrait alike would see it; where its size is unknown, a square is put around the
+    person (one size for a whole track), such that the person has the usual size in it.
+    """
+    size = np.where(k.size > 0, k.size, image_size or 0)
+    low, high = (np.where((k.conf > 0)[..., None], k.x_s, limit) for limit in (np.inf, -np.inf))
+    low, high = low.min(1), high.max(1)
+    extent = np.maximum((high - low).max(1), 1.0)
+    for track in set(k.track) - {""}:
+        mine = np.array([t == track for t in k.track])
+        extent[mine] = np.median(extent[mine])
+    known = (size > 0).all(1)
+    side = np.where(known, size.max(1), extent / EXTENT)
+    share = extent[known] / side[known]
+    said = f"{int(known.sum())} people in images of known size, {int((~known).sum())} with a square put around them"
+    if len(share) and not 0.15 <= np.median(share) <= 0.7:
+        said += (f"; the person is {np.median(share):.0%} of the image, far from the {EXTENT:.0%} that training shows: "
+                 "cropped images without a size may do better")
+    return np.where(known[:, None], size / 2, (low + high) / 2), side, said
+
+
+@torch.no_grad()
+def lift_keypoints(k: Keypoints, centre: np.ndarray, side: np.ndarray, hipart: HiPART, lifter, device) -> dict:
+    """x_s [N, 17, 2], x_d [N, 48, 2], x_f [N, 96, 2] px, conf [N, 17], y [N, 17, 3] mm relative to the pelvis."""
+    middle, half = (torch.from_numpy(a).float().to(device) for a in (centre[:, None], side[:, None, None] / 2))
+    conf = torch.from_numpy(k.conf).to(device)
+    x_s = (torch.from_numpy(k.x_s).to(device) - middle) / half * (conf > 0)[..., None]
+    x_d, x_f, y = [], [], []
+    for some, c in zip(tqdm(x_s.split(512), desc="people, by 512", leave=False), conf.split(512), strict=True):
+        d, f = hipart.densify(some, c)
+        x_d.append(d), x_f.append(f), y.append(lifter(torch.cat([some, d, f], 1), c))
+    out = dict(x_d=torch.cat(x_d) * half + middle, x_f=torch.cat(x_f) * half + middle, y=torch.cat(y))
+    return {name: v.cpu().numpy() for name, v in out.items()} | dict(x_s=k.x_s, conf=k.conf)
+
+
+def draw_person(axes, p: dict, i: int, box: np.ndarray, reach: np.ndarray) -> None:
+    """2D levels over one another on the left, 3D on the right."""
+    left, right = axes
+    left.clear(), right.clear()
+    seen = p["conf"][i] > 0
+    bones(left, p["x_s"][i], seen, lw=2, alpha=0.6)
+    left.scatter(*p["x_s"][i][seen].T, c=np.array(SIDE)[seen], s=34, zorder=3)
+    left.scatter(*p["x_d"][i].T, s=26, facecolor="none", edgecolor=np.repeat(PART_COLOURS, R), zorder=4)
+    left.scatter(*p["x_f"][i].T, s=7, c=np.repeat(PART_COLOURS, 2 * R), zorder=5)
+    middle, half = (box.max(0) + box.min(0)) / 2, 0.55 * max(np.ptp(box, 0).max(), 1.0)
+    left.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] + half, middle[1] - half), aspect="equal",
+             xticks=(), yticks=())
+    left.set_title(f"{seen.sum()} of 17 joints seen; 48 dense (rings), 96 fine (dots)", fontsize=11)
+    solid(right, p["y"][i], None, reach)
+    right.set_title("3D, from the side of the camera", fontsize=11)
+
+
+def keypoint_figure():
+    fig = plt.figure(figsize=(9, 4.6), layout="constrained")
+    return fig, (fig.add_subplot(1, 2, 1), fig.add_subplot(1, 2, 2, projection="3d"))
+
+
+def draw_keypoints(folder: Path, k: Keypoints, p: dict) -> None:
+    """A picture of every person in a single image, an animation of every track."""
+    names = [re.sub(r"[^\w.-]+", "_", name) for name in k.name]
+    tracks = {t: [i for i in range(len(names)) if k.track[i] == t] for t in dict.fromkeys(k.track)}
+    single = [i for t, rows in tracks.items() if not t or len(rows) == 1 for i in rows]
+    for i in tqdm(single, desc="pictures", leave=False, disable=len(single) < 20):
+        fig, axes = keypoint_figure()
+        draw_person(axes, p, i, np.concatenate([p["x_f"][i], p["x_s"][i][p["conf"][i] > 0]]), p["y"][i])
+        fig.suptitle(k.name[i])
+        save(fig, folder / f"{names[i]}.png")
+    for track, rows in tracks.items():
+        if track and len(rows) > 1:
+            rows = rows[:: math.ceil(len(rows) / FRAMES)]
+            box, reach = p["x_f"][rows].reshape(-1, 2), p["y"][rows].reshape(-1, 3)
+            fig, axes = keypoint_figure()
+            path = folder / (re.sub(r"[^\w.-]+", "_", track) + ".gif")
+            beside = path.with_name(path.stem + ".tmp.gif")
+            writer = PillowWriter(fps=15)
+            with writer.saving(fig, beside, dpi=80):
+                for i in tqdm(rows, desc=path.name, leave=False):
+                    draw_person(axes, p, i, box, reach)
+                    fig.suptitle(k.name[i])
+                    writer.grab_frame()
+            plt.close(fig)
+            os.replace(beside, path)
+            print(path)
+
+
+def own_keypoints(args, run, hipart: HiPART, lifter) -> None:
+    """The whole way from a keypoint file to an .npz, pictures and animations."""
+    path = Path(args.keypoints)
+    try:
+        k = keypoints.read(path, args.layout)
+    except ValueError as e:
+        stop(str(e))
+    k.conf[k.conf < args.min_score] = 0
+    keep = (k.conf > 0).sum(1) >= SEEN
+    if not keep.any():
+        stop(f"{path}: none of {len(keep)} people has {SEEN} joints with a score of at least {args.min_score:g}: "
+             "lower --min-score")
+    rows = np.flatnonzero(keep)
+    k = Keypoints(k.x_s[rows] * (k.conf[rows] > 0)[..., None], k.conf[rows], [k.name[i] for i in rows],
+                  [k.track[i] for i in rows], k.size[rows], k.said)
+    centre, side, squared = square_around(k, args.image_size)
+    left_out = [f"{int((~keep).sum())} people with fewer than {SEEN} joints left out"] * bool((~keep).any())
+    missing = f"{int((k.conf == 0).sum())} of {k.conf.size} joints are missing (score below {args.min_score:g})"
+    print("\n".join([*k.said, *left_out, missing, squared]))
+    p = lift_keypoints(k, centre, side, hipart, lifter, run.device)
+    folder = run.path / "keypoints" / (path.name if path.is_dir() else path.stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / "poses.tmp.npz"
+    np.savez_compressed(beside, **p, name=np.array(k.name), track=np.array(k.track))
+    os.replace(beside, folder / "poses.npz")
+    print(folder / "poses.npz")
+    draw_keypoints(folder, k, p)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def typical_occlusion(p: dict) -> int:
@@ -308,14 +440,24 @@ def main() -> None:
     a.add_argument("--tokens", default="first", choices=("first", "random"), help="which 100 codes similarity.png shows")
     a.add_argument("--without", help="a second run for similarity.png, trained with --lambda_l 0; stage 1 is enough")
     a.add_argument("--device", help="cuda or cpu; default: cuda if there is one, else cpu")
+    own = a.add_argument_group("your own keypoints, instead of the figures")
+    own.add_argument("--keypoints", help="file, or folder of OpenPose's .json files")
+    own.add_argument("--layout", default="auto", choices=("auto", *keypoints.LAYOUTS), help="order of the joints in it")
+    own.add_argument("--image-size", type=int, nargs=2, metavar=("W", "H"), help="if the file does not know it")
+    own.add_argument("--min-score", type=float, default=0.3, help="joints with less are taken as missing")
     args = a.parse_args()
     if args.n < 1:
         stop(f"--n must be at least 1, found {args.n}")
+    if args.image_size and min(args.image_size) < 1:
+        stop(f"--image-size needs a width and a height of at least 1, found {args.image_size[0]} {args.image_size[1]}")
     run = open_run(args)
-    device, hipart, split = run.device, load_hipart(run), run.split(args.split)
+    device, hipart = run.device, load_hipart(run)
     saved = load_finished(run, "stage3_generated_0")
     lifter = new_lifter(Config(**saved["config"]), "generated").to(device).eval()
     lifter.load_state_dict(saved["model"])
+    if args.keypoints:
+        return own_keypoints(args, run, hipart, lifter)
+    split = run.split(args.split)
     tokenizers = {args.name: hipart.msst}
     if args.without:
         path = Path("runs") / args.without / "stage1.pt"
