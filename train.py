@@ -51,7 +51,7 @@ SMALL = dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder
              width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, lr_2=1e-3, condition="every", soft=True,
              epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=4e-3, cosine_3=True)
 PRESETS = {
-    "quick": SMALL | dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_r=50, epochs_3=12, draws_3=2),
+    "quick": SMALL | dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_r=45, epochs_3=8, draws_3=2),
     "standard": SMALL | dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=24, draws_3=4),
     "paper": dict(),
 }
