@@ -11,19 +11,22 @@ The joint order is recognised where the file says it or where the number of join
 for, never guessed. Nothing that a file holds is executed: object arrays go through an unpickler that builds arrays only.
 """
 
-import io
 import json
+import math
 import pickle
 import re
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from hipart import JOINT_NAMES
 
-# For each of Human3.6M's joints the source joints whose mean it is. A joint is missing if any of its sources is.
+# For each of Human3.6M's joints the source joints whose mean it is. A joint is missing if any of its sources is; but the
+# head (10), where it is the mean of the eyes, is content with one, since a profile shows no more.
 # Human3.6M's own joints sit a little elsewhere (hips lower and wider, head higher), so this costs accuracy.
 _LIMBS_COCO = {1: [12], 2: [14], 3: [16], 4: [11], 5: [13], 6: [15], 11: [5], 12: [7], 13: [9], 14: [6], 15: [8], 16: [10]}
 _COCO = _LIMBS_COCO | {0: [11, 12], 7: [5, 6, 11, 12], 8: [5, 6], 9: [0], 10: [1, 2]}
@@ -39,8 +42,11 @@ LAYOUTS = {  # name: (number of joints, map)
     "mpii16": (16, {0: [6], 1: [2], 2: [1], 3: [0], 4: [3], 5: [4], 6: [5], 7: [6, 7], 8: [7], 9: [8], 10: [9], 11: [13],
                     12: [14], 13: [15], 14: [12], 15: [11], 16: [10]}),
 }  # fmt: skip
-LARGEST = 1 << 30  # bytes that a file may unpack to
+LARGER = {136: "halpe26", 133: "coco17"}  # Halpe's 136 begin with Halpe-26, COCO-WholeBody's 133 with COCO-17
+LARGEST = 256 << 20  # bytes of a file, unpacked
+MOST = 200_000  # people of a file
 FAR = 1e6  # px; a larger coordinate is no coordinate
+SMALLEST = 8  # px; smaller people are no pixels, but coordinates that something has normalised
 
 
 @dataclass
@@ -62,23 +68,26 @@ def read(path: Path | str, layout: str = "auto") -> Keypoints:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} is not there: give a keypoint file, or a folder of OpenPose's .json files")
-    try:
+    with _about(path):
         people, kind, known = _people(path)
-    except Exception as e:  # a broken file can raise nearly anything
-        if isinstance(e, ValueError) and str(path) in str(e):
-            raise
-        raise ValueError(f"{path} could not be read as keypoints: {type(e).__name__}: {e}") from e
-    if not people:
-        raise ValueError(f"{path} ({kind}) holds no person: expected at least one with keypoints")
-    name, k = _layout(path, kind, known, {len(p[0]) for p in people}, layout)
-    x_s, conf = to_h36m(np.stack([p[0][:k] for p in people]), name)
-    size = np.array([p[3] for p in people], np.float64)
-    said = [f"{path}: {kind}, {len(people)} people, joints {name}"]
+        if not people:
+            raise ValueError(f"{path} ({kind}) holds no person: expected at least one with keypoints")
+        if len(people) > MOST:
+            raise ValueError(f"{path} ({kind}) holds {len(people)} people: expected at most {MOST}; split it")
+        name, k = _layout(path, kind, known, {len(p[0]) for p in people}, layout)
+        x_s, conf = to_h36m(np.stack([p[0][:k] for p in people]), name)
+        size = np.array([_size(*p[3]) for p in people])
+    extent = [np.ptp(x[c > 0], 0).max() for x, c in zip(x_s, conf, strict=True) if (c > 0).sum() > 1]
+    if extent and np.median(extent) < SMALLEST:
+        raise ValueError(f"{path} ({kind}) shows people {np.median(extent):.3g} px large: expected pixels, and these look "
+                         "normalised; multiply them by the size of the image")
+    said = [f"{path}: {kind}, {len(people)} poses, {len({p[2] for p in people} - {''})} tracks, joints {name}"]
     if name != "h36m17":
         made = [JOINT_NAMES[j] for j, source in LAYOUTS[name][1].items() if len(source) > 1]
         said.append(f"joints brought from {name} to Human3.6M's order; means of others: {', '.join(made)}; these and the "
                     "hips and the head sit a little elsewhere than Human3.6M's, which costs accuracy")
-    return Keypoints(x_s, conf, [p[1] for p in people], [p[2] for p in people], size, said)
+    names = [p[1].encode("utf-8", "replace").decode()[:100] for p in people]
+    return Keypoints(x_s, conf, names, [p[2] for p in people], size, said)
 
 
 def to_h36m(points: np.ndarray, layout: str) -> tuple[np.ndarray, np.ndarray]:
@@ -91,22 +100,44 @@ def to_h36m(points: np.ndarray, layout: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{layout} needs points [N, {n}, 3], found {list(points.shape)}")
     bad = ~np.isfinite(points).all(-1) | (np.abs(points[..., :2]) > FAR).any(-1)
     points = np.where((bad | (points[..., :2] == 0).all(-1) | (points[..., 2] <= 0))[..., None], 0.0, points)
+    xy, score = points[..., :2], np.minimum(points[..., 2], 100.0)
     x_s, conf = np.zeros((len(points), 17, 2), np.float32), np.zeros((len(points), 17), np.float32)
     for j, sources in table.items():
-        conf[:, j] = points[:, sources, 2].min(1)
-        x_s[:, j] = points[:, sources, :2].mean(1) * (conf[:, j] > 0)[:, None]
+        seen = score[:, sources] > 0
+        needed = 1 if j == 10 else len(sources)
+        conf[:, j] = np.where(seen.sum(1) >= needed, np.where(seen, score[:, sources], np.inf).min(1), 0.0)
+        mean = (xy[:, sources] * seen[..., None]).sum(1) / np.maximum(seen.sum(1), 1)[:, None]
+        x_s[:, j] = mean * (conf[:, j] > 0)[:, None]
     return x_s, conf
+
+
+@contextmanager
+def _about(path: Path):
+    """A broken file can raise nearly anything: one sentence that names it."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, ValueError) and str(e).startswith(str(path)):
+            raise
+        what = f"the key {e} is missing" if isinstance(e, KeyError) else f"{type(e).__name__}: {e}"
+        raise ValueError(f"{path} could not be read as keypoints: {' '.join(what.split())[:300]}") from e
+
+
+def _size(w, h) -> tuple[float, float]:
+    """Width and height, or (0, 0) if they cannot be those of an image."""
+    good = all(isinstance(v, int | float) and not isinstance(v, bool) and 1 <= v <= 100_000 for v in (w, h))
+    return (float(w), float(h)) if good else (0.0, 0.0)
 
 
 def _layout(path: Path, kind: str, known: str | None, counts: set[int], asked: str) -> tuple[str, int]:
     """The layout and its number of joints."""
-    if asked != "auto":
-        if asked not in LAYOUTS:
-            raise ValueError(f"--layout must be auto or one of {', '.join(LAYOUTS)}, found {asked!r}")
-        known = asked
+    if asked != "auto" and asked not in LAYOUTS:
+        raise ValueError(f"{path}: --layout must be auto or one of {', '.join(LAYOUTS)}, found {asked!r}")
+    known = known if asked == "auto" else asked
     if len(counts) != 1:
         raise ValueError(f"{path} ({kind}) mixes people of {', '.join(map(str, sorted(counts)))} joints: expected one kind")
     n = counts.pop()
+    known = known or LARGER.get(n)
     if known is None:
         fitting = [name for name, (k, _) in LAYOUTS.items() if k == n]
         if not fitting:
@@ -117,185 +148,307 @@ def _layout(path: Path, kind: str, known: str | None, counts: set[int], asked: s
                              "say which with --layout")
         known = fitting[0]
     k = LAYOUTS[known][0]
-    if n != k and not (known == "halpe26" and n == 136):  # the first 26 of Halpe's 136 are Halpe-26
+    if n != k and LARGER.get(n) != known:
         raise ValueError(f"{path} ({kind}) has {n} joints per person, and {known} has {k}: choose another --layout")
     return known, k
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files. A person is (points [K, 3], name, track, (width, height) or (0, 0)).
+# Files. A person is (points [K, 3], name, track, (width, height)).
 
 
 def _people(path: Path) -> tuple[list[tuple], str, str | None]:
     """People, what the file is, and its layout if that is known."""
+    suffix = path.suffix.lower()
     if path.is_dir():
-        files = sorted(path.glob("*.json"), key=lambda f: _natural(f.name))
+        files = sorted((f for f in path.glob("*.json") if not f.name.startswith(".")), key=lambda f: _natural(f.name))
         if not files:
             raise ValueError(f"{path} holds no .json file: expected a folder of OpenPose's output, one file a frame")
-        people = []
+        frames = {}
         for file in files:
-            content = _json(file)
-            if not isinstance(content, dict) or not isinstance(content.get("people"), list):
-                raise ValueError(f"{file} is not OpenPose's: expected an object with the list `people`")
-            people += _openpose(content, re.sub(r"_keypoints$", "", file.stem))
-        return people, f"OpenPose, {len(files)} frames", None
-    if path.suffix in (".npy", ".npz"):
+            with _about(file):
+                frames[re.sub(r"_keypoints$", "", file.stem)] = _openpose(file, _json(file))
+        return _linked(frames), f"OpenPose, {len(files)} frames", None
+    if suffix in (".npy", ".npz"):
         return _arrays(path)
-    if path.suffix != ".json":
+    if suffix != ".json":
         raise ValueError(f"{path} has an unknown ending: expected .json, .npz, .npy or a folder of OpenPose's .json files")
     content = _json(path)
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        sizes = {i["id"]: (i.get("width", 0), i.get("height", 0)) for i in content.get("images", [])}
-        names = {i["id"]: str(i.get("file_name", i["id"])) for i in content.get("images", [])}
-        people = []
-        for a in content["annotations"]:
-            if any(a.get("keypoints") or ()):
-                points, image = _points(path, a["keypoints"]), a["image_id"]
-                points[:, 2] = points[:, 2] > 0  # COCO's v: 1 occluded but annotated, 2 visible
-                name = f"{names.get(image, image)} #{a.get('id', len(people))}"
-                people.append((points, name, "", sizes.get(image, (0, 0))))
-        return people, "COCO annotations", "coco17"
-    if isinstance(content, dict) and isinstance(content.get("people"), list):
-        return _openpose(content, re.sub(r"_keypoints$", "", path.stem)), "OpenPose, one frame", None
-    if isinstance(content, dict) and isinstance(content.get("instance_info"), list):
-        return _mmpose(path, content["instance_info"]), "MMPose predictions", None
-    if isinstance(content, list) and content and all(isinstance(p, dict) and "keypoints" in p for p in content):
-        alphapose = any(isinstance(p.get("image_id"), str) for p in content)
-        order = sorted(content, key=lambda p: _natural(str(p.get("image_id", "")))) if alphapose else content
-        counts, people = {}, []
-        for p in order:
-            image = str(p.get("image_id", ""))
-            counts[image] = counts.get(image, -1) + 1
-            track = str(p["idx"]) if "idx" in p else str(counts[image]) if alphapose else ""
-            people.append((_points(path, p["keypoints"]), f"{image} #{counts[image]}", track, (0, 0)))
-        several = any(len(p[0]) == 17 for p in people)
-        known = "coco17" if several else "halpe26" if any(len(p[0]) == 136 for p in people) else None
-        return people, "AlphaPose results" if alphapose else "COCO results", known
+    if isinstance(content, dict) and "annotations" in content:
+        return _coco(path, content)
+    if isinstance(content, dict) and "people" in content:
+        frame, poses = re.sub(r"_keypoints$", "", path.stem), _openpose(path, content)
+        return [(p, f"{frame} #{i}", "", (0, 0)) for i, p in enumerate(poses)], "OpenPose, one frame", None
+    if isinstance(content, dict) and "instance_info" in content:
+        dataset = str(content.get("meta_info", {}).get("dataset_name", ""))
+        known = {"coco": "coco17", "mpii": "mpii16", "h36m": "h36m17", "halpe26": "halpe26"}.get(dataset)
+        return _mmpose(path, content["instance_info"]), "MMPose predictions", known
+    if content == []:
+        return [], "a list", None
+    if isinstance(content, list) and all(isinstance(p, dict) for p in content):
+        if "instances" in content[0] or "keypoint_scores" in content[0]:
+            return _mmpose(path, content), "MMPose predictions", None
+        if "keypoints" in content[0]:
+            return _results(path, content)
     raise ValueError(f"{path} is no keypoint file that is known here: expected COCO (`annotations`, or a list of results), "
                      "OpenPose (`people`), AlphaPose (a list with `image_id`) or MMPose 1.x (`instance_info`)")
 
 
-def _openpose(content: dict, frame: str) -> list[tuple]:
+def _coco(path: Path, content: dict) -> tuple[list[tuple], str, str | None]:
+    images = {i["id"]: i for i in content.get("images") or ()}
+    joints = [c["keypoints"] for c in content.get("categories") or () if "keypoints" in c]
+    known = "coco17" if not joints or joints[0][:1] == ["nose"] else None  # some keep other joints in COCO's format
     people = []
-    for i, p in enumerate(content["people"]):
-        flat = p.get("pose_keypoints_2d", p.get("pose_keypoints"))
-        if flat:
-            people.append((_points(Path(frame), flat), f"{frame} #{i}", str(i), (0, 0)))
-    return people
+    for a in content["annotations"]:
+        if any(a.get("keypoints") or ()):
+            image, points = images.get(a["image_id"], {}), _points(path, a["keypoints"])
+            points[:, 2] = points[:, 2] > 0  # COCO's v: 1 occluded but annotated, 2 visible
+            name = f"{image.get('file_name', a['image_id'])} #{a.get('id', len(people))}"
+            people.append((points, name, "", (image.get("width"), image.get("height"))))
+    return people, "COCO annotations", known
+
+
+def _results(path: Path, content: list[dict]) -> tuple[list[tuple], str, str | None]:
+    """COCO's results, and AlphaPose's, whose image_id is a file name."""
+    known = "coco17" if any(np.size(p["keypoints"]) == 51 for p in content) else None
+    if not any(isinstance(p["image_id"], str) for p in content):
+        people = [(_points(path, p["keypoints"]), f"{p['image_id']} #{i}", "", (0, 0)) for i, p in enumerate(content)]
+        return people, "COCO results", known
+    frames, ids = {}, {}
+    for p in sorted(content, key=lambda p: _natural(str(p["image_id"]))):
+        image = str(p["image_id"])
+        frames.setdefault(image, []).append(_points(path, p["keypoints"]))
+        ids.setdefault(image, []).append(f"{np.ravel(p.get('idx', 0))[0]:g}")
+    told = {i for of in ids.values() for i in of} != {"0"} and all(len(set(of)) == len(of) for of in ids.values())
+    return _linked(frames, ids if told else None), "AlphaPose results", known  # without tracking, idx is 0 everywhere
+
+
+def _openpose(path: Path, content) -> list[np.ndarray]:
+    if not isinstance(content, dict) or not isinstance(content.get("people"), list):
+        raise ValueError(f"{path} is not OpenPose's: expected an object with the list `people`")
+    flat = [p.get("pose_keypoints_2d", p.get("pose_keypoints")) for p in content["people"]]
+    return [_points(path, f) for f in flat if f]
 
 
 def _mmpose(path: Path, info: list) -> list[tuple]:
-    frames = info if info and "instances" in info[0] else [dict(frame_id=1, instances=info)]
-    people = []
-    for f in frames:
-        for i, p in enumerate(f["instances"]):
+    """A video: a list of {frame_id, instances}; an image: the list of its instances."""
+    video = bool(info) and "instances" in info[0]
+    frames = {}
+    for f in info if video else [dict(frame_id=0, instances=info)]:
+        people = frames[f"frame {f['frame_id']}"] = []
+        for p in f["instances"]:
             xy, score = np.asarray(p["keypoints"], np.float64), np.asarray(p["keypoint_scores"], np.float64)
             if xy.ndim != 2 or xy.shape[1] != 2 or score.shape != xy.shape[:1]:
-                raise ValueError(f"{path}, frame {f.get('frame_id')}: expected keypoints [K, 2] and keypoint_scores [K], "
-                                 f"found {list(xy.shape)} and {list(score.shape)}")
-            people.append((np.concatenate([xy, score[:, None]], 1), f"frame {f.get('frame_id')} #{i}", str(i), (0, 0)))
+                raise ValueError(f"{path}, frame {f['frame_id']}: expected keypoints [K, 2] and keypoint_scores [K], found "
+                                 f"{list(xy.shape)} and {list(score.shape)}")
+            people.append(np.concatenate([xy, score[:, None]], 1))
+    return _linked(frames) if video else [(p, f"{path.stem} #{i}", "", (0, 0)) for i, p in enumerate(people)]
+
+
+def _linked(frames: dict[str, list[np.ndarray]], tracks: dict[str, list[str]] | None = None) -> list[tuple]:
+    """People of a sequence {frame: [points]} with tracks: the given ones, or whoever overlaps most in the frame before (by
+    more than 0.3 of the boxes' union), else a new one. Programs list people in any order, so the order means nothing."""
+    people, last, fresh = [], {}, 0
+    for frame, poses in frames.items():
+        boxes = [_box(p) for p in poses]
+        found = dict(enumerate(tracks[frame])) if tracks else {}
+        pairs = [] if tracks else sorted(((_overlap(b, box), i, t) for i, b in enumerate(boxes) for t, box in last.items()),
+                                         reverse=True)
+        for overlap, i, t in pairs:
+            if overlap > 0.3 and i not in found and t not in found.values():
+                found[i] = t
+        for i, p in enumerate(poses):
+            if i not in found:
+                found[i], fresh = str(fresh), fresh + 1
+            people.append((p, f"{frame} #{i}", found[i], (0, 0)))
+        last = {found[i]: box for i, box in enumerate(boxes)} or last
     return people
+
+
+def _box(p: np.ndarray) -> np.ndarray:
+    seen = p[p[:, 2] > 0, :2] if (p[:, 2] > 0).any() else p[:, :2]
+    return np.array([seen.min(0), seen.max(0)])
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes [2 corners, 2]."""
+    both = np.prod(np.maximum(np.minimum(a[1], b[1]) - np.maximum(a[0], b[0]), 0))
+    return float(both / max(np.prod(a[1] - a[0]) + np.prod(b[1] - b[0]) - both, 1e-9))
 
 
 def _arrays(path: Path) -> tuple[list[tuple], str, str | None]:
     content = load_arrays(path)
-    if "positions_2d" in content:
-        positions, metadata = content["positions_2d"].item(), content["metadata"].item()
-        people, symmetry = [], metadata.get("keypoints_symmetry")
-        known = {"coco": "coco17", "h36m": "h36m17"}.get(metadata.get("layout_name"))
-        if known is None and symmetry is not None:  # the lists of left and right joints tell the layouts apart
-            left = tuple(int(j) for j in symmetry[0][:3])
-            known = {(4, 5, 6): "h36m17", (1, 3, 5): "coco17", (3, 4, 5): "mpii16"}.get(left)
-        for subject, actions in positions.items():
-            video = metadata.get("video_metadata", {}).get(subject, {})
-            for action, cameras in actions.items():
-                for camera, frames in enumerate(cameras):
-                    if frames is None:
-                        continue
+    if "positions_2d" not in content:
+        if len(content) != 1:
+            raise ValueError(f"{path} holds the arrays {', '.join(content)}: expected positions_2d and metadata "
+                             "(VideoPose3D), or one array [N, joints, 2 or 3]")
+        (array,) = content.values()
+        track = path.stem if array.ndim == 3 and len(array) > 1 else ""
+        return [(p, f"{path.stem} {i}", track, (0, 0)) for i, p in enumerate(_scored(path, array))], "an array", None
+    positions, metadata = content["positions_2d"].item(), content["metadata"].item()
+    symmetry = metadata.get("keypoints_symmetry")
+    known = {"coco": "coco17", "h36m": "h36m17"}.get(metadata.get("layout_name"))
+    if known is None and symmetry is not None:  # the lists of left and right joints tell the layouts apart
+        left = tuple(int(j) for j in symmetry[0][:3])
+        known = {(4, 5, 6): "h36m17", (1, 3, 5): "coco17", (3, 4, 5): "mpii16"}.get(left)
+    people = []
+    for subject, actions in positions.items():
+        video = metadata.get("video_metadata", {}).get(subject, {})
+        for action, cameras in actions.items():
+            cameras = [cameras] if isinstance(cameras, np.ndarray) and cameras.ndim == 3 else cameras
+            for camera, frames in enumerate(cameras):
+                if frames is not None:
                     track = " ".join([str(subject), str(action), *[str(camera)] * (len(cameras) > 1)])
-                    for t, pose in enumerate(_scored(path, frames)):
-                        people.append((pose, f"{track} {t}", track, (video.get("w", 0), video.get("h", 0))))
-        return people, "VideoPose3D's 2D keypoints", known
-    if len(content) != 1:
-        raise ValueError(f"{path} holds the arrays {', '.join(content)}: expected positions_2d and metadata (VideoPose3D), "
-                         "or one array [N, joints, 2 or 3]")
-    (array,) = content.values()
-    return [(p, f"{path.stem} {i}", path.stem, (0, 0)) for i, p in enumerate(_scored(path, array))], "an array", None
+                    size = video.get("w"), video.get("h")
+                    people += [(p, f"{track} {t}", track, size) for t, p in enumerate(_scored(path, frames))]
+    return people, "VideoPose3D's 2D keypoints", known
 
 
 def _scored(path: Path, a) -> np.ndarray:
     """[N, K, 2 or 3], or one pose [K, 2 or 3] -> [N, K, 3]; a missing score is 1."""
-    a = np.asarray(a)
-    if a.dtype.kind not in "fiu" or a.ndim not in (2, 3) or a.shape[-1] not in (2, 3):
-        raise ValueError(f"{path}: expected numbers [N, joints, 2 or 3], found {a.dtype} {list(a.shape)}")
-    a = a.astype(np.float64).reshape(-1, *a.shape[-2:])
+    if not isinstance(a, np.ndarray) or a.dtype.kind not in "fiu" or a.ndim not in (2, 3) or a.shape[-1] not in (2, 3):
+        found = f"{a.dtype} {list(a.shape)}" if isinstance(a, np.ndarray) else type(a).__name__
+        raise ValueError(f"{path}: expected numbers [N, joints, 2 or 3], found {found}")
+    a = a.reshape(-1, *a.shape[-2:])
+    if len(a) > MOST:
+        raise ValueError(f"{path} holds {len(a)} poses in one array: expected at most {MOST}; split it")
+    a = a.astype(np.float64)
     return a if a.shape[-1] == 3 else np.concatenate([a, np.ones_like(a[..., :1])], -1)
 
 
 def _points(path: Path, flat) -> np.ndarray:
     """x, y, score, x, y, score, ... (or [K][3]) -> [K, 3]."""
     a = np.asarray(flat, np.float64)
-    if a.size == 0 or a.size % 3 or a.ndim > 2:
-        raise ValueError(f"{path}: expected keypoints as x, y, score for each joint, found {a.size} numbers")
+    if a.size == 0 or a.size % 3 or a.ndim not in (1, 2) or (a.ndim == 2 and a.shape[1] != 3):
+        raise ValueError(f"{path}: expected keypoints as x, y, score for each joint, found an array {list(a.shape)}")
     return a.reshape(-1, 3)
 
 
 def _natural(text: str) -> list:
     """10.jpg comes after 9.jpg."""
-    return [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", text)]
+    return [int(t) if i % 2 else t for i, t in enumerate(re.split(r"([0-9]{1,18})", text))]
 
 
 def _json(path: Path):
     if path.stat().st_size > LARGEST:
         raise ValueError(f"{path} has more than {LARGEST >> 20} MB: split it")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not a JSON file that can be read: {e}") from e
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# NumPy files with object arrays, without running what they say
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that knows how to build arrays and Python's own containers, and nothing else."""
-
-    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict"),
-               *((f"numpy.{core}.multiarray", f) for core in ("core", "_core") for f in ("_reconstruct", "scalar")),
-               *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core"))}
-
-    def find_class(self, module, name):
-        if (module, name) in self.allowed:
-            return super().find_class(module.replace("numpy.core", "numpy._core") if np.__version__ >= "2" else module, name)
-        raise ValueError(f"its pickle asks for {module}.{name}, and only arrays are read here")
+# NumPy files with object arrays, without running what they say. Python's own unpickler, in pure Python, walks through the
+# file; every global that it may name is one of the stand-ins below, which check their arguments and build plain arrays.
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npy (under the key "") or .npz file; object arrays too, if all they hold are arrays, containers,
     strings and numbers. ValueError with one sentence otherwise."""
     try:
-        if path.suffix == ".npy":
-            with open(path, "rb") as f:
-                return {"": _npy(f, path.stat().st_size)}
+        if path.suffix.lower() == ".npy":
+            if path.stat().st_size > LARGEST:
+                raise ValueError(f"it has more than {LARGEST >> 20} MB; split it")
+            return {"": _npy(path.read_bytes())}
         with zipfile.ZipFile(path) as z:
             if sum(m.file_size for m in z.infolist()) > LARGEST:
-                raise ValueError(f"it unpacks to more than {LARGEST >> 20} MB")
-            return {m.filename.removesuffix(".npy"): _npy(io.BytesIO(z.read(m)), m.file_size) for m in z.infolist()}
+                raise ValueError(f"it unpacks to more than {LARGEST >> 20} MB; split it")
+            if any(m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for m in z.infolist()):
+                raise ValueError("it is packed in a way that NumPy does not use")
+            return {m.filename.removesuffix(".npy"): _npy(z.open(m).read(m.file_size)) for m in z.infolist()}
     except Exception as e:  # a broken file can raise nearly anything
-        raise ValueError(f"{path} is not a NumPy file that can be read: {e or type(e).__name__}") from e
+        what = " ".join(str(e).split())[:300] or type(e).__name__
+        raise ValueError(f"{path} is not a NumPy file that can be read: {what}") from e
 
 
-def _npy(f, size: int) -> np.ndarray:
+def _npy(content: bytes) -> np.ndarray:
+    f = BytesIO(content)
     version = np.lib.format.read_magic(f)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read_header is None:
         raise ValueError(f"expected .npy version 1 or 2, found {version}")
     shape, fortran, dtype = read_header(f)
     if dtype.hasobject:
-        return np.asarray(_ArraysOnly(f, encoding="latin1").load())
-    count = int(np.prod(shape, dtype=object)) if shape else 1
-    if count * dtype.itemsize > size:
-        raise ValueError(f"its header promises {count} numbers, and the file is shorter")
-    flat = np.frombuffer(f.read(count * dtype.itemsize), dtype, count)
-    return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+        found = _real(_ArraysOnly(f, encoding="latin1").load(), {})
+        if not isinstance(found, np.ndarray):
+            raise ValueError(f"expected an array in its pickle, found {type(found).__name__}")
+        return found
+    return _filled(shape, dtype, fortran, content[f.tell() :])
+
+
+def _filled(shape, dtype: np.dtype, fortran: bool, raw: bytes) -> np.ndarray:
+    if not all(type(n) is int and n >= 0 for n in shape) or len(raw) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"an array is said to be {list(shape)} of {dtype}, which its {len(raw)} bytes are not")
+    return np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+class _Dtype:
+    """Stands for a numpy.dtype of numbers, strings or objects."""
+
+    def __init__(self, code: str):
+        if not (isinstance(code, str) and re.fullmatch(r"[biufSUO][0-9]{1,6}", code)):
+            raise ValueError(f"its pickle holds the dtype {code!r}, and only plain ones are read here")
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        if state[1] not in ("<", ">", "=", "|") or tuple(state[2:5]) != (None, None, None):
+            raise ValueError("its pickle holds a dtype of many parts, and only plain ones are read here")
+        self.order = state[1]
+
+    def real(self) -> np.dtype:
+        return np.dtype(self.code if self.order in "=|" else self.order + self.code)
+
+
+class _Array:
+    """Stands for a numpy.ndarray."""
+
+    def __setstate__(self, state):
+        self.shape, self.dtype, self.fortran, self.raw = state[-4:]
+
+    def real(self, seen: dict) -> np.ndarray:
+        dtype = self.dtype.real()
+        if not dtype.hasobject:
+            raw = self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw
+            return _filled(self.shape, dtype, self.fortran, raw)
+        if not isinstance(self.raw, list) or not all(type(n) is int and n >= 0 for n in self.shape):
+            raise ValueError("an object array of its pickle holds no list")
+        out = np.empty(len(self.raw), object)
+        for i, v in enumerate(self.raw):
+            out[i] = _real(v, seen)
+        return out.reshape(self.shape, order="F" if self.fortran else "C")
+
+
+def _real(x, seen: dict):
+    """Stand-ins and what holds them -> real arrays in plain containers; everything once, however often it is referred to."""
+    if not isinstance(x, _Array | dict | list | tuple):
+        return x
+    if id(x) not in seen:
+        seen[id(x)] = None  # something that holds itself
+        if isinstance(x, _Array):
+            seen[id(x)] = x.real(seen)
+        elif isinstance(x, dict):
+            seen[id(x)] = {k: _real(v, seen) for k, v in x.items()}
+        else:
+            seen[id(x)] = [_real(v, seen) for v in x]
+    return seen[id(x)]
+
+
+def _no_call(*_):
+    raise ValueError("its pickle builds an array in an unusual way")
+
+
+class _ArraysOnly(pickle._Unpickler):
+    stand_ins = {
+        ("numpy", "dtype"): lambda code, *_: _Dtype(code),
+        ("numpy", "ndarray"): _no_call,  # only named, as the type of what _reconstruct makes
+        ("_codecs", "encode"): lambda text, codec: text.encode("latin1"),  # how Python 3 wrote bytes for Python 2
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in ("core", "_core")},
+        **{(f"numpy.{core}.multiarray", "scalar"): lambda dtype, raw: _filled((), dtype.real(), False, raw)[()]
+           for core in ("core", "_core")},
+    }  # fmt: skip
+
+    def find_class(self, module, name):
+        if (module, name) not in self.stand_ins:
+            raise ValueError(f"its pickle asks for {module}.{name}, and only arrays are read here")
+        return self.stand_ins[module, name]

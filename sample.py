@@ -17,6 +17,8 @@ import argparse
 import math
 import os
 import re
+import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -294,32 +296,45 @@ def draw_swap(path: Path, moved: np.ndarray, poses: dict, x_s: np.ndarray) -> No
 # A user's own keypoints
 
 SEEN = 6  # a person with fewer joints is left out
-EXTENT = 0.36  # longer side of a person in the training images, as a share of the image
-FRAMES = 120  # of an animation, at most
+STANDING = 0.36  # standing height of a person in the training images, as a share of the image
+PICTURES, FRAMES = 50, 120  # single people that get a picture, frames of an animation, at most
+# Bones as shares of standing height (Winter 2009, Biomechanics and Motor Control of Human Movement)
+SHARES = {(1, 2): 0.245, (4, 5): 0.245, (2, 3): 0.246, (5, 6): 0.246, (11, 12): 0.186, (14, 15): 0.186, (12, 13): 0.146,
+          (15, 16): 0.146, (0, 8): 0.288}  # fmt: skip
+
+
+def standing_height(k: Keypoints) -> np.ndarray:
+    """Roughly how tall each person would stand, [N] px: what the second longest bone says, since most are foreshortened
+    and one may be wrong; one height for a whole track."""
+    says = []
+    for (a, b), share in SHARES.items():
+        seen = (k.conf[:, a] > 0) & (k.conf[:, b] > 0)
+        says.append(np.where(seen, np.linalg.norm(k.x_s[:, a] - k.x_s[:, b], axis=1) / share, 0.0))
+    height = np.sort(np.stack(says, 1), 1)[:, -2]
+    box = np.stack([np.ptp(x[c > 0], 0).max() for x, c in zip(k.x_s, k.conf, strict=True)])
+    height = np.maximum(np.where(height > 0, height, box), 1.0)
+    tracks = np.array(k.track)
+    for track in set(k.track) - {""}:
+        height[tracks == track] = np.median(height[tracks == track])
+    return height
 
 
 def square_around(k: Keypoints, image_size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, str]:
     """The square image that each person is seen in: centre [N, 2] and side [N] in pixels, and what was done, in words.
 
-    The models know square images of 1000 pixels with a person of about 360. An image is padded to a square, as a network
-    that was trained on landscape and portrait alike would see it; where its size is unknown, a square is put around the
-    person (one size for a whole track), such that the person has the usual size in it.
+    The models know square images in which a standing person takes about a third of the height. An image of known size is
+    padded to a square; where the size is unknown, a square is put around the person such that the usual share comes out.
     """
-    size = np.where(k.size > 0, k.size, image_size or 0)
-    low, high = (np.where((k.conf > 0)[..., None], k.x_s, limit) for limit in (np.inf, -np.inf))
-    low, high = low.min(1), high.max(1)
-    extent = np.maximum((high - low).max(1), 1.0)
-    for track in set(k.track) - {""}:
-        mine = np.array([t == track for t in k.track])
-        extent[mine] = np.median(extent[mine])
+    size, height = np.where(k.size > 0, k.size, image_size or 0), standing_height(k)
+    corners = [np.stack([f(x[c > 0], 0) for x, c in zip(k.x_s, k.conf, strict=True)]) for f in (np.min, np.max)]
     known = (size > 0).all(1)
-    side = np.where(known, size.max(1), extent / EXTENT)
-    share = extent[known] / side[known]
-    said = f"{int(known.sum())} people in images of known size, {int((~known).sum())} with a square put around them"
+    side = np.where(known, size.max(1), height / STANDING)
+    share = height[known] / side[known]
+    said = f"{int(known.sum())} poses in images of known size, {int((~known).sum())} with a square put around the person"
     if len(share) and not 0.15 <= np.median(share) <= 0.7:
-        said += (f"; the person is {np.median(share):.0%} of the image, far from the {EXTENT:.0%} that training shows: "
-                 "cropped images without a size may do better")
-    return np.where(known[:, None], size / 2, (low + high) / 2), side, said
+        said += (f"; standing, the person would take {np.median(share):.0%} of the image, far from the {STANDING:.0%} that "
+                 "training shows: without the image's size it may do better")
+    return np.where(known[:, None], size / 2, sum(corners) / 2), side, said
 
 
 @torch.no_grad()
@@ -358,61 +373,72 @@ def keypoint_figure():
     return fig, (fig.add_subplot(1, 2, 1), fig.add_subplot(1, 2, 2, projection="3d"))
 
 
-def draw_keypoints(folder: Path, k: Keypoints, p: dict) -> None:
-    """A picture of every person in a single image, an animation of every track."""
-    names = [re.sub(r"[^\w.-]+", "_", name) for name in k.name]
-    tracks = {t: [i for i in range(len(names)) if k.track[i] == t] for t in dict.fromkeys(k.track)}
-    single = [i for t, rows in tracks.items() if not t or len(rows) == 1 for i in rows]
-    for i in tqdm(single, desc="pictures", leave=False, disable=len(single) < 20):
+def draw_keypoints(folder: Path, k: Keypoints, p: dict) -> list[str]:
+    """A picture of every person in a single image, an animation of every track; what was drawn, in words."""
+    tracks, taken, said = defaultdict(list), set(), []
+    for i, track in enumerate(k.track):
+        tracks[track].append(i)
+
+    def free(name: str) -> str:
+        name = taken_name = re.sub(r"[^\w.-]+", "_", name)
+        while taken_name in taken:
+            taken_name = f"{name}_{len(taken)}"
+        taken.add(taken_name)
+        return taken_name
+
+    single = [i for track, rows in tracks.items() if not track or len(rows) == 1 for i in rows]
+    if len(single) > PICTURES:
+        said.append(f"the first {PICTURES} of {len(single)} single people are drawn")
+    for i in tqdm(single[:PICTURES], desc="pictures", leave=False):
         fig, axes = keypoint_figure()
         draw_person(axes, p, i, np.concatenate([p["x_f"][i], p["x_s"][i][p["conf"][i] > 0]]), p["y"][i])
-        fig.suptitle(k.name[i])
-        save(fig, folder / f"{names[i]}.png")
+        fig.suptitle(k.name[i], parse_math=False)
+        fig.savefig(folder / f"{free(k.name[i])}.png", dpi=100)
+        plt.close(fig)
     for track, rows in tracks.items():
         if track and len(rows) > 1:
-            rows = rows[:: math.ceil(len(rows) / FRAMES)]
-            box, reach = p["x_f"][rows].reshape(-1, 2), p["y"][rows].reshape(-1, 3)
+            shown = rows[:: math.ceil(len(rows) / FRAMES)]
+            said += [f"track {track}: {len(shown)} of {len(rows)} frames are drawn"] * (len(shown) < len(rows))
+            box, reach = p["x_f"][shown].reshape(-1, 2), p["y"][shown].reshape(-1, 3)
             fig, axes = keypoint_figure()
-            path = folder / (re.sub(r"[^\w.-]+", "_", track) + ".gif")
-            beside = path.with_name(path.stem + ".tmp.gif")
             writer = PillowWriter(fps=15)
-            with writer.saving(fig, beside, dpi=80):
-                for i in tqdm(rows, desc=path.name, leave=False):
+            with writer.saving(fig, folder / f"{free(f'track_{track}')}.gif", dpi=80):
+                for i in tqdm(shown, desc=f"track {track}", leave=False):
                     draw_person(axes, p, i, box, reach)
-                    fig.suptitle(k.name[i])
+                    fig.suptitle(k.name[i], parse_math=False)
                     writer.grab_frame()
             plt.close(fig)
-            os.replace(beside, path)
-            print(path)
+    return said
 
 
 def own_keypoints(args, run, hipart: HiPART, lifter) -> None:
-    """The whole way from a keypoint file to an .npz, pictures and animations."""
-    path = Path(args.keypoints)
+    """The whole way from a keypoint file to an .npz, pictures and animations: made beside and renamed, all at once."""
+    path = Path(args.keypoints).resolve()
     try:
         k = keypoints.read(path, args.layout)
     except ValueError as e:
         stop(str(e))
     k.conf[k.conf < args.min_score] = 0
-    keep = (k.conf > 0).sum(1) >= SEEN
-    if not keep.any():
-        stop(f"{path}: none of {len(keep)} people has {SEEN} joints with a score of at least {args.min_score:g}: "
+    rows = np.flatnonzero((k.conf > 0).sum(1) >= SEEN)
+    if not len(rows):
+        stop(f"{path}: none of {len(k.name)} people has {SEEN} joints with a score of at least {args.min_score:g}: "
              "lower --min-score")
-    rows = np.flatnonzero(keep)
+    left_out = [f"{len(k.name) - len(rows)} people with fewer than {SEEN} joints left out"] * (len(rows) < len(k.name))
     k = Keypoints(k.x_s[rows] * (k.conf[rows] > 0)[..., None], k.conf[rows], [k.name[i] for i in rows],
                   [k.track[i] for i in rows], k.size[rows], k.said)
     centre, side, squared = square_around(k, args.image_size)
-    left_out = [f"{int((~keep).sum())} people with fewer than {SEEN} joints left out"] * bool((~keep).any())
     missing = f"{int((k.conf == 0).sum())} of {k.conf.size} joints are missing (score below {args.min_score:g})"
     print("\n".join([*k.said, *left_out, missing, squared]))
     p = lift_keypoints(k, centre, side, hipart, lifter, run.device)
-    folder = run.path / "keypoints" / (path.name if path.is_dir() else path.stem)
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / "poses.tmp.npz"
-    np.savez_compressed(beside, **p, name=np.array(k.name), track=np.array(k.track))
-    os.replace(beside, folder / "poses.npz")
-    print(folder / "poses.npz")
-    draw_keypoints(folder, k, p)
+    folder = run.path / "keypoints" / path.stem
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    np.savez_compressed(beside / "poses.npz", **p, name=np.array(k.name), track=np.array(k.track))
+    said = draw_keypoints(beside, k, p)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    print("\n".join([*said, *map(str, sorted(folder.iterdir()))]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
