@@ -248,8 +248,8 @@ def test_unusual_pickles_are_refused(tmp_path, opcodes):
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_arrays_of_every_kind_come_back(tmp_path, protocol):
     """As NumPy itself reads them, whatever pickle wrote them; names of NumPy 1 and 2."""
-    inner = dict(a=np.arange(6.0).reshape(2, 3), b=[np.float32(2), None, (1, "text")], c=np.asfortranarray(np.ones((3, 2), ">i2")),
-                 d=np.array([["x", "yy"]]), e=np.array([1, None, "s"], object), f=np.zeros((0, 17, 2), np.float32))
+    inner = dict(a=np.arange(6.0).reshape(2, 3), b=[np.float32(2), None, (1, "text")],
+                 c=np.asfortranarray(np.ones((3, 2), ">i2")), d=np.array([["x", "yy"]]), e=np.array([1, None, "s"], object), f=np.zeros((0, 17, 2), np.float32))
     outer = np.empty((), object)
     outer[()] = inner
     for core in (b"numpy._core", b"numpy.core"):
@@ -282,7 +282,8 @@ def test_a_header_that_promises_too_much(tmp_path):
 @pytest.mark.parametrize("name, text, expected", [
     ("a.json", "", "not a JSON"), ("a.json", "[" * 100_000, "not a JSON"), ("a.json", "{}", "no keypoint file"),
     ("a.json", "[]", "no person"), ("a.json", '[{"image_id": 1, "keypoints": []}]', "x, y, score"),
-    ("a.json", '[{"image_id": 1, "keypoints": [1, 2]}]', "x, y, score"), ("a.json", '[{"keypoints": [1]}]', "'image_id' is missing"),
+    ("a.json", '[{"image_id": 1, "keypoints": [1, 2]}]', "x, y, score"),
+    ("a.json", '[{"keypoints": [1]}]', "the key 'image_id' is missing"),
     ("a.json", '[{"image_id": 1, "keypoints": "abc"}]', "a.json"), ("a.json", "[1]", "no keypoint file"),
     ("a.json", '[{"image_id": 1, "keypoints": {"a": 1}}]', "a.json"),
     ("a.json", '[{"image_id": 1, "keypoints": [1, 2, 3]}]', "has 1 joints"),
@@ -307,8 +308,8 @@ def test_normalised_coordinates_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("w, h, expected", [
-    (640, 480, (640, 480)), (None, 480, (0, 0)), ("640", 480, (0, 0)), ({}, [1], (0, 0)), (-5, 4, (0, 0)), (True, True, (0, 0)),
-    (float("inf"), 1, (0, 0)), (float("nan"), 1, (0, 0)), (10**400, 1, (0, 0)),
+    (640, 480, (640, 480)), (None, 480, (0, 0)), ("640", 480, (0, 0)), ({}, [1], (0, 0)), (-5, 4, (0, 0)),
+    (True, True, (0, 0)), (float("inf"), 1, (0, 0)), (float("nan"), 1, (0, 0)), (10**400, 1, (0, 0)),
 ])  # fmt: skip
 def test_impossible_image_sizes_are_unknown(tmp_path, w, h, expected):
     images = [dict(id=1, width=w, height=h)]
@@ -423,14 +424,14 @@ def test_people_in_images_get_a_picture_each(own_run, tmp_path):
     path = write(tmp_path / "people.json", [dict(image_id=i, keypoints=flat(p), score=1.0) for i, p in enumerate(people)])
     result = sample(own_run, "--keypoints", path)
     assert result.returncode == 0, result.stderr
-    assert "1 people with fewer than 6 joints left out" in result.stdout and "a square put around the person" in result.stdout
+    assert "1 people with fewer than 6 joints left out" in result.stdout
+    assert "2 with a square put around the person" in result.stdout
     assert sorted(f.name for f in (own_run / "keypoints" / "people").iterdir()) == ["0_0.png", "1_1.png", "poses.npz"]
     path.write_text(json.dumps([dict(image_id="a$\\b$/1.jpg", keypoints=flat(people[0]), score=1.0)] * 2))
     result = sample(own_run, "--keypoints", path)  # the results before are replaced, equal names kept apart
     assert result.returncode == 0, result.stderr
-    assert len(list((own_run / "keypoints" / "people").glob("*.png"))) + len(
-        list((own_run / "keypoints" / "people").glob("*.gif"))) >= 1
-    assert not (own_run / "keypoints" / "people" / "0_0.png").exists()
+    drawn = sorted(f.name for f in (own_run / "keypoints" / "people").iterdir())
+    assert len(drawn) == 3 and "poses.npz" in drawn and "0_0.png" not in drawn
 
 
 def test_refusals_end_with_status_2_and_touch_nothing(own_run, tmp_path):
@@ -466,8 +467,8 @@ def test_standing_height_of_a_person_cut_at_the_hips():
     from sample import standing_height
 
     x_s, conf = np.zeros((2, 17, 2), np.float32), np.ones((2, 17), np.float32)
-    x_s[:, [0, 8, 11, 12, 13, 14, 15, 16]] = [[0, 0], [0, -288], [150, -288], [150, -102], [150, 44], [-150, -288], [-150, -102],
-                                              [-150, 44]]
+    x_s[:, [0, 8]], x_s[:, [11, 12, 13]] = [[0, 0], [0, -288]], [[150, -288], [150, -102], [150, 44]]
+    x_s[:, [14, 15, 16]] = x_s[:, [11, 12, 13]] * [-1, 1]
     conf[1, [1, 2, 3, 4, 5, 6]] = 0
     k = keypoints.Keypoints(x_s, conf, ["a", "b"], ["", ""], np.zeros((2, 2)))
     np.testing.assert_allclose(standing_height(k), 1000, rtol=1e-5)
