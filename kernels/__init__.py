@@ -12,6 +12,8 @@ straight-through estimator belongs to the model. This package knows nothing of p
 
 import hashlib
 import os
+import platform
+import shutil
 import sys
 import tempfile
 import threading
@@ -54,8 +56,9 @@ def quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def quantize_op(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """Checks, then the op: idx [N], d [N]."""
-    if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or not codebook.numel():
-        raise ValueError("nearest_code needs x [N, D] and codebook [K, D] with K, D >= 1, "
+    if (x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or not codebook.numel()
+            or x.layout != torch.strided or codebook.layout != torch.strided):
+        raise ValueError("nearest_code needs dense x [N, D] and codebook [K, D] with K, D >= 1, "
                          f"found {_say(x)} and {_say(codebook)}")
     if x.dtype != codebook.dtype or x.dtype not in _FLOATS:
         raise TypeError(f"nearest_code needs one floating dtype for both, found {_say(x)} and {_say(codebook)}")
@@ -67,11 +70,14 @@ def quantize_op(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 def code_statistics(x: Tensor, idx: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """How many rows chose each code, and the sum of those rows: x [N, D], idx [N] -> n [K], s [K, D], both float32.
 
-    Sums run over ascending rows in float32: the same bits for any number of threads. Data-parallel training adds up n and s
-    over its processes before `ema_apply_`.
+    Sums run over ascending rows in float32: the same bits for any number of threads (but for the twin on a GPU).
+    Data-parallel training adds up n and s over its processes before `ema_apply_`. An idx outside [0, K) is a ValueError; in
+    CUDA code its row is not counted.
     """
-    if x.dim() != 2 or x.dtype not in _FLOATS or idx.shape != x.shape[:1] or idx.dtype != torch.int64 or K < 1:
-        raise ValueError(f"code_statistics needs x [N, D], idx [N] int64 and K >= 1, found {_say(x)}, {_say(idx)} and {K}")
+    if (x.dim() != 2 or not x.shape[1] or x.dtype not in _FLOATS or idx.shape != x.shape[:1] or idx.dtype != torch.int64
+            or K < 1 or x.layout != torch.strided or idx.layout != torch.strided):
+        raise ValueError(f"code_statistics needs dense x [N, D], idx [N] int64 and D, K >= 1, found {_say(x)}, {_say(idx)} "
+                         f"and {K}")
     if x.device != idx.device:
         raise ValueError(f"code_statistics needs both on one device, found {_say(x)} and {_say(idx)}")
     return torch.ops.hipart.code_statistics(x.detach(), idx, K)
@@ -93,7 +99,7 @@ def ema_apply_(codebook: Tensor, count: Tensor, total: Tensor, n: Tensor, s: Ten
     wide, short = codebook.shape, codebook.shape[:1]
     wanted = dict(codebook=wide, count=short, total=wide, n=short, s=wide, candidates=wide)
     if codebook.dim() != 2 or any(t.shape != wanted[k] or t.dtype != torch.float32 or t.device != codebook.device
-                                  or not t.is_contiguous() for k, t in every.items()):
+                                  or t.layout != torch.strided or not t.is_contiguous() for k, t in every.items()):
         raise ValueError("ema_apply_ needs codebook, total, s (and candidates) [K, D], count and n [K], all contiguous "
                          "float32 on one device, found " + ", ".join(f"{k} {_say(t)}" for k, t in every.items()))
     return torch.ops.hipart.ema_apply_(codebook, count, total, n, s, candidates, decay, eps, restart_below)
@@ -114,14 +120,13 @@ def ema_update_(codebook: Tensor, count: Tensor, total: Tensor, x: Tensor, idx: 
 
 def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
     """Which implementation serves tensors on `device` ("reference", "cpp" or "cuda"), and why. Builds it if need be."""
-    loaded, why = _load()
     kind = torch.device(device).type
-    name = {"cpu": "cpp", "cuda": "cuda"}.get(kind, "none")
-    return (name, why) if name in loaded else ("reference", why or f"there is no kernel for {kind} tensors")
+    return _load("cpp" if kind == "cpu" else "cuda") if kind in ("cpu", "cuda") else ("reference", f"no kernels for {kind}")
 
 
 def _say(t: Tensor) -> str:
-    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+    layout = "" if t.layout == torch.strided else f" {str(t.layout).removeprefix('torch.')}"
+    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}{layout} on {t.device}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,84 +169,80 @@ def _(codebook, count, total, n, s, candidates, decay, eps, restart_below):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Build and load
+# Build and load: one library for the CPU, one for CUDA, each on its first use
 
 _HERE = Path(__file__).parent
 _FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off"]  # no -march=native, no -ffast-math: a cached binary must run, and be right
 _lock = threading.Lock()
-_loaded: tuple[tuple[str, ...], str] | None = None  # (kernels that are in, why)
+_loaded: dict[str, tuple[str, str]] = {}  # "cpp" and "cuda": what serves instead of them, or they themselves; and why
 
 
-def _load() -> tuple[tuple[str, ...], str]:
-    """Build and load what this machine can run, once per process; says in one line what went wrong, if something did."""
-    global _loaded
+def _load(kernel: str) -> tuple[str, str]:
+    """Build and load "cpp" or "cuda", once per process; one line says what went wrong, if something did."""
     with _lock:
-        if _loaded is not None:
-            return _loaded
+        if kernel in _loaded:
+            return _loaded[kernel]
         choice = os.environ.get("HIPART_KERNELS", "auto")
         if choice not in _CHOICES:
             raise ValueError(f"HIPART_KERNELS must be one of {', '.join(_CHOICES)}, found {choice!r}")
-        if choice == "reference":
-            _loaded = (), "HIPART_KERNELS=reference asks for it"
-            return _loaded
         if choice == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("HIPART_KERNELS=cuda, but PyTorch sees no GPU here")
-        failures = []
-        attempts = {"auto": [("cpp", "cuda"), ("cpp",)] if torch.cuda.is_available() else [("cpp",)],
-                    "cpp": [("cpp",)], "cuda": [("cpp", "cuda")]}[choice]
-        for kernels in attempts:
-            try:
-                where = _build(kernels)
-            except (OSError, RuntimeError, ImportError) as e:
-                failures.append(f"{'CUDA' if 'cuda' in kernels else 'C++'} kernels could not be built: {_reason(e)}")
-                if choice != "auto":
-                    raise RuntimeError(f"HIPART_KERNELS={choice}, but the {failures[-1]}") from e
-            else:
-                _loaded = kernels, "; ".join([*failures, f"built in {where}"])
-                break
-        else:
-            _loaded = (), "; ".join(failures)
-        if failures:
-            print(f"kernels: {'; '.join(failures)}. The pure-PyTorch twin works instead (exact, slower).", file=sys.stderr)
-        return _loaded
+        if choice == "reference" or (choice, kernel) == ("cpp", "cuda"):
+            _loaded[kernel] = "reference", f"HIPART_KERNELS={choice} asks for it"
+            return _loaded[kernel]
+        try:
+            _loaded[kernel] = kernel, f"built in {_build(kernel)}"
+        except Exception as e:  # compilers, linkers and their drivers fail in every way there is
+            if choice != "auto":
+                raise RuntimeError(f"HIPART_KERNELS={choice}, but the {kernel} kernels could not be built: {e}") from e
+            _loaded[kernel] = "reference", f"the {kernel} kernels could not be built: {_reason(e)}"
+            print(f"kernels: {_loaded[kernel][1]}. The pure-PyTorch twin works instead (exact, slower).", file=sys.stderr)
+        return _loaded[kernel]
 
 
-def _build(kernels: tuple[str, ...]) -> Path:
+def _build(kernel: str) -> Path:
     """Compile unless a cached binary is there, load it, and return its folder.
 
-    The folder's name holds a hash of all that goes in. The binary is linked beside and renamed, so that a killed build
-    leaves nothing that looks finished; a file lock, which dies with its process, lets several first users build once.
+    The folder's name holds a hash of all that goes in. The binary is made beside and renamed, so that a killed build leaves
+    nothing that looks finished; a file lock, which dies with its process, lets several first users build once.
     """
     import fcntl
 
     from torch.utils import cpp_extension
 
-    sources = [_HERE / "quantizer.cpp"] + [_HERE / "quantizer.cu"] * ("cuda" in kernels)
-    flags = _FLAGS + ["-DWITH_CUDA"] * ("cuda" in kernels)
-    inputs = [f.read_bytes() for f in (*sources, _HERE / "quantizer.h")]
-    gpu = torch.cuda.get_device_capability() if "cuda" in kernels else None  # the one that nvcc compiles for
-    inputs.append(repr((flags, torch.__version__, sys.version, gpu)).encode())
+    sources = [_HERE / "quantizer.cpp"] + [_HERE / "quantizer.cu"] * (kernel == "cuda")
+    flags = _FLAGS + ["-DWITH_CUDA"] * (kernel == "cuda")
+    machine = [platform.machine(), sys.version, torch.__version__, repr(flags)]
+    if kernel == "cuda":  # nvcc compiles for the GPUs that are here, unless the variable names others
+        machine += [os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+                    *(repr(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count()))]
+    inputs = b"".join([f.read_bytes() for f in (*sources, _HERE / "quantizer.h")] + [m.encode() for m in machine])
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    folder = root / f"hipart_{'_'.join(kernels)}_{hashlib.sha256(b''.join(inputs)).hexdigest()[:16]}"
+    folder = root / f"hipart_{kernel}_{hashlib.sha256(inputs).hexdigest()[:16]}"
     binary = folder / "quantizer.so"
-    if binary.exists():
+    try:
         torch.ops.load_library(binary)
         return folder
+    except OSError:  # not there, or not usable
+        pass
+    if not shutil.which(cpp_extension.get_cxx_compiler()):
+        raise OSError(f"there is no C++ compiler {cpp_extension.get_cxx_compiler()!r} (the variable CXX names another)")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if binary.exists():
-            torch.ops.load_library(binary)
-            return folder
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            cpp_extension.load("quantizer", [str(s) for s in sources], extra_cflags=flags, build_directory=beside,
-                               extra_cuda_cflags=["-O3", "-lineinfo"], is_python_module=False)
-            os.replace(Path(beside, "quantizer.so"), binary)
+        try:
+            torch.ops.load_library(binary)  # another process was faster
+        except OSError:
+            with tempfile.TemporaryDirectory(dir=folder) as beside:
+                built = cpp_extension.load("quantizer", [str(s) for s in sources], extra_cflags=flags,
+                                           extra_cuda_cflags=["-O3", "-lineinfo"], build_directory=beside,
+                                           is_python_module=False)
+                os.replace(built, binary)
     return folder
 
 
 def _reason(e: BaseException) -> str:
     """The first line that names an error, short: compilers say much."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower() and "Error building" not in line), lines[0] if lines else
-                type(e).__name__)[:300]
+    named = [line for line in lines if "error" in line.lower() and "Error building" not in line]
+    return ((named or lines or [type(e).__name__])[0])[:300]

@@ -15,13 +15,14 @@ def main() -> None:
         print(f"{device}: {name} ({why})")
     print(f"ready after {time.perf_counter() - began:.1f} s, {torch.get_num_threads()} threads, torch {torch.__version__}")
     torch.manual_seed(0)
+    K = 2001
     for device in devices:
-        x, codebook = torch.randn(1013, 37) + 1000, torch.randn(257, 37) + 1000
-        codebook[128:256] = codebook[:128]  # every one of these is a tie
+        x, codebook = torch.randn(2503, 37) + 1000, torch.randn(K, 37) + 1000
+        codebook[1000:2000] = codebook[:1000]  # every one of these is a tie
         expected_idx, expected_d = reference.quantize(x, codebook)
         idx, codes, d = quantize(x.to(device), codebook.to(device))
-        n, s = code_statistics(x.to(device), idx, 257)
-        expected_n, expected_s = reference.code_statistics(x, expected_idx, 257)
+        n, s = code_statistics(x.to(device), idx, K)
+        expected_n, expected_s = reference.code_statistics(x, expected_idx, K)
         pairs = [(idx, expected_idx), (d, expected_d), (codes, codebook[expected_idx]), (n, expected_n), (s, expected_s)]
         right = all(torch.equal(ours.cpu(), twins) for ours, twins in pairs)
         print(f"{device}: self-check {'passed: the same bits as the twin' if right else 'FAILED'}")

@@ -1,5 +1,6 @@
-// The compiled ops: nearest code, code statistics and EMA update on the CPU; at the end their registration, and the thin
-// layer that hands CUDA tensors to quantizer.cu. reference.py states the contract; this file meets it bit for bit.
+// The compiled ops: nearest code, code statistics and EMA update on the CPU, and their registration. Built a second time with
+// WITH_CUDA it is only its last part, the thin layer that hands CUDA tensors to quantizer.cu. reference.py states the
+// contract; this file meets it bit for bit.
 //
 // How a cheap screen can give an exact answer. For a row x and a code c, with both shifted by the same vector,
 //     |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c),
@@ -11,25 +12,25 @@
 // the inner loop reads 16 consecutive floats. A block of 48 rows (24 KB at D = 128) and one panel (8 KB) share the first
 // cache; of the N x K scores only one minimum per row and panel is ever stored, 48 x K / 16 floats per thread.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include "quantizer.h"
+
+#ifndef WITH_CUDA
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdlib>
 #include <type_traits>
 #include <vector>
 
-#include "quantizer.h"
-
-#ifdef WITH_CUDA
-#include <ATen/ops/arange.h>
-#include <ATen/ops/searchsorted.h>
-#include <ATen/ops/sort.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+#ifdef __x86_64__
+#include <xmmintrin.h>
 #endif
 
 namespace {
@@ -38,6 +39,23 @@ using at::Tensor;
 
 constexpr int MR = 6, NR = 16;  // 6 x 16 accumulators fill 12 of the 16 AVX2 registers; 2 hold codes, 1 the row's value
 constexpr int ROWS = 8 * MR;    // rows per block
+
+// The contract knows no flushing of denormals, whatever this thread was told (torch.set_flush_denormal, -ffast-math).
+struct KeepDenormals {
+#ifdef __x86_64__
+  unsigned before = _mm_getcsr();
+  KeepDenormals() { _mm_setcsr(before & ~0x8040u); }
+  ~KeepDenormals() { _mm_setcsr(before); }
+#endif
+};
+
+template <class F>
+void in_parallel(int64_t n, int64_t grain, const F& work) {
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    const KeepDenormals guard;
+    work(begin, end);
+  });
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Input of any type and stride becomes contiguous rows of `Wide`: float, or double for float64 input.
@@ -82,7 +100,7 @@ struct Codebook {
   explicit Codebook(const View<T>& codes)
       : K(codes.rows), D(codes.columns), panels((K + NR - 1) / NR), raw(panels * D * NR), mean(D) {
     std::vector<char> finite(panels);
-    at::parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
+    in_parallel(panels, 8, [&](int64_t begin, int64_t end) {
       std::vector<Wide<T>> row(D);
       for (int64_t p = begin; p < end; ++p) {
         finite[p] = true;
@@ -98,6 +116,7 @@ struct Codebook {
   }
 
   void prepare_screen() {
+    const KeepDenormals guard;
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t d = 0; d < D; ++d) {
         double sum = 0;
@@ -106,7 +125,7 @@ struct Codebook {
         mean[d] += sum / (panels * NR);
       }
     screen.resize(panels * D * NR), square.resize(panels * NR), norm.resize(panels);
-    at::parallel_for(0, panels, 8, [&](int64_t begin, int64_t end) {
+    in_parallel(panels, 8, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         double sum[NR] = {};
         for (int64_t d = 0; d < D; ++d)
@@ -237,7 +256,7 @@ __attribute__((target("avx2,fma"))) void search_avx2(Block<T>& block, const Code
 template <class T>
 auto search_here() {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &search_avx2<T>;
+  if (!std::getenv("HIPART_PORTABLE") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &search_avx2<T>;
 #endif
   return &search_portable<T>;
 }
@@ -247,7 +266,7 @@ void quantize_typed(const Tensor& x_, const Tensor& codebook_, int64_t* idx, dou
   const View<T> x(x_);
   const Codebook<T> codebook{View<T>(codebook_)};
   const auto search = search_here<T>();
-  at::parallel_for(0, (x.rows + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
+  in_parallel((x.rows + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
     Block<T> block(codebook.D, codebook.panels);
     for (int64_t first = begin * ROWS; first < std::min(end * ROWS, x.rows); first += ROWS) {
       const int rows = static_cast<int>(std::min<int64_t>(ROWS, x.rows - first));
@@ -261,6 +280,8 @@ void quantize_typed(const Tensor& x_, const Tensor& codebook_, int64_t* idx, dou
 
 // x [N, D], codebook [K, D] -> idx [N], d64 [N]
 std::tuple<Tensor, Tensor> quantize_cpu(const Tensor& x, const Tensor& codebook) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && codebook.dim() == 2 && x.size(1) == codebook.size(1) && codebook.numel() > 0 &&
+                        x.scalar_type() == codebook.scalar_type(), "hipart::quantize needs x [N, D] and codebook [K, D]");
   Tensor idx = at::empty({x.size(0)}, x.options().dtype(at::kLong));
   Tensor distance = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
   auto *i = idx.mutable_data_ptr<int64_t>();
@@ -283,7 +304,7 @@ template <class T>
 void sum_rows(const Tensor& x_, const std::vector<int64_t>& order, const std::vector<int64_t>& first, float* s) {
   const View<T> x(x_);
   const int64_t D = x.columns, K = static_cast<int64_t>(first.size()) - 1;
-  at::parallel_for(0, K, 16, [&](int64_t begin, int64_t end) {
+  in_parallel(K, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = first[begin]; i < first[end]; ++i) {
       while (i >= first[begin + 1]) ++begin;  // the code that row order[i] chose
       const T* row = x.data + order[i] * x.row_stride;
@@ -299,6 +320,8 @@ void sum_rows(const Tensor& x_, const std::vector<int64_t>& order, const std::ve
 // x [N, D], idx [N] -> n [K], s [K, D]
 std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& idx, int64_t K) {
   const int64_t N = x.size(0);
+  TORCH_CHECK_VALUE(x.dim() == 2 && idx.dim() == 1 && idx.size(0) == N && idx.scalar_type() == at::kLong && K > 0,
+                    "hipart::code_statistics needs x [N, D] and idx [N] int64");
   Tensor n = at::empty({K}, x.options().dtype(at::kFloat)), s = at::zeros({K, x.size(1)}, x.options().dtype(at::kFloat));
   const int64_t *code = idx.const_data_ptr<int64_t>(), step = idx.stride(0);
   std::vector<int64_t> first(K + 1), order(N);
@@ -327,12 +350,19 @@ std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& id
 // One pass over the three arrays; see ema_apply_ in reference.py for the equations. Returns how many codes restarted.
 Tensor ema_apply_cpu(Tensor& codebook, Tensor& count, Tensor& total, const Tensor& n, const Tensor& s,
                      const std::optional<Tensor>& candidates, double decay, double eps, double restart_below) {
-  const int64_t K = codebook.size(0), D = codebook.size(1);
+  const int64_t K = codebook.size(0), D = codebook.numel() / std::max<int64_t>(K, 1);
+  const Tensor* const all[] = {&codebook, &count, &total, &n, &s, candidates ? &*candidates : &s};
+  for (const Tensor* t : all)
+    TORCH_CHECK_VALUE(t->is_contiguous() && t->scalar_type() == at::kFloat && t->size(0) == K &&
+                          t->numel() == (t == &count || t == &n ? K : K * D),
+                      "hipart::ema_apply_ needs contiguous float32 tensors [K, D] and [K]");
+  const KeepDenormals guard;
   auto *c = codebook.mutable_data_ptr<float>(), *running = count.mutable_data_ptr<float>(),
        *sum = total.mutable_data_ptr<float>();
   const auto *now = n.const_data_ptr<float>(), *s_now = s.const_data_ptr<float>(),
              *spare = candidates ? candidates->const_data_ptr<float>() : nullptr;
   const auto keep = static_cast<float>(decay), take = static_cast<float>(1 - decay);
+  const auto least = static_cast<float>(restart_below);
   double mass = 0, rows = 0;
   for (int64_t k = 0; k < K; ++k) {
     running[k] = running[k] * keep + now[k] * take;
@@ -340,11 +370,11 @@ Tensor ema_apply_cpu(Tensor& codebook, Tensor& count, Tensor& total, const Tenso
   }
   const auto fair = static_cast<float>(rows / K);
   const bool may_restart = spare && rows > 0;
-  at::parallel_for(0, K, 16, [&](int64_t begin, int64_t end) {
+  in_parallel(K, 16, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const double smooth = (running[k] + eps) / (mass + K * eps) * mass;
       const auto divisor = static_cast<float>(std::max<double>(smooth, FLT_MIN));
-      const bool dead = may_restart && running[k] < restart_below;
+      const bool dead = may_restart && running[k] < least;
       for (int64_t i = k * D; i < (k + 1) * D; ++i) {
         sum[i] = sum[i] * keep + s_now[i] * take;
         c[i] = sum[i] / divisor;
@@ -354,16 +384,36 @@ Tensor ema_apply_cpu(Tensor& codebook, Tensor& count, Tensor& total, const Tenso
   });
   int64_t restarted = 0;
   for (int64_t k = 0; may_restart && k < K; ++k)
-    if (running[k] < restart_below) running[k] = fair, ++restarted;
+    if (running[k] < least) running[k] = fair, ++restarted;
+  for (const Tensor* t : {&codebook, &count, &total}) t->unsafeGetTensorImpl()->bump_version();  // autograd must notice
   Tensor out = at::empty({}, n.options().dtype(at::kLong));
   *out.mutable_data_ptr<int64_t>() = restarted;
   return out;
 }
 
+}  // namespace
+
+TORCH_LIBRARY_IMPL(hipart, CPU, m) {
+  m.impl("quantize", &quantize_cpu);
+  m.impl("code_statistics", &code_statistics_cpu);
+  m.impl("ema_apply_", &ema_apply_cpu);
+}
+
+#else  // WITH_CUDA
+
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA: memory, stream and device come from PyTorch, the kernels from quantizer.cu. Nothing here waits for the GPU.
 
-#ifdef WITH_CUDA
+#include <ATen/ops/arange.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sort.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+namespace {
+
+using at::Tensor;
+
 hipart::Matrix matrix(const Tensor& t) {
   const auto type = t.scalar_type() == at::kDouble ? hipart::Type::f64
                     : t.scalar_type() == at::kHalf ? hipart::Type::f16
@@ -394,19 +444,12 @@ std::tuple<Tensor, Tensor> code_statistics_cuda(const Tensor& x, const Tensor& i
                                          s.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
   return {first.slice(0, 1).sub(first.slice(0, 0, K)).to(at::kFloat), s};
 }
-#endif
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(hipart, CPU, m) {
-  m.impl("quantize", &quantize_cpu);
-  m.impl("code_statistics", &code_statistics_cpu);
-  m.impl("ema_apply_", &ema_apply_cpu);
-}
-
-#ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(hipart, CUDA, m) {
   m.impl("quantize", &quantize_cuda);
   m.impl("code_statistics", &code_statistics_cuda);
 }
+
 #endif

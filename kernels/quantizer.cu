@@ -1,5 +1,5 @@
 // Nearest code and code statistics on the GPU. The contract, the screen and its bound are those of quantizer.cpp and
-// quantizer.h; here they become four kernels. No torch header: `nvcc -arch=sm_90 -c quantizer.cu` checks this file alone.
+// quantizer.h; here they become kernels. No torch header: `nvcc -arch=sm_90 -c quantizer.cu` checks this file alone.
 //
 // Where the bytes go. The screen is a matrix product, so it is built like one: a block of 256 threads holds 128 rows x 128
 // codes of scores in registers, 8 x 8 a thread, and streams both operands through 8 KB of shared memory, so each number

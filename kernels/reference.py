@@ -8,15 +8,16 @@ is *this* number:  s = 0;  for i = 0..D-1 in order:  e = double(x_i) - double(c_
 to nearest, without fused multiply-add. The answer is the lowest index with the smallest s. The usual
 `(c*c).sum() - 2 x @ c.T` in float32 keeps no such promise: shift all data by 1000 and nearly every index is wrong.
 
-How it stays fast: a cheap float32 matrix product *screens* the codes, a bound on its rounding error says which codes
-could still win, and only those few are compared in float64 as the contract says. Precision affects speed, never the
-answer. float64 input is compared in float64 throughout, which is slow.
+How it stays fast: a matrix product in float64 *screens* the codes, a bound on its rounding error says which codes could
+still win, and only those few are compared as the contract says. Precision affects speed, never the answer. float64 input
+is compared as the contract says throughout, which is slow. A thread that flushes denormals (torch.set_flush_denormal)
+breaks the contract here, on numbers below 1e-38.
 """
 
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # entries of the screening matrix held at once: 4 MB, however many rows there are
+_CHUNK = 1 << 19  # entries of the screening matrix held at once: 4 MB, however many rows there are
 
 
 @torch.no_grad()
@@ -27,71 +28,46 @@ def quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """
     N, K = len(x), len(codebook)
     idx, distance = x.new_empty(N, dtype=torch.int64), x.new_empty(N, dtype=torch.float64)
-    c64 = codebook.double()
-    if not bool(torch.isfinite(c64).all()):
+    c = codebook.double()
+    if not bool(torch.isfinite(c).all()):
         raise ValueError("codebook holds a non-finite value; nearest_code needs finite numbers")
-    shift = c64.mean(0)  # the screen alone sees centred values, so a common offset costs no precision
-    c_screen = c64 - shift
+    centre = c.mean(0)  # the screen alone sees centred values, so a common offset costs no precision
     rows = max(1, _CHUNK // K)
     for start in range(0, N, rows):
-        x64 = x[start : start + rows].double()
-        if not bool(torch.isfinite(x64).all()):
-            row = start + int(torch.isfinite(x64).all(1).logical_not().nonzero()[0])
+        part = x[start : start + rows].double()
+        if not bool(torch.isfinite(part).all()):
+            row = start + int(torch.isfinite(part).all(1).logical_not().nonzero()[0])
             raise ValueError(f"x holds a non-finite value in row {row}; nearest_code needs finite numbers")
-        chosen = _nearest_chunk(x64, c64, x64 - shift, c_screen, x.dtype == torch.float64)
-        idx[start : start + rows], distance[start : start + rows] = chosen, _distance(x64, c64[chosen])
+        if x.dtype == torch.float64:
+            open_ = torch.ones(len(part), K, dtype=torch.bool, device=x.device)
+        else:
+            open_ = _screen(part - centre, c - centre)
+        idx[start : start + rows], distance[start : start + rows] = _certify(part, c, open_)
     return idx, distance
 
 
-def _distance(x64: Tensor, c64: Tensor) -> Tensor:
-    """The contract's number for every pair of rows: the order of summation is part of it."""
-    d = x64.new_zeros(len(x64))
-    for i in range(x64.shape[1]):
-        e = x64[:, i] - c64[:, i]
+def _screen(x: Tensor, c: Tensor) -> Tensor:
+    """Which codes may be nearest, [N, K]: all whose score |c|^2 - 2 x.c is within twice its error of the best.
+
+    float64 holds the square of any float32, so nothing overflows, and neither autocast nor TF32 touches it. The bound
+    covers the product of length D in any order, and the contract's own rounding, with room to spare.
+    """
+    score = torch.addmm((c * c).sum(1), x, c.T, alpha=-2)
+    error = (x.shape[1] + 16) * 2.0**-51 * (x.norm(dim=1, keepdim=True) + c.norm(dim=1).max()) ** 2
+    return score <= score.amin(1, keepdim=True) + 2 * error
+
+
+def _certify(x: Tensor, c: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the open codes of every row the lowest with the contract's smallest number, and that number."""
+    N, K = open_.shape
+    row, code = open_.nonzero(as_tuple=True)
+    d = x.new_zeros(len(row))
+    for i in range(x.shape[1]):  # the order of summation is part of the contract
+        e = x[row, i] - c[code, i]
         d += e * e
-    return d
-
-
-def _nearest_chunk(x64: Tensor, c64: Tensor, x_screen: Tensor, c_screen: Tensor, everything: bool) -> Tensor:
-    """One chunk of rows: screen in float32, certify in float64. `everything` skips the screen (float64 input)."""
-    N, K, D = len(x64), len(c64), x64.shape[1]
-    if everything:
-        row, code = torch.ones(N, K, dtype=torch.bool, device=x64.device).nonzero(as_tuple=True)
-    else:
-        # An exact power of two brings the largest magnitude to [0.5, 1): squares can neither overflow nor vanish.
-        largest = torch.maximum(x_screen.abs().max(), c_screen.abs().max())
-        exponent = -torch.frexp(largest).exponent.double() if float(largest) > 0 else torch.zeros_like(largest)
-        scale = torch.pow(2.0, exponent)
-        x32, c32 = (x_screen * scale).float(), (c_screen * scale).float()
-        x_norm, c_norm = x32.double().norm(dim=1, keepdim=True), c32.double().norm(dim=1)
-        score = _float32_scores(x32, c32, (c_norm**2).float())
-        # Rounding of inputs to float32, of a length-D float32 dot product in any order, and of the contract's own float64
-        # sum, all relative to (|x| + |c|)^2; the last term covers flushed denormals.
-        error = (D + 16) * 2.0**-23 * (x_norm + c_norm.max()) ** 2 + D * 2.0**-120
-        limit = (score.amin(1, keepdim=True).double() + 2 * error).float()
-        limit = torch.nextafter(limit, torch.full_like(limit, torch.inf))  # rounding to float32 must not lower it
-        row, code = (score <= limit).nonzero(as_tuple=True)
-    idx = torch.full((N,), K, dtype=torch.int64, device=x64.device)
-    rivals = torch.bincount(row, minlength=N)[row] > 1
-    idx[row[~rivals]] = code[~rivals]  # the screen left one code: no comparison needed
-    row, code = row[rivals], code[rivals]
-    if not len(row):
-        return idx
-    d64 = _distance(x64[row], c64[code])
-    best = torch.full((N,), torch.inf, dtype=torch.float64, device=x64.device).scatter_reduce(0, row, d64, "amin")
-    return idx.scatter_reduce(0, row, torch.where(d64 == best[row], code, K), "amin")
-
-
-def _float32_scores(x: Tensor, c: Tensor, c2: Tensor) -> Tensor:
-    """|c|^2 - 2 x c^T [N, K] in true float32 (|x|^2 is left out: it is the same for every code). The bound above holds for
-    nothing less, so neither autocast nor TF32 may touch this product."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.addmm(c2, x, c.T, alpha=-2)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    best = x.new_full((N,), torch.inf).scatter_reduce(0, row, d, "amin")
+    winner = torch.where(d == best[row], code, K)
+    return row.new_full((N,), K).scatter_reduce(0, row, winner, "amin"), best
 
 
 @torch.no_grad()

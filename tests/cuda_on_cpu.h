@@ -75,10 +75,14 @@ inline void enter() {
   swapcontext(&(*fibers)[current].context, &scheduler);
 }
 
-// All of [begin, end) that still run wait for the same: let them go on. A barrier that some have left behind is an error.
+// All of [begin, end) wait for the same: let them go on. What some have left behind by returning would hang a GPU.
 inline bool release(int begin, int end, int whom) {
-  for (int i = begin; i < end; ++i)
+  bool left = false, waits = false;
+  for (int i = begin; i < end; ++i) {
     if (!(*fibers)[i].done && (*fibers)[i].waits_for != whom) return false;
+    left |= (*fibers)[i].done, waits |= !(*fibers)[i].done;
+  }
+  if (left && waits) std::abort();
   bool any = false;
   for (int i = begin; i < end; ++i)
     if (!(*fibers)[i].done) (*fibers)[i].waits_for = 0, any = true;
@@ -141,8 +145,7 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   unsigned all = 0;
   const int first = emulator::current / 32 * 32;
   for (int i = 0; i < 32; ++i)
-    if (first + i < static_cast<int>(emulator::fibers->size()) && !(*emulator::fibers)[first + i].done)
-      all |= unsigned(emulator::slots[first + i] & 1) << i;
+    all |= unsigned(emulator::slots[first + i] & 1) << i;
   emulator::wait(2);
   return all;
 }

@@ -45,9 +45,10 @@ def emulated(tmp_path_factory):
     source, launches = re.subn(r"(\w+(?:<\w+>)?)<<<(.*?), (\w+), 0, \w+>>>\((.*?)\);",
                                r"emulator::launch(\2, \3, [&] { \1(\4); });", source, flags=re.DOTALL)
     assert launches >= 9 and "<<<" not in source
-    # small chunks and tiles of rows, so that small inputs cross their borders
-    source, changed = re.subn(r"SCRATCH = 64 << 20", "SCRATCH = 256 << 10", source)
-    assert changed == 1
+    # small chunks of rows, and blocks that go through all codes, so that small inputs take every path
+    for there, here in (("SCRATCH = 64 << 20", "SCRATCH = 64 << 10"), ("tiles < 256 ? (256", "tiles < 1 ? (1")):
+        assert there in source
+        source = source.replace(there, here)
     (folder / "emulated.cpp").write_text('#include "cuda_on_cpu.h"\n' + source + WRAPPERS)
     subprocess.run(["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{KERNELS}",
                     f"-I{Path(__file__).parent}", folder / "emulated.cpp", "-o", folder / "emulated.so"], check=True)
@@ -67,7 +68,7 @@ def search(library, x, c):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_emulated_search_keeps_the_contract(emulated, kind):
-    for N, K, D in ((5, 3, 1), (131, 150, 13), (1, 1, 8)):
+    for N, K, D in ((5, 3, 1), (40, 70, 13)):
         with np.errstate(over="ignore", under="ignore"):
             x, c = (torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in kind(np.random.default_rng(N), N, K, D))
         idx, distance = search(emulated, x, c)
@@ -91,8 +92,8 @@ def test_emulated_search_of_every_dtype_and_stride(emulated, dtype):
     np.testing.assert_array_equal(distance.numpy(), exact_distance(x[::2, 1:], c[idx][:, 1:]))
 
 
-def test_emulated_search_crosses_chunks_of_rows(emulated):
-    x, c = torch.randn(700, 40), torch.randn(300, 40)
+def test_emulated_search_crosses_chunks_of_rows_and_tiles_of_codes(emulated):
+    x, c = torch.randn(300, 40), torch.randn(270, 40)  # chunks of 256 rows, tiles of 128 codes
     np.testing.assert_array_equal(search(emulated, x, c)[0].numpy(), brute_force(x, c))
 
 

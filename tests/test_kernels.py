@@ -347,6 +347,33 @@ def test_quantize_gives_codes_and_the_contracts_distances():
     np.testing.assert_array_equal(d.numpy(), distances(x, c).min(1))
 
 
+def test_denormals_count_even_where_the_thread_flushes_them():
+    x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in denormals(np.random.default_rng(8), 200, 50, 3))
+    expected = torch.from_numpy(brute_force(x, c))
+    assert torch.set_flush_denormal(True)
+    try:
+        idx = nearest_code(x, c)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(idx, expected) or kernels.backend("cpu")[0] == "reference"
+
+
+def test_only_dense_tensors():
+    x, c = torch.randn(5, 3), torch.randn(4, 3)
+    for a, b in ((x.to_sparse(), c), (x, c.to_sparse())):
+        with pytest.raises(ValueError, match="dense .*sparse_coo"):
+            nearest_code(a, b)
+
+
+def test_autograd_notices_that_a_codebook_has_changed():
+    codebook, count, total = state(4, 3)
+    weight = torch.ones(4, 3, requires_grad=True)
+    product = (codebook * weight).sum()
+    ema_update_(codebook, count, total, torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0]), 0.9)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads_gives_the_same_bits(threads):
     x, c = torch.randn(997, 37), torch.randn(211, 37)
@@ -398,7 +425,7 @@ def test_exact_at_any_matmul_precision(precision):
 def test_no_matrix_of_rows_by_codes_exists():
     """N x K would be 32 MB in float32: no single allocation comes near it, even here where every code is rescanned."""
     N, K = 8192, 1024
-    x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in all_equal(np.random.default_rng(7), N, K, 2))
+    x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in all_equal(np.random.default_rng(7), N, K, 16))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         reference.quantize(x, c)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
@@ -587,6 +614,8 @@ def test_statistics_are_the_twins_bits(seed, N, K, D, dtype, strided):
     assert torch.equal(s, expected) and torch.equal(n, torch.bincount(idx, minlength=K).float())
     for ours, twins in zip((n, s), reference.code_statistics(x, idx, K), strict=True):
         assert ours.dtype == twins.dtype == torch.float32 and torch.equal(ours, twins)
+    if torch.cuda.is_available():
+        assert all(torch.equal(a, b.cpu()) for a, b in zip((n, s), code_statistics(x.cuda(), idx.cuda(), K), strict=True))
 
 
 @given(seed=st.integers(0, 2**32 - 1), K=SIZES, D=SIZES, decay=st.sampled_from([0.0, 0.5, 0.99]),
@@ -608,14 +637,14 @@ def test_ema_apply_agrees_with_the_twin(seed, K, D, decay, restart_below, empty,
 
 def test_statistics_of_parts_add_up():
     """What data-parallel training does: every process its own statistics, their sum, one apply on every process."""
-    x, idx, codebook = torch.randn(60, 5), torch.randint(7, (60,)), torch.randn(7, 5)
-    whole, parts = (state(7, 5) for _ in range(2))
+    x, idx = torch.randn(60, 5), torch.randint(7, (60,))
+    before, whole, parts = (state(7, 5) for _ in range(3))
     ema_update_(*whole, x, idx, 0.9)
     pieces = [code_statistics(x[i : i + 20], idx[i : i + 20], 7) for i in (0, 20, 40)]
     ema_apply_(*parts, sum(n for n, _ in pieces), sum(s for _, s in pieces), 0.9)
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)
-    assert not torch.equal(whole[0], codebook)
+    assert not torch.equal(whole[0], before[0])
 
 
 @pytest.mark.parametrize("wrong", [
@@ -638,7 +667,7 @@ def test_ema_apply_refuses_bad_input(wrong):
 def test_opcheck():
     x, c, idx, ones = torch.randn(50, 7), torch.randn(9, 7), torch.randint(9, (50,)), torch.ones(9)
     ops = torch.ops.hipart
-    for op, args in ((ops.quantize, (x, c)), (ops.quantize, (x.double().T[:9].T, c.double()[:, :9])),
+    for op, args in ((ops.quantize, (x, c)), (ops.quantize, (x.double().T[:5].T, c.double()[:, :5])),
                      (ops.code_statistics, (x, idx, 9)),
                      (ops.ema_apply_, (c, ones, c.clone(), ones.clone(), c.clone(), None, 0.9, 1e-5, 0.0)),
                      (ops.ema_apply_, (c, ones, c.clone(), ones.clone(), c.clone(), c.clone(), 0.9, 1e-5, 2.0))):
@@ -697,7 +726,29 @@ def fell_back(result, reason):
 
 
 def test_no_compiler(tmp_path):
-    fell_back(fresh(SEARCH, tmp_path, PATH=""), "inja")
+    fell_back(fresh(SEARCH, tmp_path, PATH=""), "no C++ compiler")
+    fell_back(fresh(SEARCH, tmp_path, CXX="/nowhere/g++"), "no C++ compiler '/nowhere/g++'")
+
+
+def test_a_gpu_without_nvcc_leaves_the_cpu_kernels_alone(tmp_path):
+    """The commonest machine with a GPU: PyTorch sees it, and there is no CUDA toolkit. A failed build comes first."""
+    source = with_source(tmp_path / "tiny", TINY) + "kernels._HERE.joinpath('quantizer.cu').write_text('')\n"
+    pretend = ("torch.cuda.is_available = lambda: True\ntorch.cuda.device_count = lambda: 1\n"
+               "torch.cuda.get_device_capability = lambda i=0: (9, 0)\n")
+    result = fresh(source + pretend + "print(kernels.backend('cuda')[0], kernels.backend('cpu')[0])", tmp_path,
+                   CUDA_HOME="/nowhere", CUDA_PATH="/nowhere")
+    assert result.stdout == "reference cpp\n", result.stderr
+    assert result.stderr.count("kernels: ") == 1 and "the cuda kernels could not be built" in result.stderr
+    assert [f.name for f in (tmp_path / "cache").glob("hipart_cpp_*/*.so")] == ["quantizer.so"]
+
+
+def test_a_binary_that_does_not_load_is_built_again(tmp_path):
+    code = with_source(tmp_path / "tiny", TINY) + "print(kernels.backend()[0])"
+    assert fresh(code, tmp_path).stdout == "cpp\n"
+    (binary,) = (tmp_path / "cache").glob("*/quantizer.so")
+    binary.unlink()
+    binary.write_bytes(b"half a binary")
+    assert fresh(code, tmp_path).stdout == "cpp\n" and binary.stat().st_size > 1000
 
 
 def test_broken_source(tmp_path):
@@ -743,8 +794,11 @@ def test_the_choice_can_be_overridden(tmp_path, choice, stdout, stderr):
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_self_check():
-    result = subprocess.run([sys.executable, "-m", "kernels"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("portable", [{}, dict(HIPART_PORTABLE="1")], ids=["this processor", "without AVX2"])
+def test_the_self_check(portable):
+    """Ties, offsets and 2,503 x 2,001 pairs against the twin; also the code for processors without AVX2."""
+    env = os.environ | portable
+    result = subprocess.run([sys.executable, "-m", "kernels"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0 and "cpu: self-check passed" in result.stdout
     assert f"cpu: {kernels.backend('cpu')[0]} (" in result.stdout
 

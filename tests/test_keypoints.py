@@ -249,7 +249,8 @@ def test_unusual_pickles_are_refused(tmp_path, opcodes):
 def test_arrays_of_every_kind_come_back(tmp_path, protocol):
     """As NumPy itself reads them, whatever pickle wrote them; names of NumPy 1 and 2."""
     inner = dict(a=np.arange(6.0).reshape(2, 3), b=[np.float32(2), None, (1, "text")],
-                 c=np.asfortranarray(np.ones((3, 2), ">i2")), d=np.array([["x", "yy"]]), e=np.array([1, None, "s"], object), f=np.zeros((0, 17, 2), np.float32))
+                 c=np.asfortranarray(np.ones((3, 2), ">i2")), d=np.array([["x", "yy"]]),
+                 e=np.array([1, None, "s"], object), f=np.zeros((0, 17, 2), np.float32))
     outer = np.empty((), object)
     outer[()] = inner
     for core in (b"numpy._core", b"numpy.core"):
