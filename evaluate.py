@@ -22,7 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hipart import J_D, J_S, Config, HiPART, J, R, Regressor, detected_pelvis, from_model_frame, to_model_frame
+from hipart import (
+    J_D,
+    J_S,
+    PARENTS,
+    Config,
+    HiPART,
+    J,
+    R,
+    Regressor,
+    detected_pelvis,
+    from_model_frame,
+    hide_missing,
+    to_model_frame,
+)
 from train import FEEDS, Run, Split, feed, load_finished, load_hipart, load_regressor, new_lifter, stop, tokenizer_report
 
 SPLITS = {"test": "new bodies, familiar motion", "unseen": "unseen motion"}
@@ -91,6 +104,23 @@ def alignment(zh_s: Tensor, zh_d: Tensor) -> Tensor:
 # Measuring
 
 
+def interpolate_missing(x_s: Tensor, conf: Tensor) -> Tensor:
+    """Missing joints (conf 0) as the mean of their neighbours in the skeleton, from the seen ones outwards: x_s [B, 17, 2].
+
+    What one does without a learned token. The skeleton's ends repeat their parent; without any joint all stay 0.
+    """
+    near = torch.zeros(J, J)
+    for j in range(1, J):
+        near[j, PARENTS[j]] = near[PARENTS[j], j] = 1
+    near, seen = near.to(x_s), conf > 0
+    x = hide_missing(x_s, seen)
+    for _ in range(J):
+        n = near @ seen.to(x_s)[..., None]  # [B, 17, 1] seen neighbours
+        x = torch.where(seen[..., None], x, near @ x / n.clamp_min(1))
+        seen = seen | (n[..., 0] > 0)
+    return x
+
+
 @torch.no_grad()
 def measure(split: Split, hipart: HiPART, regressor: Regressor, lifters: dict, rng=None) -> dict[str, np.ndarray]:
     """One number per sample for everything that the tables show: {column: [N]}.
@@ -99,6 +129,8 @@ def measure(split: Split, hipart: HiPART, regressor: Regressor, lifters: dict, r
     px/INPUT/SOURCE, percent/INPUT/SOURCE  mean 2D error in pixels, and in percent of the person's standing height; INPUT
                                            is detected (drawn afresh from `rng` if given) or clean, SOURCE as in SOURCES
     accuracy_s/INPUT, accuracy_d/INPUT     teacher-forced token accuracy, percent
+    seen/FEED/SEED, missing/FEED/SEED      mm, mean over the joints that the detector gave and over those it missed; FEED is
+                                           also "sparse interpolated" and "generated interpolated"
     alignment, action, occluded
     """
     rows = defaultdict(list)
@@ -135,6 +167,20 @@ def measure(split: Split, hipart: HiPART, regressor: Regressor, lifters: dict, r
                     y = torch.cat([lifter(*p) for p in zip(x.split(1024), conf.split(1024), strict=True)]).cpu()
                     rows[f"mpjpe/{name}/{seed}"].append(mpjpe(y, block["y"].cpu()))
                     rows[f"pa_mpjpe/{name}/{seed}"].append(pa_mpjpe(y, block["y"].cpu()))
+                    if clean:
+                        continue
+                    tried = {name: y}
+                    if name in ("sparse", "generated"):  # the same models, told that nothing is missing
+                        gone = (conf == 0).any(1)
+                        whole = dict(x_s=interpolate_missing(x_s, conf)[gone], conf=torch.ones_like(conf[gone]))
+                        tried[f"{name} interpolated"] = y.clone()
+                        tried[f"{name} interpolated"][gone.cpu()] = lifter(feed(name, whole, hipart, regressor), whole["conf"]).cpu()
+                    for label, guess in tried.items():
+                        off = np.linalg.norm(np.float64(guess - block["y"].cpu()), axis=-1)
+                        for which, mask in (("seen", conf.cpu().numpy() > 0), ("missing", conf.cpu().numpy() == 0)):
+                            n = mask.sum(1)
+                            mean = (off * mask).sum(1) / np.maximum(n, 1)
+                            rows[f"{which}/{label}/{seed}"].append(np.where(n, mean, np.nan))
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
@@ -237,6 +283,16 @@ def lifting_tables(s: dict, seeds: int, kind: str) -> str:
         "MPJPE per action:",
         table(["action", *(FEEDS[f] for f in four)],
               per_action(s, lambda get: [number([get(f"mpjpe/{f}/{i}") for i in range(seeds)]) for f in four]))])
+
+
+def missing_table(s: dict, seeds: int) -> str:
+    """Joints that the detector gave and joints that it missed, apart; and the learned token against interpolation."""
+    rows = []
+    for name in ("sparse", "sparse interpolated", "generated", "generated interpolated", "regressor"):
+        label = FEEDS[name.split()[0]] + (", missing joints interpolated" if "interpolated" in name else "")
+        rows.append([label, *(number([s[f"{which}/{name}/{seed}"]["frames"] for seed in range(seeds)])
+                              for which in ("seen", "missing"))])
+    return table(["lifter fed with", "joints seen", "joints missing"], rows)
 
 
 # What a 2D error can be of, in the order in which the error is taken apart.
@@ -370,7 +426,10 @@ def main() -> None:
     reports = {name: tokenizer_report(hipart.msst, splits[name], in_frame) for name in ("val", *SPLITS)}
     sections = [f"# Evaluation of {run.path}", header]
     for name, kind in SPLITS.items():
-        sections += [f"## 3D error on `{name}`", lifting_tables(summaries[name], args.seeds, kind)]
+        sections += [f"## 3D error on `{name}`", lifting_tables(summaries[name], args.seeds, kind),
+                     "Joints that the detector gave and joints that it missed, mm, mean over frames. A missing joint is a "
+                     "learned token; *interpolated*: the same models are given the mean of its neighbours instead.",
+                     missing_table(summaries[name], args.seeds)]
     sections += ["## Where the 2D error comes from", error_table(summaries),
                  f"Mean error of the 96 fine points over all frames. *train*: its first {splits['train'].n} poses under a "
                  "fresh draw of detections; all stages know these poses. *told the past*: every token is chosen given the "

@@ -442,6 +442,7 @@ class _ArraysOnly(pickle._Unpickler):
     stand_ins = {
         ("numpy", "dtype"): lambda code, *_: _Dtype(code),
         ("numpy", "ndarray"): _no_call,  # only named, as the type of what _reconstruct makes
+        **{(module, "bytes"): lambda: b"" for module in ("__builtin__", "builtins")},  # how it wrote no bytes at all
         ("_codecs", "encode"): lambda text, codec: text.encode("latin1"),  # how Python 3 wrote bytes for Python 2
         **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in ("core", "_core")},
         **{(f"numpy.{core}.multiarray", "scalar"): lambda dtype, raw: _filled((), dtype.real(), False, raw)[()]

@@ -166,7 +166,8 @@ def test_quaternions_of_matrices(seed):
 
 
 @pytest.mark.parametrize("change, expected", [
-    (lambda t: t.replace("MOTION", ""), "found 'Frames:'"), (lambda t: t[:400], "then MOTION"), (lambda t: "", "then MOTION"),
+    (lambda t: t.replace("MOTION", ""), "found .Frames:."), (lambda t: t[:400], "then MOTION"),
+    (lambda t: "", "then MOTION"),
     (lambda t: t.replace("Frames: 3", "Frames: 4"), "expected 4 frames"), (lambda t: t[:-30], "finite numbers"),
     (lambda t: t.replace("Frame Time:", "Time:"), "Frame Time"), (lambda t: t.replace("Zrot", "Wrot"), "Wrotation"),
     (lambda t: t.replace("90.000000", "nan"), "finite"), (lambda t: t.replace("RightUpLeg", "R2"), "no joint for r hip"),
