@@ -173,8 +173,8 @@ def measure(split: Split, hipart: HiPART, regressor: Regressor, lifters: dict, r
                     if name in ("sparse", "generated"):  # the same models, told that nothing is missing
                         gone = (conf == 0).any(1)
                         whole = dict(x_s=interpolate_missing(x_s, conf)[gone], conf=torch.ones_like(conf[gone]))
-                        tried[f"{name} interpolated"] = y.clone()
-                        tried[f"{name} interpolated"][gone.cpu()] = lifter(feed(name, whole, hipart, regressor), whole["conf"]).cpu()
+                        guess = tried[f"{name} interpolated"] = y.clone()
+                        guess[gone.cpu()] = lifter(feed(name, whole, hipart, regressor), whole["conf"]).cpu()
                     for label, guess in tried.items():
                         off = np.linalg.norm(np.float64(guess - block["y"].cpu()), axis=-1)
                         for which, mask in (("seen", conf.cpu().numpy() > 0), ("missing", conf.cpu().numpy() == 0)):

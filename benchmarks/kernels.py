@@ -9,7 +9,6 @@ import argparse
 import datetime
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -168,12 +167,12 @@ def step_variants(preset: str, device: str) -> dict:
 
 
 def extra_memory(N: int, variant: str) -> float:
-    """MB that one call adds to the peak of a fresh process, its result included."""
-    code = (f"import sys, resource, torch; sys.path.insert(0, {str(ROOT)!r}); import kernels\n"
+    """MB that one call adds to the peak memory of a fresh process (Linux), its result included."""
+    code = (f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); import kernels\n"
+            "def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
             f"x, c = torch.randn({N}, 128), torch.randn(2048, 128)\n"
             f"run = dict(ours=kernels.nearest_code, cdist=lambda x, c: torch.cdist(x, c).argmin(1))[{variant!r}]\n"
-            "run(x[:64], c); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "run(x, c); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)")
+            "run(x[:64], c); before = peak(); run(x, c); print((peak() - before) / 1024)")
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
@@ -244,7 +243,6 @@ def main() -> None:
         finally:
             hipart.nearest_code, hipart.ema_update_ = ours
         show(f"one training step of stage 1, {preset}: {1000 / times['ours']:.1f} steps/s", times)
-    report["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"kernels_{device}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -9,8 +9,9 @@
 // codes in 2048, is compared in float64 exactly as the contract says. A worse screen costs time, never the answer.
 //
 // Where the bytes go: the codebook is packed once into *panels* of 16 codes, [panel][dimension][code], so that one step of
-// the inner loop reads 16 consecutive floats. A block of 48 rows (24 KB at D = 128) and one panel (8 KB) share the first
-// cache; of the N x K scores only one minimum per row and panel is ever stored, 48 x K / 16 floats per thread.
+// the inner loop reads 16 consecutive floats. A panel (8 KB at D = 128) stays in the first cache while a block of 96 rows
+// (48 KB) streams past it. Of the N x K scores only the smaller of every two is stored, 96 x K / 2 floats per thread: one
+// per panel would be less, but a minimum across a register costs more than the store.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -38,7 +39,8 @@ namespace {
 using at::Tensor;
 
 constexpr int MR = 6, NR = 16;  // 6 x 16 accumulators fill 12 of the 16 AVX2 registers; 2 hold codes, 1 the row's value
-constexpr int ROWS = 8 * MR;    // rows per block
+constexpr int ROWS = 16 * MR;   // rows per block
+constexpr int LANES = NR / 2;   // scores that a panel keeps of a row: code j or j + 8, whichever is nearer
 
 // The contract knows no flushing of denormals, whatever this thread was told (torch.set_flush_denormal, -ffast-math).
 struct KeepDenormals {
@@ -154,9 +156,9 @@ INLINE float multiply_add(float a, float b, float c) {
     return a * b + c;
 }
 
-// Scores of 6 rows x [D][6] against one panel c [D][16]; the minimum over the panel for every row.
+// Scores of 6 rows x [D][6] against one panel c [D][16]; for every row the smaller of every two, low [8].
 template <bool FMA>
-INLINE void screen_tile(const float* x, const float* c, int64_t D, const float* square, float* minimum, int64_t stride) {
+INLINE void screen_tile(const float* x, const float* c, int64_t D, const float* square, float* low, int64_t stride) {
   float acc[MR][NR] = {};
   for (int64_t d = 0; d < D; ++d, x += MR, c += NR) {
 #pragma GCC unroll 6
@@ -167,10 +169,9 @@ INLINE void screen_tile(const float* x, const float* c, int64_t D, const float* 
   }
 #pragma GCC unroll 6
   for (int i = 0; i < MR; ++i) {
-    float m = FLT_MAX;
-#pragma omp simd reduction(min : m)
-    for (int j = 0; j < NR; ++j) m = std::min(m, square[j] - 2 * acc[i][j]);
-    minimum[i * stride] = m;
+#pragma omp simd
+    for (int j = 0; j < LANES; ++j)
+      low[i * stride + j] = std::min(square[j] - 2 * acc[i][j], square[j + LANES] - 2 * acc[i][j + LANES]);
   }
 }
 
@@ -189,15 +190,15 @@ INLINE void certify_panel(const W* x, const W* c, int64_t D, int64_t first, int6
     if (idx < 0 || s[j] < best) idx = first + j, best = s[j];
 }
 
-// One block of at most 48 rows: scratch memory and the search.
+// One block of at most 96 rows: scratch memory and the search.
 template <class T>
 struct Block {
-  std::vector<Wide<T>> raw;    // [48][D]
-  std::vector<float> tiles;    // [8][D][6] the rows as the screen reads them, shifted and rounded
-  std::vector<float> minimum;  // [48][panels]
-  std::vector<float> error;    // [panels]
+  std::vector<Wide<T>> raw;  // [96][D]
+  std::vector<float> tiles;  // [16][D][6] the rows as the screen reads them, shifted and rounded
+  std::vector<float> score;  // [96][panels][8]
+  std::vector<float> error;  // [panels]
 
-  Block(int64_t D, int64_t panels) : raw(ROWS * D), tiles(ROWS * D), minimum(ROWS * panels), error(panels) {}
+  Block(int64_t D, int64_t panels) : raw(ROWS * D), tiles(ROWS * D), score(ROWS * panels * LANES), error(panels) {}
 
   template <bool FMA>
   INLINE void search(const Codebook<T>& codebook, int rows, int64_t* idx, double* distance) {
@@ -217,20 +218,25 @@ struct Block {
     }
     for (int64_t p = 0; p < panels && !everything; ++p)
       for (int row = 0; row < rows; row += MR)
-        screen_tile<FMA>(&tiles[row * D], &codebook.screen[p * D * NR], D, &codebook.square[p * NR], &minimum[row * panels + p],
-                         panels);
+        screen_tile<FMA>(&tiles[row * D], &codebook.screen[p * D * NR], D, &codebook.square[p * NR],
+                         &score[(row * panels + p) * LANES], panels * LANES);
     for (int row = 0; row < rows; ++row) {
-      const float *low = &minimum[row * panels], *C = codebook.norm.data();
-      float limit = INFINITY, *E = error.data();
-#pragma omp simd reduction(min : limit)
-      for (int64_t p = 0; p < (everything ? 0 : panels); ++p) {
-        E[p] = bound(norm[row], C[p]);
-        limit = std::min(limit, low[p] + E[p]);
+      const float* low = &score[row * panels * LANES];
+      float least[LANES], limit = INFINITY, *E = error.data();
+      std::fill_n(least, LANES, INFINITY);
+      for (int64_t p = 0; p < panels && !everything; ++p) {
+        E[p] = bound(norm[row], codebook.norm[p]);
+#pragma omp simd
+        for (int j = 0; j < LANES; ++j) least[j] = std::min(least[j], low[p * LANES + j] + E[p]);
       }
+      limit = *std::min_element(least, least + LANES);
       idx[row] = -1;
-      for (int64_t p = 0; p < panels; ++p)
-        if (everything || !(low[p] - E[p] > limit))  // `not >`: NaN rules nothing out
-          certify_panel(&raw[row * D], &codebook.raw[p * D * NR], D, p * NR, codebook.K, idx[row], distance[row]);
+      for (int64_t p = 0; p < panels; ++p) {
+        int open = everything;
+#pragma omp simd reduction(| : open)
+        for (int j = 0; j < LANES; ++j) open |= !(low[p * LANES + j] - E[p] > limit);  // `not >`: NaN rules nothing out
+        if (open) certify_panel(&raw[row * D], &codebook.raw[p * D * NR], D, p * NR, codebook.K, idx[row], distance[row]);
+      }
     }
   }
 };
@@ -297,18 +303,22 @@ std::tuple<Tensor, Tensor> quantize_cpu(const Tensor& x, const Tensor& codebook)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// EMA codebook update. A counting sort brings the rows of each code together in ascending order; each code's sum is then
-// one thread's work, in that order: the same bits for any number of threads, and one pass over x.
+// EMA codebook update. Every thread owns some of the codes, goes through all rows in order, and adds up those of its own: no
+// two threads write to one sum, and each sum runs over ascending rows, so any number of threads gives the same bits.
 
 template <class T>
-void sum_rows(const Tensor& x_, const std::vector<int64_t>& order, const std::vector<int64_t>& first, float* s) {
+void sum_rows(const Tensor& x_, const std::vector<int64_t>& code, const std::vector<int64_t>& rows_before, float* s) {
   const View<T> x(x_);
-  const int64_t D = x.columns, K = static_cast<int64_t>(first.size()) - 1;
-  in_parallel(K, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = first[begin]; i < first[end]; ++i) {
-      while (i >= first[begin + 1]) ++begin;  // the code that row order[i] chose
-      const T* row = x.data + order[i] * x.row_stride;
-      float* sum = s + begin * D;
+  const int64_t D = x.columns, threads = at::get_num_threads();
+  in_parallel(threads, 1, [&](int64_t begin, int64_t end) {
+    auto share = [&](int64_t t) {  // the codes of thread t start where the codes before have their share of the rows
+      return std::lower_bound(rows_before.begin(), rows_before.end() - 1, x.rows * t / threads) - rows_before.begin();
+    };
+    const int64_t first = share(begin), last = end == threads ? static_cast<int64_t>(rows_before.size()) - 1 : share(end);
+    for (int64_t i = 0; i < x.rows; ++i) {
+      if (code[i] < first || code[i] >= last) continue;
+      const T* row = x.data + i * x.row_stride;
+      float* sum = s + code[i] * D;
       if (x.column_stride == 1)
         for (int64_t d = 0; d < D; ++d) sum[d] += static_cast<float>(row[d]);
       else
@@ -323,25 +333,24 @@ std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& id
   TORCH_CHECK_VALUE(x.dim() == 2 && idx.dim() == 1 && idx.size(0) == N && idx.scalar_type() == at::kLong && K > 0,
                     "hipart::code_statistics needs x [N, D] and idx [N] int64");
   Tensor n = at::empty({K}, x.options().dtype(at::kFloat)), s = at::zeros({K, x.size(1)}, x.options().dtype(at::kFloat));
-  const int64_t *code = idx.const_data_ptr<int64_t>(), step = idx.stride(0);
-  std::vector<int64_t> first(K + 1), order(N);
+  const int64_t *from = idx.const_data_ptr<int64_t>(), step = idx.stride(0);
+  std::vector<int64_t> code(N), rows_before(K + 1);
   for (int64_t i = 0; i < N; ++i) {
-    TORCH_CHECK_VALUE(code[i * step] >= 0 && code[i * step] < K, "code_statistics: idx must lie in [0, ", K, "), found ",
-                      code[i * step], " in row ", i);
-    ++first[code[i * step] + 1];
+    code[i] = from[i * step];
+    TORCH_CHECK_VALUE(code[i] >= 0 && code[i] < K, "code_statistics: idx must lie in [0, ", K, "), found ", code[i], " in row ",
+                      i);
+    ++rows_before[code[i] + 1];
   }
   for (int64_t k = 0; k < K; ++k) {
-    n.mutable_data_ptr<float>()[k] = static_cast<float>(first[k + 1]);
-    first[k + 1] += first[k];
+    n.mutable_data_ptr<float>()[k] = static_cast<float>(rows_before[k + 1]);
+    rows_before[k + 1] += rows_before[k];
   }
-  std::vector<int64_t> next(first.begin(), first.end() - 1);
-  for (int64_t i = 0; i < N; ++i) order[next[code[i * step]]++] = i;
   auto* sums = s.mutable_data_ptr<float>();
   switch (x.scalar_type()) {
-    case at::kFloat: sum_rows<float>(x, order, first, sums); break;
-    case at::kDouble: sum_rows<double>(x, order, first, sums); break;
-    case at::kHalf: sum_rows<at::Half>(x, order, first, sums); break;
-    case at::kBFloat16: sum_rows<at::BFloat16>(x, order, first, sums); break;
+    case at::kFloat: sum_rows<float>(x, code, rows_before, sums); break;
+    case at::kDouble: sum_rows<double>(x, code, rows_before, sums); break;
+    case at::kHalf: sum_rows<at::Half>(x, code, rows_before, sums); break;
+    case at::kBFloat16: sum_rows<at::BFloat16>(x, code, rows_before, sums); break;
     default: TORCH_CHECK_TYPE(false, "code_statistics needs a floating dtype, found ", x.scalar_type());
   }
   return {n, s};
