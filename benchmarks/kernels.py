@@ -9,6 +9,7 @@ import argparse
 import datetime
 import json
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -34,13 +35,14 @@ FP16_FLOOR_MS = {(65536, 2048, 128): 0.035, (10**6, 2048, 128): 0.53}  # 990 TFL
 
 
 def interleaved(variants: dict, seconds: float, device: str) -> dict[str, float]:
-    """Median milliseconds of every variant; they take turns until the time is up, three rounds at least."""
-    times = {name: [] for name in variants}
+    """Median milliseconds of every variant; they take turns until the time is up, three rounds at least. Each round has an
+    order of its own: what runs after a variant that has emptied the caches or left threads spinning is slower for it."""
+    times, shuffle = {name: [] for name in variants}, random.Random(0).sample
     for run in variants.values():  # warm up: builds, caches, compilation
         run()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
-        for name, run in variants.items():
+        for name, run in shuffle(list(variants.items()), len(variants)):
             if device == "cuda":
                 began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 began.record()

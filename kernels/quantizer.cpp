@@ -9,9 +9,9 @@
 // codes in 2048, is compared in float64 exactly as the contract says. A worse screen costs time, never the answer.
 //
 // Where the bytes go: the codebook is packed once into *panels* of 16 codes, [panel][dimension][code], so that one step of
-// the inner loop reads 16 consecutive floats. A panel (8 KB at D = 128) stays in the first cache while a block of 96 rows
-// (48 KB) streams past it. Of the N x K scores only the smaller of every two is stored, 96 x K / 2 floats per thread: one
-// per panel would be less, but a minimum across a register costs more than the store.
+// the inner loop reads 16 consecutive floats. A panel (8 KB at D = 128) and a block of 24 rows (12 KB) share the first cache.
+// Of the N x K scores only the smaller of every two is stored, 24 x K / 2 floats per thread, which stay in the second: one
+// per panel would be fewer, but a minimum across a register costs more than the store.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -39,7 +39,7 @@ namespace {
 using at::Tensor;
 
 constexpr int MR = 6, NR = 16;  // 6 x 16 accumulators fill 12 of the 16 AVX2 registers; 2 hold codes, 1 the row's value
-constexpr int ROWS = 16 * MR;   // rows per block
+constexpr int ROWS = 4 * MR;    // rows per block
 constexpr int LANES = NR / 2;   // scores that a panel keeps of a row: code j or j + 8, whichever is nearer
 
 // The contract knows no flushing of denormals, whatever this thread was told (torch.set_flush_denormal, -ffast-math).
@@ -64,6 +64,17 @@ void in_parallel(int64_t n, int64_t grain, const F& work) {
 
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Scratch memory that starts on a cache line and is not cleared first, unlike std::vector's.
+template <class T>
+struct Buffer {
+  Tensor memory;
+  T* data;
+
+  explicit Buffer(int64_t n)
+      : memory(at::empty({n * static_cast<int64_t>(sizeof(T))}, at::kByte)), data(reinterpret_cast<T*>(memory.mutable_data_ptr())) {}
+  T& operator[](int64_t i) const { return data[i]; }
+};
 
 template <class T>
 struct View {
@@ -93,14 +104,15 @@ struct View {
 template <class T>
 struct Codebook {
   int64_t K, D, panels;
-  std::vector<Wide<T>> raw;   // [panel][D][16] as given: what the certificate compares
-  std::vector<float> screen;  // [panel][D][16] shifted by `mean` and rounded to float32: what the screen multiplies
+  Buffer<Wide<T>> raw;        // [panel][D][16] as given: what the certificate compares
+  Buffer<float> screen;       // [panel][D][16] shifted by `mean` and rounded to float32: what the screen multiplies
   std::vector<float> square;  // [panel][16] |c|^2 of those
   std::vector<float> norm;    // [panel] largest |c|
   std::vector<double> mean;   // any shift would do; this one makes the numbers small, hence their rounding errors
 
   explicit Codebook(const View<T>& codes)
-      : K(codes.rows), D(codes.columns), panels((K + NR - 1) / NR), raw(panels * D * NR), mean(D) {
+      : K(codes.rows), D(codes.columns), panels((K + NR - 1) / NR), raw(panels * D * NR),
+        screen(std::is_same_v<T, double> ? 0 : panels * D * NR), mean(D) {
     std::vector<char> finite(panels);
     in_parallel(panels, 8, [&](int64_t begin, int64_t end) {
       std::vector<Wide<T>> row(D);
@@ -126,7 +138,7 @@ struct Codebook {
         for (int j = 0; j < NR; ++j) sum += raw[(p * D + d) * NR + j];
         mean[d] += sum / (panels * NR);
       }
-    screen.resize(panels * D * NR), square.resize(panels * NR), norm.resize(panels);
+    square.resize(panels * NR), norm.resize(panels);
     in_parallel(panels, 8, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         double sum[NR] = {};
@@ -190,15 +202,17 @@ INLINE void certify_panel(const W* x, const W* c, int64_t D, int64_t first, int6
     if (idx < 0 || s[j] < best) idx = first + j, best = s[j];
 }
 
-// One block of at most 96 rows: scratch memory and the search.
+// One block of at most 24 rows: scratch memory and the search.
 template <class T>
 struct Block {
-  std::vector<Wide<T>> raw;  // [96][D]
-  std::vector<float> tiles;  // [16][D][6] the rows as the screen reads them, shifted and rounded
-  std::vector<float> score;  // [96][panels][8]
-  std::vector<float> error;  // [panels]
+  Buffer<Wide<T>> raw;  // [24][D]
+  Buffer<float> tiles;  // [4][D][6] the rows as the screen reads them, shifted and rounded
+  int64_t stride;       // of a row of scores: off the powers of two, which would put all rows into the same cache lines
+  Buffer<float> score;  // [24][panels][8]
+  Buffer<float> error;  // [panels]
 
-  Block(int64_t D, int64_t panels) : raw(ROWS * D), tiles(ROWS * D), score(ROWS * panels * LANES), error(panels) {}
+  Block(int64_t D, int64_t panels)
+      : raw(ROWS * D), tiles(ROWS * D), stride(panels * LANES + 2 * NR), score(ROWS * stride), error(panels) {}
 
   template <bool FMA>
   INLINE void search(const Codebook<T>& codebook, int rows, int64_t* idx, double* distance) {
@@ -219,23 +233,34 @@ struct Block {
     for (int64_t p = 0; p < panels && !everything; ++p)
       for (int row = 0; row < rows; row += MR)
         screen_tile<FMA>(&tiles[row * D], &codebook.screen[p * D * NR], D, &codebook.square[p * NR],
-                         &score[(row * panels + p) * LANES], panels * LANES);
+                         &score[row * stride + p * LANES], stride);
     for (int row = 0; row < rows; ++row) {
-      const float* low = &score[row * panels * LANES];
-      float least[LANES], limit = INFINITY, *E = error.data();
+      const float* low = &score[row * stride];
+      float least[LANES], *E = error.data;
       std::fill_n(least, LANES, INFINITY);
+#pragma omp simd
+      for (int64_t p = 0; p < (everything ? 0 : panels); ++p) E[p] = bound(norm[row], codebook.norm[p]);
       for (int64_t p = 0; p < panels && !everything; ++p) {
-        E[p] = bound(norm[row], codebook.norm[p]);
 #pragma omp simd
         for (int j = 0; j < LANES; ++j) least[j] = std::min(least[j], low[p * LANES + j] + E[p]);
       }
-      limit = *std::min_element(least, least + LANES);
+      const float limit = *std::min_element(least, least + LANES);
       idx[row] = -1;
-      for (int64_t p = 0; p < panels; ++p) {
-        int open = everything;
-#pragma omp simd reduction(| : open)
-        for (int j = 0; j < LANES; ++j) open |= !(low[p * LANES + j] - E[p] > limit);  // `not >`: NaN rules nothing out
-        if (open) certify_panel(&raw[row * D], &codebook.raw[p * D * NR], D, p * NR, codebook.K, idx[row], distance[row]);
+      for (int64_t first = 0; first < panels; first += 8) {  // eight panels are mostly ruled out at once
+        const int64_t last = std::min<int64_t>(first + 8, panels);
+        bool open = everything;
+        std::fill_n(least, LANES, INFINITY);
+        for (int64_t p = first; p < last && !everything; ++p) {
+          open |= !(E[p] < INFINITY);  // or NaN
+#pragma omp simd
+          for (int j = 0; j < LANES; ++j) least[j] = std::min(least[j], low[p * LANES + j] - E[p]);
+        }
+        if (!open && *std::min_element(least, least + LANES) > limit) continue;
+        for (int64_t p = first; p < last; ++p) {
+          bool mine = everything || !(E[p] < INFINITY);
+          for (int j = 0; j < LANES && !mine; ++j) mine = low[p * LANES + j] - E[p] <= limit;
+          if (mine) certify_panel(&raw[row * D], &codebook.raw[p * D * NR], D, p * NR, codebook.K, idx[row], distance[row]);
+        }
       }
     }
   }
