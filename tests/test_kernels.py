@@ -239,9 +239,10 @@ def test_the_oracle_itself_against_python_floats():
 def test_near_ties_defeat_the_usual_formula():
     """The data above are adversarial: c^2 - 2xc in float32 picks other codes, so agreement here is no accident."""
     for kind in (one_ulp, offset_1e3, permutations):
-        x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in kind(np.random.default_rng(1), 400, 64, 32))
+        x, c = (torch.from_numpy(np.asarray(a, np.float32)) for a in kind(np.random.default_rng(1), 400, 512, 128))
         usual = ((c * c).sum(1) - 2 * x @ c.T).argmin(1)
-        assert (usual.numpy() != brute_force(x, c)).any(), kind.__name__
+        wrong = (usual.numpy() != brute_force(x, c)).mean()
+        assert wrong > (0.5 if kind is offset_1e3 else 0), kind.__name__  # most, says the README
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
