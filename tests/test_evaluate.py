@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import evaluate
 import train
-from evaluate import alignment, mpjpe, number, pa_mpjpe, summarize, table
+from evaluate import alignment, interpolate_missing, mpjpe, number, pa_mpjpe, summarize, table
 from hipart import MSST, Config, HiPART, Regressor, detected_pelvis, from_model_frame, normalize_screen, to_model_frame
 from prepare_data import load
 
@@ -294,6 +294,49 @@ def test_3d_errors_are_true(result, run, data, model, split, name):
         assert_average(result[1]["splits"][split][f"mpjpe/{name}/{seed}"], np.linalg.norm(y - a["y"], axis=-1).mean(1), a)
         pa = [horn(*pair) for pair in zip(y.astype(np.float64), a["y"], strict=True)]
         assert_average(result[1]["splits"][split][f"pa_mpjpe/{name}/{seed}"], pa, a)
+
+
+def test_missing_joints_between_their_neighbours():
+    x = torch.randn(1, 17, 2).expand(4, 17, 2).clone()
+    conf = torch.ones(4, 17)
+    conf[0, 2] = 0  # the right knee: between hip and ankle
+    conf[1, [5, 6]] = 0  # left knee and ankle: the end repeats what stands before it
+    conf[2, [11, 12, 13]] = 0  # a whole arm
+    conf[3] = 0
+    seen = conf[..., None] > 0
+    filled = interpolate_missing(torch.where(seen, x, torch.nan), conf)
+    expected = x.clone()
+    expected[0, 2] = (x[0, 1] + x[0, 3]) / 2
+    expected[1, [5, 6]] = x[1, 4]
+    expected[2, [11, 12, 13]] = x[2, 8]
+    expected[3] = 0
+    torch.testing.assert_close(filled, expected)
+    assert torch.equal(interpolate_missing(x, torch.ones(4, 17)), x)
+
+
+@pytest.mark.parametrize("split", ["test", "unseen"])
+@pytest.mark.parametrize("name", ["sparse", "generated", "regressor"])
+def test_seen_and_missing_joints_apart_are_true(result, run, data, model, split, name):
+    x_s, conf, _, _, a = arrays(data, split)
+    checkpoint = saved(run, f"stage3_{name}_1")
+    lifter = train.new_lifter(Config(**checkpoint["config"]), name)
+    lifter.load_state_dict(checkpoint["model"])
+    dense = model
+    if name == "regressor":
+        dense = Regressor(32)
+        dense.load_state_dict(saved(run, "regressor")["model"])
+    inputs = {name: (x_s, conf)}
+    if name != "regressor":  # every sample, also those that miss nothing
+        inputs[f"{name} interpolated"] = interpolate_missing(x_s, conf), torch.ones_like(conf)
+    assert (conf == 0).any() and not (conf == 0).all(1).any()
+    for label, (x, c) in inputs.items():
+        with torch.no_grad():
+            points = x if name == "sparse" else torch.cat([x, *dense.eval().densify(x, c)], 1)
+            off = np.linalg.norm(lifter.eval()(points, c).numpy() - a["y"], axis=-1)
+        for which, mask in (("seen", conf.numpy() > 0), ("missing", conf.numpy() == 0)):
+            rows = [o[m].mean() for o, m in zip(off, mask, strict=True) if m.any()]
+            assert result[1]["splits"][split][f"{which}/{label}/1"]["frames"] == pytest.approx(np.mean(rows), rel=1e-4)
+    assert "missing joints interpolated" in result[0]
 
 
 @pytest.mark.parametrize("split", ["val", "test", "unseen"])
