@@ -16,7 +16,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "quantizer.h"
+
+// Messages are strings before they reach TORCH_CHECK: where a toolchain links a second libstdc++ into this library, a number
+// that goes through a stream ends in a crash instead of an error.
 
 #ifndef WITH_CUDA
 
@@ -302,8 +307,8 @@ void quantize_typed(const Tensor& x_, const Tensor& codebook_, int64_t* idx, dou
     for (int64_t first = begin * ROWS; first < std::min(end * ROWS, x.rows); first += ROWS) {
       const int rows = static_cast<int>(std::min<int64_t>(ROWS, x.rows - first));
       for (int i = 0; i < rows; ++i)
-        TORCH_CHECK_VALUE(x.load(first + i, &block.raw[i * codebook.D]), "x holds a non-finite value in row ", first + i,
-                          "; nearest_code needs finite numbers");
+        TORCH_CHECK_VALUE(x.load(first + i, &block.raw[i * codebook.D]),
+                          "x holds a non-finite value in row " + std::to_string(first + i) + "; nearest_code needs finite numbers");
       search(block, codebook, rows, idx + first, distance + first);
     }
   });
@@ -322,7 +327,7 @@ std::tuple<Tensor, Tensor> quantize_cpu(const Tensor& x, const Tensor& codebook)
     case at::kDouble: quantize_typed<double>(x, codebook, i, d); break;
     case at::kHalf: quantize_typed<at::Half>(x, codebook, i, d); break;
     case at::kBFloat16: quantize_typed<at::BFloat16>(x, codebook, i, d); break;
-    default: TORCH_CHECK_TYPE(false, "nearest_code needs a floating dtype, found ", x.scalar_type());
+    default: TORCH_CHECK_TYPE(false, "nearest_code needs a floating dtype");
   }
   return {idx, distance};
 }
@@ -362,8 +367,8 @@ std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& id
   std::vector<int64_t> code(N), rows_before(K + 1);
   for (int64_t i = 0; i < N; ++i) {
     code[i] = from[i * step];
-    TORCH_CHECK_VALUE(code[i] >= 0 && code[i] < K, "code_statistics: idx must lie in [0, ", K, "), found ", code[i], " in row ",
-                      i);
+    TORCH_CHECK_VALUE(code[i] >= 0 && code[i] < K, "code_statistics: idx must lie in [0, " + std::to_string(K) + "), found " +
+                                                       std::to_string(code[i]) + " in row " + std::to_string(i));
     ++rows_before[code[i] + 1];
   }
   for (int64_t k = 0; k < K; ++k) {
@@ -376,7 +381,7 @@ std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& id
     case at::kDouble: sum_rows<double>(x, code, rows_before, sums); break;
     case at::kHalf: sum_rows<at::Half>(x, code, rows_before, sums); break;
     case at::kBFloat16: sum_rows<at::BFloat16>(x, code, rows_before, sums); break;
-    default: TORCH_CHECK_TYPE(false, "code_statistics needs a floating dtype, found ", x.scalar_type());
+    default: TORCH_CHECK_TYPE(false, "code_statistics needs a floating dtype");
   }
   return {n, s};
 }
@@ -455,7 +460,7 @@ hipart::Matrix matrix(const Tensor& t) {
   return {t.const_data_ptr(), type, t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
-void check_launch(int error) { TORCH_CHECK(error == 0, "a CUDA kernel of hipart failed to start: error ", error); }
+void check_launch(int error) { TORCH_CHECK(error == 0, "a CUDA kernel of hipart failed to start: error " + std::to_string(error)); }
 
 std::tuple<Tensor, Tensor> quantize_cuda(const Tensor& x, const Tensor& codebook) {
   const c10::cuda::CUDAGuard guard(x.device());

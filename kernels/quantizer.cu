@@ -73,6 +73,14 @@ __global__ void shift_kernel(Matrix m, int64_t first, int64_t rows, const double
   }
 }
 
+// The codes as they were given, [group][D][32], so that the lanes of a warp read 32 codes' numbers from one line of memory.
+template <class T>
+__global__ void group_kernel(Matrix codes, float* raw) {
+  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x, D = codes.columns;
+  const int64_t k = i / (GROUP * D) * GROUP + i % GROUP;
+  if (k < codes.rows) raw[i] = float(at<T>(codes, k, i / GROUP % D));
+}
+
 // The largest norm among the 32 codes of each group.
 __global__ void group_norm_kernel(const float* norm, float* largest, int64_t groups) {
   const int64_t g = int64_t(blockIdx.x) * THREADS + threadIdx.x;
@@ -136,8 +144,9 @@ __global__ void __launch_bounds__(THREADS) screen_kernel(const float* x, const f
 // A warp per row: which groups may hold the winner, then the contract's number for each of their codes, one a lane.
 // Without a screen (float64) all groups are compared.
 template <class T>
-__global__ void certify_kernel(Matrix x, Matrix codes, int64_t first, int64_t rows, const float* low, const float* norm,
-                               const float* largest, Bound bound, const int* bad, int64_t* idx, double* distance) {
+__global__ void certify_kernel(Matrix x, Matrix codes, const float* raw, int64_t first, int64_t rows, const float* low,
+                               const float* norm, const float* largest, Bound bound, const int* bad, int64_t* idx,
+                               double* distance) {
   const int64_t row = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32;
   const int64_t groups = round_up(codes.rows, TILE) / GROUP, D = codes.columns;
   const int lane = threadIdx.x % 32;
@@ -161,7 +170,10 @@ __global__ void certify_kernel(Matrix x, Matrix codes, int64_t first, int64_t ro
       if (k >= codes.rows) continue;
       double s = 0;
       for (int64_t d = 0; d < D; ++d) {
-        const double e = __dsub_rn(at<T>(x, first + row, d), at<T>(codes, k, d));
+        double c;
+        if constexpr (sizeof(T) < sizeof(double)) c = raw[(k / GROUP * D + d) * GROUP + lane];
+        else c = at<T>(codes, k, d);
+        const double e = __dsub_rn(at<T>(x, first + row, d), c);
         s = __dadd_rn(s, __dmul_rn(e, e));
       }
       if (winner == codes.rows || s < best) winner = k, best = s;  // k grows: the lowest index stays
@@ -189,7 +201,7 @@ __global__ void segment_sums_kernel(Matrix x, const int64_t* order, const int64_
 // How the scratch memory is cut up; every piece starts on a multiple of 256 bytes.
 struct Scratch {
   int64_t chunk, width, codes, groups, bytes = 0;
-  int64_t bad, mean, c, c_norm, square, largest, x, x_norm, low;
+  int64_t bad, mean, raw, c, c_norm, square, largest, x, x_norm, low;
 
   Scratch(int64_t N, int64_t K, int64_t D)
       : width(round_up(D, DEPTH)), codes(round_up(K, TILE)), groups(codes / GROUP) {
@@ -197,7 +209,7 @@ struct Scratch {
     chunk = chunk < TILE ? TILE : chunk;
     chunk = chunk < N ? chunk : round_up(N, TILE);
     auto take = [this](int64_t n) { const int64_t at = bytes; bytes += round_up(n, 256); return at; };
-    bad = take(4), mean = take(8 * D), c = take(4 * codes * width), c_norm = take(4 * codes), square = take(4 * codes);
+    bad = take(4), mean = take(8 * D), raw = take(4 * codes * D), c = take(4 * codes * width), c_norm = take(4 * codes), square = take(4 * codes);
     largest = take(4 * groups), x = take(4 * chunk * width), x_norm = take(4 * chunk), low = take(4 * chunk * groups);
   }
 };
@@ -217,6 +229,7 @@ void nearest_code(Matrix x, Matrix codes, char* memory, int64_t* idx, double* di
   if (screened) {
     shift_kernel<T><<<blocks(at.codes * 32, THREADS), THREADS, 0, stream>>>(codes, 0, codes.rows, mean, floats(at.c),
                                                                             floats(at.c_norm), floats(at.square));
+    group_kernel<T><<<blocks(at.codes * x.columns, THREADS), THREADS, 0, stream>>>(codes, floats(at.raw));
     group_norm_kernel<<<blocks(at.groups, THREADS), THREADS, 0, stream>>>(floats(at.c_norm), floats(at.largest), at.groups);
   }
   for (int64_t first = 0; first < x.rows; first += at.chunk) {
@@ -229,9 +242,9 @@ void nearest_code(Matrix x, Matrix codes, char* memory, int64_t* idx, double* di
       screen_kernel<<<grid, THREADS, 0, stream>>>(floats(at.x), floats(at.c), floats(at.square), at.width, at.codes,
                                                   floats(at.low));
     }
-    certify_kernel<T><<<blocks(rows * 32, THREADS), THREADS, 0, stream>>>(x, codes, first, rows, screened ? floats(at.low) : nullptr,
-                                                                          floats(at.x_norm), floats(at.largest), bound, bad, idx,
-                                                                          distance);
+    certify_kernel<T><<<blocks(rows * 32, THREADS), THREADS, 0, stream>>>(
+        x, codes, floats(at.raw), first, rows, screened ? floats(at.low) : nullptr, floats(at.x_norm), floats(at.largest), bound,
+        bad, idx, distance);
   }
 }
 

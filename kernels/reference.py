@@ -17,7 +17,8 @@ breaks the contract here, on numbers below 1e-38.
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 19  # entries of the screening matrix held at once: 4 MB, however many rows there are
+# Entries of the screening matrix held at once, however many rows there are: 4 MB, or 128 MB on a GPU, for fewer launches
+_CHUNK = {"cpu": 1 << 19}
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(c).all()):
         raise ValueError("codebook holds a non-finite value; nearest_code needs finite numbers")
     centre = c.mean(0)  # the screen alone sees centred values, so a common offset costs no precision
-    rows = max(1, _CHUNK // K)
+    rows = max(1, _CHUNK.get(x.device.type, 1 << 24) // K)
     for start in range(0, N, rows):
         part = x[start : start + rows].double()
         if not bool(torch.isfinite(part).all()):

@@ -767,8 +767,6 @@ def test_no_place_to_build(tmp_path):
 
 def test_first_users_at_once_build_once(tmp_path):
     """Three processes start with an empty cache; then one without a compiler loads what they built."""
-    if not shutil.which("g++"):
-        pytest.skip("no g++ here")
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo >> {tmp_path / "compiled"};; esac\nexec g++ "$@"\n')
     compiler.chmod(0o755)
@@ -788,10 +786,9 @@ def test_first_users_at_once_build_once(tmp_path):
     ("cuda", "", "RuntimeError: HIPART_KERNELS=cuda, but"),
 ])
 def test_the_choice_can_be_overridden(tmp_path, choice, stdout, stderr):
-    if choice == "cuda" and torch.cuda.is_available():
-        pytest.skip("a GPU is here")
     nothing_is_built_at_import = "assert not kernels._loaded\n"
-    result = fresh(nothing_is_built_at_import + SEARCH, tmp_path, HIPART_KERNELS=choice)
+    no_gpu = "torch.cuda.is_available = lambda: False\n"
+    result = fresh(nothing_is_built_at_import + no_gpu + SEARCH, tmp_path, HIPART_KERNELS=choice)
     assert result.stdout == stdout and stderr in result.stderr
     assert not (tmp_path / "cache").exists()
 
@@ -806,8 +803,6 @@ def test_the_self_check(portable):
 
 
 def test_the_benchmark_runs_and_writes_its_figures(tmp_path, monkeypatch, capsys):
-    if kernels.backend("cpu")[0] != "cpp":
-        pytest.skip("no compiled kernels to time")
     spec = importlib.util.spec_from_file_location("benchmark_kernels", ROOT / "benchmarks" / "kernels.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
