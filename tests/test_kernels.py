@@ -728,7 +728,7 @@ def fell_back(result, reason):
 
 
 def test_no_compiler(tmp_path):
-    fell_back(fresh(SEARCH, tmp_path, PATH=""), "no C++ compiler")
+    fell_back(fresh(SEARCH, tmp_path, PATH="", CXX="c++"), "no C++ compiler")
     fell_back(fresh(SEARCH, tmp_path, CXX="/nowhere/g++"), "no C++ compiler '/nowhere/g++'")
 
 
