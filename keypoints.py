@@ -12,18 +12,15 @@ for, never guessed. Nothing that a file holds is executed: object arrays go thro
 """
 
 import json
-import math
-import pickle
 import re
-import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from hipart import JOINT_NAMES
+from safe_pickle import LARGEST, load_arrays
 
 # For each of Human3.6M's joints the source joints whose mean it is. A joint is missing if any of its sources is; but the
 # head (10), where it is the mean of the eyes, is content with one, since a profile shows no more.
@@ -43,7 +40,6 @@ LAYOUTS = {  # name: (number of joints, map)
                     12: [14], 13: [15], 14: [12], 15: [11], 16: [10]}),
 }  # fmt: skip
 LARGER = {136: "halpe26", 133: "coco17"}  # Halpe's 136 begin with Halpe-26, COCO-WholeBody's 133 with COCO-17
-LARGEST = 256 << 20  # bytes of a file, unpacked
 MOST = 200_000  # people of a file
 FAR = 1e6  # px; a larger coordinate is no coordinate
 SMALLEST = 8  # px; smaller people are no pixels, but coordinates that something has normalised
@@ -336,120 +332,3 @@ def _json(path: Path):
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not a JSON file that can be read: {e}") from e
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# NumPy files with object arrays, without running what they say. Python's own unpickler, in pure Python, walks through the
-# file; every global that it may name is one of the stand-ins below, which check their arguments and build plain arrays.
-
-
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npy (under the key "") or .npz file; object arrays too, if all they hold are arrays, containers,
-    strings and numbers. ValueError with one sentence otherwise."""
-    try:
-        if path.suffix.lower() == ".npy":
-            if path.stat().st_size > LARGEST:
-                raise ValueError(f"it has more than {LARGEST >> 20} MB; split it")
-            return {"": _npy(path.read_bytes())}
-        with zipfile.ZipFile(path) as z:
-            if sum(m.file_size for m in z.infolist()) > LARGEST:
-                raise ValueError(f"it unpacks to more than {LARGEST >> 20} MB; split it")
-            if any(m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for m in z.infolist()):
-                raise ValueError("it is packed in a way that NumPy does not use")
-            return {m.filename.removesuffix(".npy"): _npy(z.open(m).read(m.file_size)) for m in z.infolist()}
-    except Exception as e:  # a broken file can raise nearly anything
-        what = " ".join(str(e).split())[:300] or type(e).__name__
-        raise ValueError(f"{path} is not a NumPy file that can be read: {what}") from e
-
-
-def _npy(content: bytes) -> np.ndarray:
-    f = BytesIO(content)
-    version = np.lib.format.read_magic(f)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read_header is None:
-        raise ValueError(f"expected .npy version 1 or 2, found {version}")
-    shape, fortran, dtype = read_header(f)
-    if dtype.hasobject:
-        found = _real(_ArraysOnly(f, encoding="latin1").load(), {})
-        if not isinstance(found, np.ndarray):
-            raise ValueError(f"expected an array in its pickle, found {type(found).__name__}")
-        return found
-    return _filled(shape, dtype, fortran, content[f.tell() :])
-
-
-def _filled(shape, dtype: np.dtype, fortran: bool, raw: bytes) -> np.ndarray:
-    if not all(type(n) is int and n >= 0 for n in shape) or len(raw) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"an array is said to be {list(shape)} of {dtype}, which its {len(raw)} bytes are not")
-    return np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
-
-
-class _Dtype:
-    """Stands for a numpy.dtype of numbers, strings or objects."""
-
-    def __init__(self, code: str):
-        if not (isinstance(code, str) and re.fullmatch(r"[biufSUO][0-9]{1,6}", code)):
-            raise ValueError(f"its pickle holds the dtype {code!r}, and only plain ones are read here")
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state):
-        if state[1] not in ("<", ">", "=", "|") or tuple(state[2:5]) != (None, None, None):
-            raise ValueError("its pickle holds a dtype of many parts, and only plain ones are read here")
-        self.order = state[1]
-
-    def real(self) -> np.dtype:
-        return np.dtype(self.code if self.order in "=|" else self.order + self.code)
-
-
-class _Array:
-    """Stands for a numpy.ndarray."""
-
-    def __setstate__(self, state):
-        self.shape, self.dtype, self.fortran, self.raw = state[-4:]
-
-    def real(self, seen: dict) -> np.ndarray:
-        dtype = self.dtype.real()
-        if not dtype.hasobject:
-            raw = self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw
-            return _filled(self.shape, dtype, self.fortran, raw)
-        if not isinstance(self.raw, list) or not all(type(n) is int and n >= 0 for n in self.shape):
-            raise ValueError("an object array of its pickle holds no list")
-        out = np.empty(len(self.raw), object)
-        for i, v in enumerate(self.raw):
-            out[i] = _real(v, seen)
-        return out.reshape(self.shape, order="F" if self.fortran else "C")
-
-
-def _real(x, seen: dict):
-    """Stand-ins and what holds them -> real arrays in plain containers; everything once, however often it is referred to."""
-    if not isinstance(x, _Array | dict | list | tuple):
-        return x
-    if id(x) not in seen:
-        seen[id(x)] = None  # something that holds itself
-        if isinstance(x, _Array):
-            seen[id(x)] = x.real(seen)
-        elif isinstance(x, dict):
-            seen[id(x)] = {k: _real(v, seen) for k, v in x.items()}
-        else:
-            seen[id(x)] = [_real(v, seen) for v in x]
-    return seen[id(x)]
-
-
-def _no_call(*_):
-    raise ValueError("its pickle builds an array in an unusual way")
-
-
-class _ArraysOnly(pickle._Unpickler):
-    stand_ins = {
-        ("numpy", "dtype"): lambda code, *_: _Dtype(code),
-        ("numpy", "ndarray"): _no_call,  # only named, as the type of what _reconstruct makes
-        **{(module, "bytes"): lambda: b"" for module in ("__builtin__", "builtins")},  # how it wrote no bytes at all
-        ("_codecs", "encode"): lambda text, codec: text.encode("latin1"),  # how Python 3 wrote bytes for Python 2
-        **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in ("core", "_core")},
-        **{(f"numpy.{core}.multiarray", "scalar"): lambda dtype, raw: _filled((), dtype.real(), False, raw)[()]
-           for core in ("core", "_core")},
-    }  # fmt: skip
-
-    def find_class(self, module, name):
-        if (module, name) not in self.stand_ins:
-            raise ValueError(f"its pickle asks for {module}.{name}, and only arrays are read here")
-        return self.stand_ins[module, name]

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import networkx as nx
@@ -58,12 +59,13 @@ NOISE = {
     "conf": {"visible": 2.3, "occluded": 0.6, "per_error": 6.0, "sigma": 0.9},  # logit of conf, see detect()
 }
 
-# name: (shape after N, dtype); the last two are stored for every split but train, whose noise is drawn afresh.
+# name: (shape after N, dtype). With a simulated detector, x_s_det and conf are stored for every split but train, whose noise
+# is drawn afresh. Where not every pose has dense and fine points, fit says which have; the others' x_d and x_f are 0.
 ARRAYS = {
     "x_s": ((17, 2), "float32"), "x_d": ((48, 2), "float32"), "x_f": ((96, 2), "float32"),
     "y": ((17, 3), "float32"), "root": ((3,), "float32"), "height_px": ((), "float32"),
     "action": ((), "int64"), "subject": ((), "int64"), "camera": ((), "int64"),
-    "x_s_det": ((17, 2), "float32"), "conf": ((17,), "float32"),
+    "x_s_det": ((17, 2), "float32"), "conf": ((17,), "float32"), "fit": ((), "bool"),
 }  # fmt: skip
 
 
@@ -704,6 +706,69 @@ def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, 
     return arrays
 
 
+@contextmanager
+def new_data_set(folder, overwrite=False):
+    """A temporary folder beside data/NAME, which takes its place at the end; if anything fails, nothing is left of it."""
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder} exists already: choose another --name or add --overwrite.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = temporary.with_suffix(".old")
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's are private
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def create_split(folder, n):
+    """All arrays of a split of n samples as files of zeros, to be filled a part at a time: any n takes the same memory."""
+    folder.mkdir()
+    return {k: np.lib.format.open_memmap(folder / f"{k}.npy", "w+", np.dtype(dtype), (n, *shape))
+            for k, (shape, dtype) in ARRAYS.items()}  # fmt: skip
+
+
+def base_meta(folder):
+    """What the meta.json of every data set holds."""
+    return {
+        "format_version": FORMAT_VERSION, "name": Path(folder).name, "joint_names": list(JOINT_NAMES),
+        "parents": list(PARENTS), "part_joint": list(PART_JOINT),
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "networkx": nx.__version__},
+    }  # fmt: skip
+
+
+def check_folder(folder, recognise, wanted):
+    """Look through a user's folder before any work -> {kind: its files}, and print what each file was recognised as.
+
+    recognise(path) -> a key of `wanted`, or None. wanted: kind -> (what it is and where it comes from, needed or not).
+    """
+    folder, found, other = Path(folder), {kind: [] for kind in wanted}, []
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there: --folder must name the folder with your files.")
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        found.get(recognise(path), other).append(path)
+
+    def names(paths):
+        more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+        return ", ".join(str(p.relative_to(folder)) for p in paths[:4]) + more
+
+    print(f"{folder}:")
+    for kind, (what, needed) in wanted.items():
+        state = names(found[kind]) if found[kind] else "MISSING" if needed else "none (not needed)"
+        print(f"  {kind}: {state}" + ("" if found[kind] else f"; {what}"))
+    if other:
+        print(f"  not used: {names(other)}")
+    missing = [f"{kind} ({what})" for kind, (what, needed) in wanted.items() if needed and not found[kind]]
+    if missing:
+        raise ValueError(f"{folder} lacks {'; '.join(missing)}.")
+    return found
+
+
 def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CLIPS, overwrite=False):
     """Draw all splits and write them to `folder` (data/NAME). Nothing is left behind if this is interrupted.
 
@@ -713,9 +778,6 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
     that one split's size does not change another.
     """
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise ValueError(f"{folder} exists already: choose another --name or add --overwrite.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     motion = Motion(clips, unseen)
     stream = {name: np.random.default_rng([seed, i]) for i, name in enumerate((*SPLITS, "cameras"))}
     cameras = make_cameras(stream["cameras"])
@@ -727,19 +789,15 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
     ids = np.arange(n_train + n_val + n_test)
     test_bodies = ids[n_train + n_val :]
     subjects = dict(train=ids[:n_train], val=ids[n_train : n_train + n_val], test=test_bodies, unseen=test_bodies)
-    meta = {
-        "format_version": FORMAT_VERSION, "name": folder.name, "joint_names": list(JOINT_NAMES),
-        "parents": list(PARENTS), "part_joint": list(PART_JOINT), "actions": motion.names, "image_size": IMAGE_SIZE,
+    meta = base_meta(folder) | {
+        "actions": motion.names, "image_size": IMAGE_SIZE,
         "cameras": cameras, "splits": {s: {"n": sizes[s]} for s in SPLITS}, "noise": NOISE,
         "coarsening": {"sizes": [192, 96, 48], "weighting": "joint", "points": "area-weighted means",
                        "assignment_mm": 1000 * levels["distance"]},
         "subjects": {s: subjects[s].tolist() for s in SPLITS}, "stature_mm": (1000 * bodies["stature"]).tolist(),
         "unseen_actions": list(unseen), "sources": sources, "seed": seed,
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "networkx": nx.__version__},
     }  # fmt: skip
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    old = temporary.with_suffix(".old")
-    try:
+    with new_data_set(folder, overwrite) as temporary:
         with tqdm(total=sum(sizes.values()), desc=f"samples of {folder.name}", unit_scale=True) as bar:
             for split in SPLITS:
                 arrays = make_split(
@@ -752,13 +810,6 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
                     draw_samples(temporary / "samples.png", arrays, meta)
         draw_coarsening(temporary / "coarsening.png", rest, faces, bodies["joints"][0], levels, area)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        temporary.chmod(0o755)  # mkdtemp's are private
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -784,7 +835,8 @@ def load(name, split, root="data"):
         raise ValueError(f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}.")
     n, arrays = meta["splits"][split]["n"], {}
     for key, (shape, dtype) in ARRAYS.items():
-        if split == "train" and key in ("x_s_det", "conf"):
+        if (split == "train" and key in ("x_s_det", "conf") and meta["noise"]) or (
+                key == "fit" and "fits" not in meta["splits"][split]):  # fmt: skip
             continue
         path = folder / split / f"{key}.npy"
         if not path.is_file():

@@ -1,6 +1,9 @@
 """A tiny body and tiny clips, so that no test needs a download."""
 
 import json
+import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -119,3 +122,74 @@ def tiny_run(tiny_data, tmp_path_factory):
             train.main()
     torch.set_float32_matmul_precision(precision)
     return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A body of SMPL's shapes, since the real one is licensed: an ellipsoid of 6890 vertices (or fewer) with made-up joints.
+
+SMPL_PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21]
+_LEFT_HALF = {1: (0.07, -0.09, 0), 4: (0.1, -0.47, 0), 7: (0.09, -0.87, -0.04), 10: (0.12, -0.92, 0.1), 13: (0.08, 0.42, 0),
+              16: (0.19, 0.44, -0.03), 18: (0.45, 0.43, -0.05), 20: (0.7, 0.44, -0.05), 22: (0.78, 0.43, -0.06)}
+_MIDDLE = {0: (0, 0, 0), 3: (0, 0.11, -0.03), 6: (0, 0.25, 0), 9: (0, 0.3, 0), 12: (0, 0.51, -0.03), 15: (0, 0.58, 0.03)}
+SMPL_JOINTS = np.array([(_MIDDLE | _LEFT_HALF).get(j, (-_LEFT_HALF.get(j - 1, (0,))[0], *_LEFT_HALF.get(j - 1, (0,))[1:]))
+                        for j in range(24)])  # T-pose, m: y up, facing z, left = +x
+H36M_OF_SMPL = [0, 2, 5, 8, 1, 4, 7, 6, 12, 15, 15, 16, 18, 20, 17, 19, 21]
+
+
+def regressor_onto(points, vertices):
+    """Rows [P, V] that sum to 1 and take the vertices to the points (the smallest such)."""
+    v1, p1 = (np.concatenate([a, np.ones((len(a), 1))], 1) for a in (vertices, points))
+    return np.linalg.lstsq(v1.T, p1.T, rcond=None)[0].T
+
+
+def smpl_content(rings=84, around=82, seed=0):
+    """The arrays of an SMPL file, plain: 2 + rings * around vertices (6890 as they are)."""
+    rng = np.random.default_rng(seed)
+    polar = np.pi * (np.arange(rings) + 1)[:, None] / (rings + 1)
+    azimuth = 2 * np.pi * np.arange(around)[None] / around
+    x, z = np.sin(polar) * np.cos(azimuth), np.sin(polar) * np.sin(azimuth)
+    sphere = np.stack(np.broadcast_arrays(x, np.cos(polar), z), -1)
+    v = np.concatenate([[[0, 1, 0]], sphere.reshape(-1, 3), [[0, -1, 0]]]) * [0.8, 0.95, 0.15]
+    index = 1 + np.arange(rings * around).reshape(rings, around)
+    right, last = np.roll(index, -1, 1), len(v) - 1
+    quads = np.stack([index[:-1], right[:-1], right[1:], index[1:]], -1).reshape(-1, 4)
+    faces = np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]], np.stack([0 * index[0], right[0], index[0]], -1),
+                            np.stack([0 * index[0] + last, index[-1], right[-1]], -1)])
+    near = np.exp(-np.linalg.norm(v[:, None] - SMPL_JOINTS, axis=-1) / 0.05)
+    return {
+        "v_template": v, "f": faces.astype(np.uint32), "weights": near / near.sum(1, keepdims=True),
+        "shapedirs": rng.normal(size=(len(v), 3, 10)) * 0.01, "posedirs": rng.normal(size=(len(v), 3, 207)) * 0.002,
+        "J_regressor": regressor_onto(SMPL_JOINTS, v), "bs_type": "lrotmin",
+        "kintree_table": np.array([[4294967295, *SMPL_PARENTS[1:]], range(24)], np.int64),
+    }  # fmt: skip
+
+
+def write_smpl_pkl(path, content):
+    """As the official files are: a Python-2 pickle with arrays of chumpy and a sparse matrix of SciPy (fakes of both)."""
+    fakes, before = {}, dict(sys.modules)
+    for module, name in (("chumpy.ch", "Ch"), ("chumpy.reordering", "Select"), ("scipy.sparse.csc", "csc_matrix")):
+        fakes[name] = type(name, (), {"__module__": module})
+        parts = module.split(".")
+        for k in range(len(parts)):
+            sys.modules[".".join(parts[: k + 1])] = types.ModuleType(parts[k])
+        setattr(sys.modules[module], name, fakes[name])
+
+    def fake(name, **state):
+        made = fakes[name]()
+        made.__dict__.update(state)
+        return made
+
+    J, shapedirs = content["J_regressor"], content["shapedirs"]
+    made = content | {
+        "v_template": fake("Ch", x=content["v_template"]), "posedirs": fake("Ch", x=content["posedirs"], label=None),
+        "shapedirs": fake("Select", a=fake("Ch", x=np.concatenate([shapedirs.ravel(), [7.0]])),
+                          idxs=np.arange(shapedirs.size), preferred_shape=shapedirs.shape),
+        "J_regressor": fake("csc_matrix", _shape=J.shape, data=J.T.ravel(), indices=np.tile(np.arange(len(J)), J.shape[1]),
+                            indptr=np.arange(0, J.size + 1, len(J)), format="csc"),
+    }  # fmt: skip
+    try:
+        path.write_bytes(pickle.dumps(made, protocol=2))
+    finally:
+        for module in set(sys.modules) - set(before):
+            del sys.modules[module]
+        sys.modules.update(before)

@@ -1,0 +1,198 @@
+"""Read NumPy files with object arrays, and pickles, without running what they say.
+
+Python's own unpickler, in pure Python, walks through the file; every global that it may name is one of the stand-ins below,
+which check their arguments and build plain arrays, containers, strings and numbers. Two kinds of objects become the arrays
+that they hold: chumpy's, in which SMPL files are written, and SciPy's sparse matrices.
+"""
+
+import math
+import pickle
+import re
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+LARGEST = 256 << 20  # bytes of a file, unpacked, unless the reader knows better
+SPARSE_CELLS = 10_000_000  # of a sparse matrix made dense
+
+
+def load_arrays(path: Path, largest: int = LARGEST) -> dict[str, np.ndarray]:
+    """The arrays of a .npy (under the key "") or .npz file; object arrays too, if all they hold are arrays, containers,
+    strings and numbers. ValueError with one sentence otherwise, also if it unpacks to more than `largest` bytes."""
+    try:
+        if path.suffix.lower() == ".npy":
+            if path.stat().st_size > largest:
+                raise ValueError(f"it has more than {largest >> 20} MB; split it")
+            return {"": _npy(path.read_bytes())}
+        with zipfile.ZipFile(path) as z:
+            if sum(m.file_size for m in z.infolist()) > largest:
+                raise ValueError(f"it unpacks to more than {largest >> 20} MB; split it")
+            if any(m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for m in z.infolist()):
+                raise ValueError("it is packed in a way that NumPy does not use")
+            return {m.filename.removesuffix(".npy"): _npy(z.open(m).read(m.file_size)) for m in z.infolist()}
+    except Exception as e:  # a broken file can raise nearly anything
+        what = " ".join(str(e).split())[:300] or type(e).__name__
+        raise ValueError(f"{path} is not a NumPy file that can be read: {what}") from e
+
+
+def load_pickle(path: Path, largest: int = LARGEST):
+    """What a pickle of Python 2 or 3 holds, if that is arrays, containers, strings and numbers. ValueError otherwise."""
+    try:
+        if path.stat().st_size > largest:
+            raise ValueError(f"it has more than {largest >> 20} MB")
+        return _unpickled(BytesIO(path.read_bytes()))
+    except Exception as e:
+        what = " ".join(str(e).split())[:300] or type(e).__name__
+        raise ValueError(f"{path} is not a pickle that can be read: {what}") from e
+
+
+def _npy(content: bytes) -> np.ndarray:
+    f = BytesIO(content)
+    version = np.lib.format.read_magic(f)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read_header is None:
+        raise ValueError(f"expected .npy version 1 or 2, found {version}")
+    shape, fortran, dtype = read_header(f)
+    if dtype.hasobject:
+        found = _unpickled(f)
+        if not isinstance(found, np.ndarray):
+            raise ValueError(f"expected an array in its pickle, found {type(found).__name__}")
+        return found
+    return _filled(shape, dtype, fortran, content[f.tell() :])
+
+
+def _filled(shape, dtype: np.dtype, fortran: bool, raw: bytes | str) -> np.ndarray:
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw  # how Python 2 wrote bytes
+    if not all(type(n) is int and n >= 0 for n in shape) or len(raw) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"an array is said to be {list(shape)} of {dtype}, which its {len(raw)} bytes are not")
+    return np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _unpickled(f: BytesIO):
+    return _real(_ArraysOnly(f, encoding="latin1").load(), {})
+
+
+class _Dtype:
+    """Stands for a numpy.dtype of numbers, strings or objects."""
+
+    def __init__(self, code: str):
+        if not (isinstance(code, str) and re.fullmatch(r"[biufSUO][0-9]{1,6}", code)):
+            raise ValueError(f"its pickle holds the dtype {code!r}, and only plain ones are read here")
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        if state[1] not in ("<", ">", "=", "|") or tuple(state[2:5]) != (None, None, None):
+            raise ValueError("its pickle holds a dtype of many parts, and only plain ones are read here")
+        self.order = state[1]
+
+    def real(self) -> np.dtype:
+        return np.dtype(self.code if self.order in "=|" else self.order + self.code)
+
+
+class _Array:
+    """Stands for a numpy.ndarray."""
+
+    def __setstate__(self, state):
+        self.shape, self.dtype, self.fortran, self.raw = state[-4:]
+
+    def real(self, seen: dict) -> np.ndarray:
+        dtype = self.dtype.real()
+        if not dtype.hasobject:
+            return _filled(self.shape, dtype, self.fortran, self.raw)
+        if not isinstance(self.raw, list) or not all(type(n) is int and n >= 0 for n in self.shape):
+            raise ValueError("an object array of its pickle holds no list")
+        out = np.empty(len(self.raw), object)
+        for i, v in enumerate(self.raw):
+            out[i] = _real(v, seen)
+        return out.reshape(self.shape, order="F" if self.fortran else "C")
+
+
+class _Chumpy:
+    """Stands for an object of chumpy: an array in a wrapper, or a selection of another one's numbers."""
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def real(self, seen: dict) -> np.ndarray:
+        state = getattr(self, "state", None)
+        if isinstance(state, dict) and "x" in state:
+            return np.asarray(_real(state["x"], seen))
+        if not isinstance(state, dict) or not {"a", "idxs"} <= set(state):
+            raise ValueError("its pickle holds an expression of chumpy, and only its arrays are read here")
+        a, idxs = np.asarray(_real(state["a"], seen)), np.asarray(_real(state["idxs"], seen))
+        return a.ravel()[idxs].reshape(tuple(_real(state.get("preferred_shape"), seen) or idxs.shape))
+
+
+class _Sparse:
+    """Stands for a sparse matrix of SciPy, compressed by columns or by rows."""
+
+    by_column = True
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def real(self, seen: dict) -> np.ndarray:
+        data, indices, starts = (np.asarray(_real(self.state[k], seen)) for k in ("data", "indices", "indptr"))
+        rows, columns = self.state.get("_shape", self.state.get("shape"))
+        lines, cells = (columns, rows) if self.by_column else (rows, columns)
+        if not (type(rows) is type(columns) is int and 0 < lines * cells <= SPARSE_CELLS and len(starts) == lines + 1
+                and (np.diff(starts) >= 0).all() and starts[0] == 0 and starts[-1] == len(indices) == len(data)
+                and ((indices >= 0) & (indices < cells)).all()):
+            raise ValueError("its pickle holds a sparse matrix that contradicts itself")
+        out = np.zeros((lines, cells))
+        np.add.at(out, (np.repeat(np.arange(lines), np.diff(starts)), indices), data)
+        return out.T if self.by_column else out
+
+
+class _SparseRows(_Sparse):
+    by_column = False
+
+
+def _reconstruct(cls, *_):
+    """copy_reg._reconstructor, for the stand-ins only: how Python 2 made objects."""
+    if cls not in (_Chumpy, _Sparse, _SparseRows):
+        raise ValueError("its pickle builds an object in an unusual way")
+    return cls()
+
+
+def _real(x, seen: dict):
+    """Stand-ins and what holds them -> real arrays in plain containers; everything once, however often it is referred to."""
+    if not isinstance(x, _Array | _Chumpy | _Sparse | dict | list | tuple):
+        return x
+    if id(x) not in seen:
+        seen[id(x)] = None  # something that holds itself
+        if isinstance(x, _Array | _Chumpy | _Sparse):
+            seen[id(x)] = x.real(seen)
+        elif isinstance(x, dict):
+            seen[id(x)] = {k: _real(v, seen) for k, v in x.items()}
+        else:
+            seen[id(x)] = [_real(v, seen) for v in x]
+    return seen[id(x)]
+
+
+def _no_call(*_):
+    raise ValueError("its pickle builds an array in an unusual way")
+
+
+class _ArraysOnly(pickle._Unpickler):
+    stand_ins = {
+        ("numpy", "dtype"): lambda code, *_: _Dtype(code),
+        ("numpy", "ndarray"): _no_call,  # only named, as the type of what _reconstruct makes
+        **{(module, "bytes"): lambda: b"" for module in ("__builtin__", "builtins")},  # how it wrote no bytes at all
+        ("_codecs", "encode"): lambda text, codec: text.encode("latin1"),  # how Python 3 wrote bytes for Python 2
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in ("core", "_core")},
+        **{(f"numpy.{core}.multiarray", "scalar"): lambda dtype, raw: _filled((), dtype.real(), False, raw)[()]
+           for core in ("core", "_core")},
+        ("chumpy.ch", "Ch"): _Chumpy, ("chumpy.reordering", "Select"): _Chumpy,
+        **{(f"scipy.sparse.{under}{kind}", f"{kind}_matrix"): cls
+           for kind, cls in (("csc", _Sparse), ("csr", _SparseRows)) for under in ("", "_")},
+        **{(module, "_reconstructor"): _reconstruct for module in ("copy_reg", "copyreg")},
+        **{(module, "object"): object for module in ("__builtin__", "builtins")},  # only named, as the base of all classes
+    }  # fmt: skip
+
+    def find_class(self, module, name):
+        if (module, name) not in self.stand_ins:
+            raise ValueError(f"its pickle asks for {module}.{name}, and only arrays are read here")
+        return self.stand_ins[module, name]

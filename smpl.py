@@ -1,0 +1,116 @@
+"""SMPL (Loper et al. 2015) as a linear map of pose and shape: the points that Human3.6M, 3DPW and AMASS need.
+
+The body model is licensed: users bring the file. `read` takes the official .pkl (without chumpy, without running anything
+in it) or an .npz with the same keys. A regressor R [P, V] makes P points out of the V vertices; since a vertex is a sum over
+joints of rigid motions of a blended rest position, so is a point, and nobody has to pose the 6890 vertices:
+
+    point_p = sum_j T_j(pose) M_pj,   M_pj = sum_v R_pv W_vj [rest_v; 1],   rest = template + shape blend + pose blend
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from prepare_data import quat_from_rotvec, quat_to_matrix
+from safe_pickle import load_arrays, load_pickle
+
+N_JOINTS, N_SHAPE = 24, 10
+LARGEST = 2 << 30  # bytes: a model with 300 shapes unpacks to 0.2 GB
+# Which of SMPL's 24 joints is nearest to each of Human3.6M's 17 in the rest pose. Only the coarsening goes by it.
+TO_H36M = [0, 2, 5, 8, 1, 4, 7, 6, 12, 15, 15, 16, 18, 20, 17, 19, 21]
+
+
+@dataclass
+class SMPL:
+    """A body model: v_template [V, 3] m, shapedirs [V, 3, 10], posedirs [V, 3, 207], J_regressor [24, V], weights [V, 24],
+    parents (24 of them, -1 for the root), faces [F, 3]."""
+
+    v_template: np.ndarray
+    shapedirs: np.ndarray
+    posedirs: np.ndarray
+    J_regressor: np.ndarray
+    weights: np.ndarray
+    parents: list[int]
+    faces: np.ndarray
+
+    def joints(self, shape: np.ndarray) -> np.ndarray:
+        """Joints of the rest pose: shape [N, 10] -> [N, 24, 3] m."""
+        directions = np.einsum("jv,vck->jck", self.J_regressor, self.shapedirs)
+        return self.J_regressor @ self.v_template + np.einsum("jck,nk->njc", directions, shape)
+
+    def transforms(self, pose: np.ndarray, shape: np.ndarray, trans: np.ndarray) -> np.ndarray:
+        """Rigid motion of what hangs on each joint, rest pose -> posed: pose [N, 24, 3] axis-angle, shape [N, 10], trans
+        [N, 3] m -> [N, 24, 3, 4]."""
+        rest, local = self.joints(shape), quat_to_matrix(quat_from_rotvec(pose))
+        turn, place = np.empty_like(local), np.empty_like(rest)
+        for j, parent in enumerate(self.parents):
+            if parent < 0:
+                turn[:, j], place[:, j] = local[:, j], rest[:, j] + trans  # the root turns about its joint, not the origin
+            else:
+                turn[:, j] = turn[:, parent] @ local[:, j]
+                offset = rest[:, j] - rest[:, parent]
+                place[:, j] = place[:, parent] + np.einsum("nij,nj->ni", turn[:, parent], offset)
+        shift = place - np.einsum("njab,njb->nja", turn, rest)
+        return np.concatenate([turn, shift[..., None]], -1)
+
+
+class Points:
+    """Points regressed from posed bodies, metres:
+    Points(model, R [P, V])(pose [N, 24, 3] axis-angle, shape [N, 10], trans [N, 3]) -> [N, P, 3]."""
+
+    def __init__(self, model: SMPL, regressor: np.ndarray):
+        self.model, P = model, len(regressor)
+        V = len(model.v_template)
+        basis = np.concatenate([model.v_template[:, :, None], model.shapedirs, model.posedirs], 2).reshape(V, -1)
+        rest = np.stack([(regressor * w) @ basis for w in model.weights.T])  # [24, P, 3 * 218]
+        self.M = np.ascontiguousarray(rest.reshape(N_JOINTS, P, 3, -1).transpose(3, 1, 0, 2).reshape(-1, P * N_JOINTS * 3))
+        self.share = regressor @ model.weights  # [P, 24], how much of a point hangs on each joint
+
+    def __call__(self, pose: np.ndarray, shape: np.ndarray, trans: np.ndarray) -> np.ndarray:
+        pose, shape, trans = (np.asarray(a, np.float64) for a in (pose, shape, trans))
+        n, p = len(pose), len(self.share)
+        bent = quat_to_matrix(quat_from_rotvec(pose[:, 1:])) - np.eye(3)
+        blend = np.concatenate([np.ones((n, 1)), shape, bent.reshape(n, -1)], 1)  # [N, 1 + 10 + 207]
+        rest = (blend @ self.M).reshape(n, p, N_JOINTS, 3)
+        T = self.model.transforms(pose, shape, trans)
+        # [N, P, 24 * 3] @ [N, 24 * 3, 3]: one product a sample
+        turned = rest.reshape(n, p, -1) @ T[..., :3].transpose(0, 1, 3, 2).reshape(n, -1, 3)
+        return turned + self.share @ T[..., 3]
+
+
+def read(path: Path) -> SMPL:
+    """An SMPL file (.pkl or .npz). ValueError with one sentence on anything else."""
+    content = load_arrays(path, LARGEST) if path.suffix.lower() == ".npz" else load_pickle(path, LARGEST)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no SMPL model: expected a dictionary of arrays, found {type(content).__name__}")
+
+    def array(key: str, *shape) -> np.ndarray:
+        if key not in content:
+            raise ValueError(f"{path} is no SMPL model: it has no {key}")
+        a = content[key]
+        if not isinstance(a, np.ndarray) or a.dtype.kind not in "fiu" or a.ndim != len(shape) or any(
+                s not in (None, n) for s, n in zip(shape, a.shape, strict=True)) or not np.isfinite(a).all():
+            found = f"{a.dtype} {list(a.shape)}" if isinstance(a, np.ndarray) else type(a).__name__
+            wanted = [s if s is not None else "any" for s in shape]
+            raise ValueError(f"{path}: expected {key} to be finite numbers {wanted}, found {found}")
+        return a
+
+    v = array("v_template", None, 3).astype(np.float64)
+    V = len(v)
+    shapedirs = array("shapedirs", V, 3, None)[:, :, :N_SHAPE].astype(np.float64)
+    if shapedirs.shape[2] < N_SHAPE:
+        raise ValueError(f"{path}: expected shapedirs with at least {N_SHAPE} shapes, found {shapedirs.shape[2]}")
+    parents, order = array("kintree_table", 2, None).astype(np.int64)
+    if len(parents) != N_JOINTS:
+        raise ValueError(f"{path}: expected SMPL's {N_JOINTS} joints in kintree_table, found {len(parents)} (SMPL-H has 52 "
+                         "and SMPL-X 55: take the model that is called SMPL)")
+    parents = [-1 if j == 0 else int(p) for j, p in enumerate(parents)]
+    if (order != np.arange(N_JOINTS)).any() or any(not 0 <= p < j for j, p in enumerate(parents) if j):
+        raise ValueError(f"{path}: expected kintree_table to list every joint after its parent")
+    faces = array("f", None, 3).astype(np.int64)
+    if not len(faces) or faces.min() < 0 or faces.max() >= V:
+        raise ValueError(f"{path}: expected faces f of vertices 0 to {V - 1}")
+    return SMPL(v, shapedirs, array("posedirs", V, 3, 9 * (N_JOINTS - 1)).astype(np.float64),
+                array("J_regressor", N_JOINTS, V).astype(np.float64), array("weights", V, N_JOINTS).astype(np.float64),
+                parents, faces)
