@@ -38,13 +38,15 @@ from hipart import (
 )
 from train import FEEDS, Run, Split, feed, load_finished, load_hipart, load_regressor, new_lifter, stop, tokenizer_report
 
-SPLITS = {"test": "new bodies, familiar motion", "unseen": "unseen motion"}
+SPLITS = {"test": "new bodies, familiar motion", "unseen": "unseen motion"}  # of the default data; others bring their words
 LOW_CONF = 0.5  # a sample with a joint that is missing, or less sure than this, counts as occluded
 PAPER_MPJPE = {"sparse": "52.1", "generated": "42.0", "sparse_clean": "37.6", "ground_truth_clean": "17.5"}
 PAPER_NOTE = (
     r"\* Human3.6M, the paper's data set and not this one: compare ratios, never millimetres. Lifting CPN detections, "
     "sparse only 52.1 and with HiPART 42.0 (ratio 0.81); toy experiment on ground-truth 2D 37.6 -> 17.5 (ratio 0.47). "
     "HiPART by source of 2D poses: 49.3 SH / 42.0 CPN / 28.3 ground truth.")
+
+SAME_DATA_NOTE = r"\* Human3.6M. The paper: " + PAPER_NOTE.split("millimetres. ")[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,22 +130,24 @@ def measure(split: Split, hipart: HiPART, regressor: Regressor, lifters: dict, r
     mpjpe/FEED/SEED, pa_mpjpe/FEED/SEED    mm, for every lifter in `lifters` {(feed, seed): model}
     px/INPUT/SOURCE, percent/INPUT/SOURCE  mean 2D error in pixels, and in percent of the person's standing height; INPUT
                                            is detected (drawn afresh from `rng` if given) or clean, SOURCE as in SOURCES
+    mpjpe_14/FEED/SEED, pa_mpjpe_14/...    the same over the data's joints_14, if it names them, the pelvis moved onto 0
     accuracy_s/INPUT, accuracy_d/INPUT     teacher-forced token accuracy, percent
     seen/FEED/SEED, missing/FEED/SEED      mm, mean over the joints that the detector gave and over those it missed; FEED is
                                            also "sparse interpolated" and "generated interpolated"
     alignment, action, occluded
-    """
-    rows = defaultdict(list)
 
-    def add(name: str, values: Tensor) -> None:
-        rows[name].append(values.cpu().numpy().astype(np.float64))
+    What needs true dense and fine points is NaN for samples without.
+    """
+    rows, j14 = defaultdict(list), split.meta.get("joints_14")
+
+    def add(name: str, values: Tensor, known: Tensor | None = None) -> None:
+        values = values.cpu().numpy().astype(np.float64)
+        rows[name].append(values if known is None else np.where(known.cpu().numpy(), values, np.nan))
 
     for kind in ("detected", "clean"):
-        clean, start = kind == "clean", 0
+        clean = kind == "clean"
         for block, truth in zip(split.blocks(rng, clean), split.blocks(clean=True), strict=True):
-            x_s, conf = block["x_s"], block["conf"]
-            height = torch.from_numpy(split.arrays["height_px"][start : start + len(x_s)].copy()).to(x_s)
-            start += len(x_s)
+            x_s, conf, height, fit = (block[k] for k in ("x_s", "conf", "height_px", "fit"))
             points = {name: feed(name, block, hipart, regressor) for name in ("generated", "regressor")}
             small = zip(*(block[k].split(256) for k in ("x_s", "conf", "x_f")), strict=True)  # logits are large
             told = [teacher_forced(hipart, *parts) for parts in small]
@@ -153,20 +157,26 @@ def measure(split: Split, hipart: HiPART, regressor: Regressor, lifters: dict, r
             seen = (conf > 0).to(x_s)
             errors["input"] = ((x_s - truth["x_s"]).norm(dim=-1) * seen).sum(-1) / seen.sum(-1)
             for name, error in errors.items():
-                add(f"px/{kind}/{name}", error * split.w / 2)
-                add(f"percent/{kind}/{name}", error * split.w / 2 / height * 100)
+                known = None if name == "input" else fit
+                add(f"px/{kind}/{name}", error * split.w / 2, known)
+                add(f"percent/{kind}/{name}", error * split.w / 2 / height * 100, known)
             for name in ("accuracy_s", "accuracy_d"):
-                add(f"{name}/{kind}", told[name])
+                add(f"{name}/{kind}", told[name], fit)
             if not clean:
                 add("action", block["action"])
                 add("occluded", (conf < LOW_CONF).any(1))
-                add("alignment", told["alignment"])
+                add("alignment", told["alignment"], fit)
             for (name, seed), lifter in lifters.items():
                 if name.endswith("_clean") == clean:
                     x = points[name] if name in points else feed(name, block, hipart, regressor)
                     y = torch.cat([lifter(*p) for p in zip(x.split(1024), conf.split(1024), strict=True)]).cpu()
-                    rows[f"mpjpe/{name}/{seed}"].append(mpjpe(y, block["y"].cpu()))
-                    rows[f"pa_mpjpe/{name}/{seed}"].append(pa_mpjpe(y, block["y"].cpu()))
+                    true, known = block["y"].cpu(), fit if name.startswith("ground_truth") else None
+                    add(f"mpjpe/{name}/{seed}", torch.from_numpy(mpjpe(y, true)), known)
+                    add(f"pa_mpjpe/{name}/{seed}", torch.from_numpy(pa_mpjpe(y, true)), known)
+                    if j14:
+                        pair = (y - y[:, :1])[:, j14], true[:, j14]
+                        add(f"mpjpe_14/{name}/{seed}", torch.from_numpy(mpjpe(*pair)), known)
+                        add(f"pa_mpjpe_14/{name}/{seed}", torch.from_numpy(pa_mpjpe(*pair)), known)
                     if clean:
                         continue
                     tried = {name: y}
@@ -176,7 +186,7 @@ def measure(split: Split, hipart: HiPART, regressor: Regressor, lifters: dict, r
                         guess = tried[f"{name} interpolated"] = y.clone()
                         guess[gone.cpu()] = lifter(feed(name, whole, hipart, regressor), whole["conf"]).cpu()
                     for label, guess in tried.items():
-                        off = np.linalg.norm(np.float64(guess - block["y"].cpu()), axis=-1)
+                        off = np.linalg.norm(np.float64(guess - true), axis=-1)
                         for which, mask in (("seen", conf.cpu().numpy() > 0), ("missing", conf.cpu().numpy() == 0)):
                             n = mask.sum(1)
                             mean = (off * mask).sum(1) / np.maximum(n, 1)
@@ -253,15 +263,16 @@ def per_action(s: dict, cells) -> list[list[str]]:
                    ["**all frames**", *cells(lambda column: s[column]["frames"])]]
 
 
-def lifting_tables(s: dict, seeds: int, kind: str) -> str:
+def lifting_tables(s: dict, seeds: int, kind: str, note: str) -> str:
     """3D errors of one split from its summary: all feeds, then the four that matter, per action."""
 
     def values(feed: str, average: str, metric: str = "mpjpe") -> list:
         return [s[f"{metric}/{feed}/{seed}"][average] for seed in range(seeds)]
 
-    def ratio(feed: str) -> float:
+    def ratio(feed: str) -> str:
         base = "sparse_clean" if feed.endswith("_clean") else "sparse"
-        return np.mean(values(feed, "actions")) / np.mean(values(base, "actions"))
+        known = None not in values(feed, "actions")
+        return f"{np.mean(values(feed, 'actions')) / np.mean(values(base, 'actions')):.2f}" if known else "-"
 
     head = ["lifter fed with", "MPJPE, mean of actions", "MPJPE, all frames", "PA-MPJPE, mean of actions",
             "PA-MPJPE, all frames", "ratio", "occluded", "not occluded", r"paper\*"]
@@ -269,20 +280,31 @@ def lifting_tables(s: dict, seeds: int, kind: str) -> str:
     for name, label in FEEDS.items():
         errors = [number(values(name, average, m)) for m in ("mpjpe", "pa_mpjpe") for average in ("actions", "frames")]
         occluded = ["-", "-"] if name.endswith("_clean") else [number(values(name, a)) for a in ("occluded", "clear")]
-        rows.append([label, *errors, f"{ratio(name):.2f}", *occluded, PAPER_MPJPE.get(name, "-")])
+        rows.append([label, *errors, ratio(name), *occluded, PAPER_MPJPE.get(name, "-")])
     four = list(FEEDS)[:4]
     return "\n\n".join([
         f"({kind}) Millimetres{f', mean ± standard deviation over {seeds} seeds' if seeds > 1 else ''}.",
         table(head, rows),
         "*ratio*: MPJPE (mean of actions) to that of (a); in clean rows, to clean sparse. *occluded*: MPJPE over the "
         f"{s['occluded']['frames']:.0%} of frames in which a joint is missing or has confidence below {LOW_CONF}.",
-        PAPER_NOTE,
-        f"**HiPART (b) is at {ratio('generated'):.2f} of sparse only (a)**; the plain regressor (d) at "
-        f"{ratio('regressor'):.2f}, ground-truth points (c) at {ratio('ground_truth'):.2f}. The paper's ratio (b) : (a) on "
+        note,
+        f"**HiPART (b) is at {ratio('generated')} of sparse only (a)**; the plain regressor (d) at "
+        f"{ratio('regressor')}, ground-truth points (c) at {ratio('ground_truth')}. The paper's ratio (b) : (a) on "
         "Human3.6M is 0.81.",
+        *protocol_14(s, seeds),
         "MPJPE per action:",
         table(["action", *(FEEDS[f] for f in four)],
               per_action(s, lambda get: [number([get(f"mpjpe/{f}/{i}") for i in range(seeds)]) for f in four]))])
+
+
+def protocol_14(s: dict, seeds: int) -> list[str]:
+    """3DPW's usual protocol, if the data name its joints: 14 joints, poses moved to their pelvis, means over frames."""
+    if "mpjpe_14/sparse/0" not in s:
+        return []
+    rows = [[label, *(number([s[f"{metric}_14/{name}/{seed}"]["frames"] for seed in range(seeds)])
+                      for metric in ("mpjpe", "pa_mpjpe"))] for name, label in FEEDS.items()]
+    head = ["lifter fed with", "MPJPE", "PA-MPJPE"]
+    return ["14 joints, relative to the predicted pelvis, mean over all frames, mm:", table(head, rows)]
 
 
 def missing_table(s: dict, seeds: int) -> str:
@@ -322,7 +344,7 @@ def error_table(summaries: dict[str, dict]) -> str:
         columns = [pixels(lambda column, s=s: s[column]["frames"], kind, SOURCES) for s in summaries.values()]
         rows += [[f"{kind}: {label}", *cells] for label, *cells in zip(SOURCES.values(), *columns, strict=True)]
         rows += [[f"{kind}: {label} tokens right, told the past",
-                  *(f"{s[f'accuracy_{t}/{kind}']['frames']:.1f} %" for s in summaries.values())]
+                  *(f"{number([s[f'accuracy_{t}/{kind}']['frames']])} %" for s in summaries.values())]
                  for t, label in (("s", "sparse"), ("d", "dense"))]
     return table(["px (% of standing height)", *summaries], [r for r in rows if r[0] != f"clean: {SOURCES['input']}"])
 
@@ -410,35 +432,45 @@ def main() -> None:
         stop(f"--seeds must be at least 1, found {args.seeds}")
     run = open_run(args)
     hipart, regressor, (lifters, about) = load_hipart(run), load_regressor(run), load_lifters(run, args.seeds)
-    splits = {name: run.split(name) for name in ("train", "val", *SPLITS)}
+    meta = run.split("test").meta
+    splits = {name: run.split(name, fitted=name == "train") for name in meta["splits"]}
     header = describe(run, about, {name: split.n for name, split in splits.items()}, args.seeds)
-    splits["train"].n = min(splits["train"].n, splits["val"].n)  # as many samples as there are to validate on
+    tested = {name: meta["splits"][name].get("about", SPLITS.get(name)) for name in splits if name not in ("train", "val")}
+    if "train" in splits:  # as many samples as there are to validate on
+        run.limit = min(splits["train"].n, splits["val"].n)
+        splits["train"] = run.split("train", fitted=True)
     summaries = {}
     for name, split in splits.items():
         print(f"measuring {name}: {split.n} samples", flush=True)
-        rows = measure(split, hipart, regressor, lifters if name in SPLITS else {}, run.rng(5) if name == "train" else None)
+        rows = measure(split, hipart, regressor, lifters if name in tested else {}, run.rng(5) if name == "train" else None)
         summaries[name] = summarize(rows, split.meta["actions"])
 
     def in_frame(block: dict[str, Tensor]) -> dict[str, Tensor]:
         pelvis = detected_pelvis(block["x_s"], block["conf"])
         return {k: to_model_frame(block[k], pelvis) for k in ("x_f", "x_d")} | dict(a=block["action"])
 
-    reports = {name: tokenizer_report(hipart.msst, splits[name], in_frame) for name in ("val", *SPLITS)}
+    fitted = {name: run.split(name, fitted=True) for name in splits if name != "train"}
+    reports = {name: tokenizer_report(hipart.msst, split, in_frame) for name, split in fitted.items() if split.n}
     sections = [f"# Evaluation of {run.path}", header]
-    for name, kind in SPLITS.items():
-        sections += [f"## 3D error on `{name}`", lifting_tables(summaries[name], args.seeds, kind),
+    for name, kind in tested.items():
+        fits = meta["splits"][name].get("fits", splits[name].n)
+        if fits < splits[name].n:
+            kind += f"; {fits} of {splits[name].n} samples have true dense and fine points: what needs them is their mean"
+        note = SAME_DATA_NOTE if meta.get("source") == "h36m" else PAPER_NOTE
+        sections += [f"## 3D error on `{name}`", lifting_tables(summaries[name], args.seeds, kind, note),
                      "Joints that the detector gave and joints that it missed, mm, mean over frames. A missing joint is a "
                      "learned token; *interpolated*: the same models are given the mean of its neighbours instead.",
                      missing_table(summaries[name], args.seeds)]
     sections += ["## Where the 2D error comes from", error_table(summaries),
-                 f"Mean error of the 96 fine points over all frames. *train*: its first {splits['train'].n} poses under a "
-                 "fresh draw of detections; all stages know these poses. *told the past*: every token is chosen given the "
-                 "true tokens before it (teacher forcing)."]
-    for name, kind in SPLITS.items():
+                 "Mean error of the 96 fine points over all frames. *train*: as many of its poses as val has, under a fresh "
+                 "draw of detections if they are simulated; all stages know these poses. *told the past*: every token is "
+                 "chosen given the true tokens before it (teacher forcing)."]
+    for name, kind in tested.items():
         sections += [f"## 2D error of the fine pose on `{name}` ({kind})", fine_pose_tables(summaries[name])]
-    sections += ["## Tokenizer and codebooks", codebook_table(reports, summaries, hipart.config),
-                 "Perplexity and dead codes (never used) are taken over the whole split. *alignment*: mean cosine of a "
-                 "sparse embedding with the mean dense embedding of its own part, minus that with the other parts."]
+    if reports:
+        sections += ["## Tokenizer and codebooks", codebook_table(reports, summaries, hipart.config),
+                     "Perplexity and dead codes (never used) are taken over the whole split. *alignment*: mean cosine of a "
+                     "sparse embedding with the mean dense embedding of its own part, minus that with the other parts."]
     text = "\n\n".join(sections) + "\n"
     print("\n" + text)
     write(run.path / "table.md", text)

@@ -449,7 +449,7 @@ class HiARM(nn.Module):
         x = x.flatten(0, 1)
         for block in self.LSAB:
             x = block(x)
-        return x.mean(1).view(*zh_s.shape[:2], -1)
+        return x.mean(1).unflatten(0, zh_s.shape[:2])
 
     def forward(self, x_s: Tensor, q_s: Tensor, q_d: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits: logits_s [B, 16, K_s] and logits_d [B, 48, K_d]; part i sees only parts before it."""

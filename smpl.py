@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from hipart import LEFT, RIGHT
 from prepare_data import quat_from_rotvec, quat_to_matrix
 from safe_pickle import load_arrays, load_pickle
 
 N_JOINTS, N_SHAPE = 24, 10
 LARGEST = 2 << 30  # bytes: a model with 300 shapes unpacks to 0.2 GB
+FILE_NAME = r".*(smpl|basic_?model).*\.(pkl|npz)"  # of a model, in lower case
+REGRESSOR_NAME = r"j_regressor_h36m.*\.npy"
 # Which of SMPL's 24 joints is nearest to each of Human3.6M's 17 in the rest pose. Only the coarsening goes by it.
 TO_H36M = [0, 2, 5, 8, 1, 4, 7, 6, 12, 15, 15, 16, 18, 20, 17, 19, 21]
 
@@ -114,3 +117,31 @@ def read(path: Path) -> SMPL:
     return SMPL(v, shapedirs, array("posedirs", V, 3, 9 * (N_JOINTS - 1)).astype(np.float64),
                 array("J_regressor", N_JOINTS, V).astype(np.float64), array("weights", V, N_JOINTS).astype(np.float64),
                 parents, faces)
+
+
+def neutral(paths: list[Path]) -> Path:
+    """Of several model files the neutral one."""
+    return min(paths, key=lambda p: "neutral" not in p.name.lower())
+
+
+def read_regressor(path: Path, model: SMPL) -> np.ndarray:
+    """The 17 joints out of the V vertices, [17, V], in Human3.6M's order.
+
+    Files of this name differ: SPIN's has the left leg first, Human3.6M's order the right one, and the arms are alike. The
+    joints of the rest pose tell, since left is +x there.
+    """
+    R, V = load_arrays(path)[""], len(model.v_template)
+    if R.dtype.kind != "f" or R.shape != (17, V) or not (np.abs(R.sum(1) - 1) < 0.05).all():
+        raise ValueError(f"{path}: expected finite numbers [17, {V}] whose rows sum to 1, found {R.dtype} {list(R.shape)}")
+    x, order, swapped = R @ model.v_template[:, 0], np.arange(17), []
+    for limbs, right, left in (("legs", RIGHT[:3], LEFT[:3]), ("arms", RIGHT[3:], LEFT[3:])):
+        right, left = list(right), list(left)
+        if (x[right] > 0).all() and (x[left] < 0).all():
+            order[right + left] = left + right
+            swapped.append(limbs)
+        elif not ((x[right] < 0).all() and (x[left] > 0).all()):
+            raise ValueError(f"{path}: expected rows {right} and {left} on the two sides of the body ({limbs}), found "
+                             f"them at x = {', '.join(f'{v:.2f}' for v in x[right + left])} m")
+    if swapped:
+        print(f"{path}: left and right {' and '.join(swapped)} swapped, since Human3.6M's order is the other way round")
+    return R[order].astype(np.float64)

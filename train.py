@@ -64,6 +64,7 @@ FEEDS = {  # name: (what the lifter is fed with, the letter of the README's tabl
     "sparse_clean": "-  clean sparse only",
     "ground_truth_clean": "-  clean sparse + ground-truth dense + fine",
 }
+NEED_FIT = ("ground_truth", "auxiliary", "ground_truth_clean")  # their training needs true dense and fine points
 BLOCK = 8192  # samples read, detected and moved to the device at once
 
 
@@ -72,29 +73,38 @@ BLOCK = 8192  # samples read, detected and moved to the device at once
 
 
 class Split:
-    """One split of a data set, read in blocks of tensors. Poses come out in normalised image coordinates."""
+    """One split of a data set, read in blocks of tensors. Poses come out in normalised image coordinates.
 
-    def __init__(self, data: str, name: str, device: torch.device, limit: int = 0):
+    limit: only so many samples, evenly spread (0: all); fitted: only those that have dense and fine points.
+    """
+
+    def __init__(self, data: str, name: str, device: torch.device, limit: int = 0, fitted: bool = False):
         try:
             self.arrays, self.meta = load(Path(data).name, name, Path(data).parent)
         except (ValueError, OSError) as e:
             stop(str(e))
-        self.device, self.n = device, min(limit or 10**12, len(self.arrays["x_s"]))
         self.w, self.h = self.meta["image_size"]
+        self.device, has = device, self.arrays.get("fit")
+        rows = np.arange(len(self.arrays["x_s"])) if has is None or not fitted else np.flatnonzero(has)
+        self.n = min(limit or len(rows), len(rows))
+        self.rows = rows[np.arange(self.n) * len(rows) // max(self.n, 1)]
 
     def read(self, rows, rng: np.random.Generator | None = None, clean: bool = False) -> dict[str, Tensor]:
-        """Samples `rows` as tensors: x_s [n, 17, 2], conf [n, 17], x_d, x_f, y [n, 17, 3] mm, action [n].
+        """Samples `rows` as tensors: x_s [n, 17, 2], conf [n, 17], x_d, x_f, y [n, 17, 3] mm, action, height_px, fit [n].
 
-        x_s is what the detector gives: the stored draw, or a fresh one if `rng` is given, or the clean projection.
+        x_s is what the detector gives: the stored draw, or a fresh one if `rng` is given and the detector is simulated, or
+        the clean projection. x_d and x_f are 0 where fit is False.
         """
-        a = {k: np.array(v[rows]) for k, v in self.arrays.items()}
+        a = {k: np.array(v[self.rows[rows]]) for k, v in self.arrays.items()}
+        a.setdefault("fit", np.ones(len(a["y"]), bool))
         if clean:
             a["conf"] = np.ones(a["x_s"].shape[:2], np.float32)
-        elif rng is not None:
+        elif rng is not None and self.meta["noise"]:
             a["x_s"], a["conf"] = detect(a["x_s"], a["height_px"], rng, self.meta["noise"])
         else:
             a["x_s"] = a["x_s_det"]
-        t = {k: torch.from_numpy(a[k]).to(self.device) for k in ("x_s", "conf", "x_d", "x_f", "y", "action")}
+        names = ("x_s", "conf", "x_d", "x_f", "y", "action", "height_px", "fit")
+        t = {k: torch.from_numpy(a[k]).to(self.device) for k in names}
         for k in ("x_s", "x_d", "x_f"):
             t[k] = normalize_screen(t[k], self.w, self.h)
         t["x_s"] = t["x_s"] * (t["conf"] > 0)[..., None]
@@ -159,8 +169,8 @@ class Run:
         beside.write_text("".join(r + "\n" for r in kept))
         os.replace(beside, path)
 
-    def split(self, name: str) -> Split:
-        return Split(self.data, name, self.device, self.limit if name == "train" else 0)
+    def split(self, name: str, fitted: bool = False) -> Split:
+        return Split(self.data, name, self.device, self.limit if name == "train" else 0, fitted)
 
     def rng(self, *key: int) -> np.random.Generator:
         """Random numbers for the simulated detector, keyed by stage, seed and epoch: an epoch can be drawn again."""
@@ -320,7 +330,7 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, device: torch.device
 
 def stage_1(run: Run):
     """The tokenizer. It sees no detection, yet its frame is a detected pelvis: so the shift is one that a detector gives."""
-    c, train, val = run.config, run.split("train"), run.split("val")
+    c, train, val = run.config, run.split("train", fitted=True), run.split("val")
     if len(train.meta["actions"]) > c.n_actions:
         n = len(train.meta["actions"])
         stop(f"{run.data} has {n} actions, and the model is made for {c.n_actions}: add --n_actions {n}")
@@ -329,8 +339,6 @@ def stage_1(run: Run):
         stop(f"stage 1 has {steps} steps, and the codebooks begin only after --warmup_free {c.warmup_free}: train longer")
     if train.n * J_S < c.K_s or train.n * J_D < c.K_d:
         stop(f"{train.n} training samples are too few to start {c.K_s} and {c.K_d} codes: lower --K_s and --K_d")
-    if len(train.meta["actions"]) > c.n_actions:
-        stop(f"{run.data} has {len(train.meta['actions'])} actions: --n_actions must be at least that, found {c.n_actions}")
     torch.manual_seed(run.seed)
     model = HiPART(c).msst.to(run.device)
 
@@ -385,7 +393,7 @@ def tokenizer_report(model, split: Split, in_frame) -> dict:
 
 def stage_2(run: Run):
     """HiARM on a fresh detection of every pose in every epoch; the tokenizer is frozen."""
-    c, train, val = run.config, run.split("train"), run.split("val")
+    c, train, val = run.config, run.split("train", fitted=True), run.split("val")
     torch.manual_seed(run.seed)
     model = HiPART(c).to(run.device)
     restore(model.msst, load_finished(run, "stage1"), run.path / "stage1.pt")
@@ -452,7 +460,7 @@ def load_regressor(run: Run) -> Regressor:
 
 def train_regressor(run: Run) -> Regressor:
     """Feed (d): x_s -> x_d, x_f by a plain MLP on the same detections. Mean distance is its loss and its score."""
-    c, train, val = run.config, run.split("train"), run.split("val")
+    c, train, val = run.config, run.split("train", fitted=True), run.split("val")
     torch.manual_seed(run.seed)
     model = Regressor(c.regressor_width).to(run.device)
 
@@ -514,7 +522,8 @@ def new_lifter(c: Config, name: str) -> nn.Module:
 
 def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
     """One lifter for one feed: the same network, schedule and number of samples for all of them. Plain MPJPE loss."""
-    c, train, val = run.config, run.split("train"), run.split("val")
+    c, val = run.config, run.split("val")
+    train = run.split("train", fitted=name in NEED_FIT)
     clean = name.endswith("_clean")
     hipart = load_hipart(run) if name == "generated" else None
     regressor = load_regressor(run) if name == "regressor" else None
@@ -530,7 +539,7 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
     def batches(epoch):
         if name != "generated":
             return train.batches(c.batch_3, run.rng(3, seed, epoch), clean, prepare=fed)
-        x, conf = densified_training_set(run, hipart, epoch % c.draws_3)
+        x, conf = densified_training_set(run, hipart, epoch % c.draws_3 if train.meta["noise"] else 0)
 
         def stored(block, rows):
             return dict(y=block["y"], x=torch.from_numpy(x[rows]).to(run.device),

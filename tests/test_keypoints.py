@@ -33,6 +33,8 @@ NAMES = {
     "halpe26": [*_COCO, "head top", "neck", "pelvis", *["foot"] * 6],
     "mpii16": ["r ankle", "r knee", "r hip", "l hip", "l knee", "l ankle", "pelvis", "thorax", "upper neck", "head top",
                "r wrist", "r elbow", "r shoulder", "l shoulder", "l elbow", "l wrist"],
+    "sh16": ["r ankle", "r knee", "r hip", "l hip", "l knee", "l ankle", "pelvis", "spine", "thorax", "head top", "r wrist",
+             "r elbow", "r shoulder", "l shoulder", "l elbow", "l wrist"],
 }
 
 
@@ -166,12 +168,14 @@ def videopose(path, metadata, positions):
     (dict(num_joints=17, keypoints_symmetry=[[4, 5, 6, 11, 12, 13], [1, 2, 3, 14, 15, 16]]), "h36m17"),
     (dict(num_joints=17, keypoints_symmetry=[[1, 3, 5, 7, 9, 11, 13, 15], [2, 4, 6, 8, 10, 12, 14, 16]]), "coco17"),
     (dict(num_joints=16, keypoints_symmetry=[[3, 4, 5, 13, 14, 15], [0, 1, 2, 10, 11, 12]]), "mpii16"),
+    (dict(num_joints=16, keypoints_symmetry=[[3, 4, 5, 13, 14, 15], [0, 1, 2, 10, 11, 12]]), "sh16"),
 ])  # fmt: skip
 def test_videopose3d(tmp_path, metadata, layout):
     n = LAYOUTS[layout][0]
     frames = np.stack([person(n, i)[:, :2] for i in range(3)]).astype(np.float32)
     metadata = metadata | dict(video_metadata={"a.mp4": dict(w=1920, h=1080)})
-    path = videopose(tmp_path / "data_2d_custom_x.npz", metadata, {"a.mp4": {"custom": [frames, None]}})
+    name = {"mpii16": "h36m_sh_pt_mpii", "sh16": "h36m_sh_ft_h36m"}.get(layout, "custom_x")  # both say the same within
+    path = videopose(tmp_path / f"data_2d_{name}.npz", metadata, {"a.mp4": {"custom": [frames, None]}})
     k = read(path)
     assert len(k.name) == 3 and len(set(k.track)) == 1 and k.size.tolist() == [[1920, 1080]] * 3
     expected, conf = to_h36m(np.concatenate([frames, np.ones((3, n, 1))], -1), layout)

@@ -1,12 +1,16 @@
-"""BVH files: parsed as an independent reading has them, and turned into clips that stand as the file's person stands."""
+"""BVH and AMASS files: as an independent reading has them, and turned into clips that stand as the file's person stands."""
+
+import re
 
 import numpy as np
 import pytest
+from conftest import SMPL_JOINTS, SMPL_PARENTS, smpl_content, write_smpl_pkl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mocap
 import prepare_data as P
+import smpl
 
 # A person in CMU's names, facing +z, left = +x, arms to the sides; centimetres. (name, parent, offset)
 SKELETON = [
@@ -172,6 +176,9 @@ def test_quaternions_of_matrices(seed):
     (lambda t: t.replace("Frame Time:", "Time:"), "Frame Time"), (lambda t: t.replace("Zrot", "Wrot"), "Wrotation"),
     (lambda t: t.replace("90.000000", "nan"), "finite"), (lambda t: t.replace("RightUpLeg", "R2"), "no joint for r hip"),
     (lambda t: t.replace("OFFSET", "OFFSETS"), "found 'OFFSETS'"),
+    (lambda t: t.replace("Time: 0.0", "Time: 1e9"), "Frame Time to mean 1 to 10,000"),
+    (lambda t: re.sub(r"-4[12]\.0{6}", "0", t), "no length"),
+    (lambda t: t.replace("-42.000000", "inf"), "every OFFSET to be three finite numbers"),
 ])  # fmt: skip
 def test_bad_files_get_one_sentence(tmp_path, change, expected):
     path = tmp_path / "a.bvh"
@@ -179,9 +186,9 @@ def test_bad_files_get_one_sentence(tmp_path, change, expected):
     with pytest.raises(ValueError, match=expected) as e:
         mocap.read_bvh(path)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
-    with pytest.raises(ValueError, match="no .bvh file"):
+    with pytest.raises(ValueError, match="empty lacks motion"):
         (tmp_path / "empty").mkdir()
-        mocap.read_folder(tmp_path / "empty")
+        mocap.read_folder(tmp_path / "empty", "bvh")
 
 
 @given(st.data())
@@ -201,3 +208,215 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, data):
         assert str(path) in str(e)
     else:
         assert np.isfinite(clip["quats"]).all() and clip["quats"].shape[1:] == (9, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# AMASS
+
+BODY = smpl_content(10, 8)
+LIMBS = {"root": (0, 9), "chest": (9, 12), "neck": (12, 15), "l_thigh": (1, 4), "l_shin": (4, 7), "r_thigh": (2, 5),
+         "r_shin": (5, 8), "l_arm": (16, 18), "l_forearm": (18, 20), "r_arm": (17, 19), "r_forearm": (19, 21)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("smpl") / "SMPL_NEUTRAL.pkl"
+    write_smpl_pkl(path, BODY)
+    return smpl.read(path)
+
+
+def body_rotations(T, seed=0):
+    """Axis-angle [T, 22, 3] of somebody upright in a world with z up, with knees and elbows bent by 30 to 110 degrees."""
+    rng = np.random.default_rng(seed)
+    v = rng.normal(size=(T, 22, 3)) * 0.15
+    v[:, 0] = rng.normal(size=(T, 3)) * 0.3 + [np.pi / 2, 0, 0]
+    v[:, [1, 2, 16, 17]] *= 3
+    bend = np.radians(rng.uniform(30, 110, (T, 4)))
+    v[:, [4, 5]] = bend[:, :2, None] * [1, 0, 0]
+    v[:, [18, 19]] = bend[:, 2:, None] * np.array([[0, -1, 0], [0, 1, 0]])
+    return v
+
+
+def amass(v, style="smplh", fps=120.0, **other):
+    """The arrays of an AMASS file with the rotations v [T, 22, 3]; with random hands, and shapes that SMPL lacks."""
+    T, rng = len(v), np.random.default_rng(1)
+    hands, betas = rng.normal(size=(T, 90)), np.concatenate([rng.normal(size=10), np.full(6, 100.0)])
+    trans = rng.normal(size=(T, 3)) + [0, 0, 1]
+    if style == "smplh":
+        made = dict(poses=np.concatenate([v.reshape(T, 66), hands], 1), mocap_framerate=fps, dmpls=np.zeros((T, 8)))
+    else:
+        made = dict(root_orient=v[:, 0], pose_body=v[:, 1:].reshape(T, 63), pose_hand=hands, mocap_frame_rate=fps,
+                    surface_model_type="smplx")
+    return made | dict(trans=trans, betas=betas, gender="female") | other
+
+
+def read_amass(tmp_path, model, content):
+    np.savez(tmp_path / "a_poses.npz", **content)
+    return mocap.read_amass(tmp_path / "a_poses.npz", model)
+
+
+def rodrigues(v):
+    angle = np.linalg.norm(v)
+    x, y, z = k = v / angle if angle else v
+    return np.cos(angle) * np.eye(3) + np.sin(angle) * np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) + (
+        1 - np.cos(angle)) * np.outer(k, k)
+
+
+def second_body(v, betas, trans):
+    """Joints [22, 3] of one frame in the clips' axes, and [24, 3] in rest: 4 x 4 matrices, an implementation of its own."""
+    rest, world = BODY["J_regressor"] @ (BODY["v_template"] + BODY["shapedirs"] @ betas[:10]), []
+    for j, parent in enumerate(SMPL_PARENTS[:22]):
+        m = np.eye(4)
+        m[:3, :3], m[:3, 3] = rodrigues(v[j]), rest[j] - rest[parent] if j else rest[0] + trans
+        world.append(world[parent] @ m if j else m)
+    x, y, z = np.stack([m[:3, 3] for m in world], 1)
+    return np.stack([x, z, -y], 1), rest
+
+
+@pytest.mark.parametrize("fps, step", [(120, 4), (100, 3), (25, 1)])
+@pytest.mark.parametrize("style", ["smplh", "smplx"])
+def test_amass_limbs_point_where_the_files_do(tmp_path, model, style, fps, step, monkeypatch):
+    monkeypatch.setattr(mocap, "CHUNK", 7)
+    v = body_rotations(121)
+    content = amass(v, style, float(fps))
+    clip = read_amass(tmp_path, model, content)
+    assert clip["action"] is None and clip["period"] is None
+    np.testing.assert_allclose(clip["time"], np.arange(len(v[::step])) * step / fps)
+    bodies = [second_body(*frame) for frame in zip(v, [content["betas"]] * len(v), content["trans"], strict=True)]
+    x, rest = np.stack([b[0] for b in bodies])[::step], bodies[0][1]
+    ours = directions(clip)
+
+    def degrees(bone, a, b):
+        return np.degrees(np.arccos(np.clip((ours[bone] * mocap.unit(x[:, b] - x[:, a])).sum(-1), -1, 1)))
+
+    assert max(degrees(bone, *ends).max() for bone, ends in LIMBS.items()) < 0.01
+    sole = rest[11] - rest[8]  # the foot points as far above the line from ankle to toe as it does in the rest pose
+    for bone, ends in (("l_foot", (7, 10)), ("r_foot", (8, 11))):
+        np.testing.assert_allclose(degrees(bone, *ends), np.degrees(np.arcsin(-sole[1] / np.linalg.norm(sole))), atol=0.01)
+    floor = x[:, [7, 8, 10, 11], 1].min()
+    legs = [np.median([np.linalg.norm(x[:, a] - x[:, b], axis=-1) for a, b in ends]) for ends in (((1, 4), (2, 5)),
+                                                                                                   ((4, 7), (5, 8)))]
+    np.testing.assert_allclose(clip["height"], (x[:, 0, 1] - floor) * P.CLIP_STANDING_HEIGHT / sum(legs), rtol=1e-3)
+
+
+def test_amass_t_pose_stands_and_faces_as_known(tmp_path, model):
+    """Upright in z up: body y -> world z, so that the T-pose faces -y; then turned by 90 degrees, to x; then in the air."""
+    v = np.zeros((3, 22, 3))
+    v[:, 0] = [np.pi / 2, 0, 0], np.full(3, 2 * np.pi / 3 / 3**0.5), [np.pi / 2, 0, 0]
+    trans = np.array([[0, 0, 0], [5, 5, 0], [0, 0, 0.3]])
+    clip = read_amass(tmp_path, model, amass(v, fps=30, betas=np.zeros(10), trans=trans))
+    forward = P.quat_to_matrix(clip["quats"][:, P.ROOT])[..., 0]
+    np.testing.assert_allclose(forward, [[0, 0, 1], [1, 0, 0], [0, 0, 1]], atol=1e-6)
+    assert np.abs(clip["hinges"]).max() < np.radians(12)  # legs and arms are straight
+    np.testing.assert_allclose(np.diff(clip["height"]) / clip["height"][0], [0, 0.3 / 0.92], atol=1e-6)
+    assert np.abs(directions(clip)["r_foot"][:, 1]).max() < 0.05  # flat on the floor, though the line to the toe goes down
+    arm = mocap.unit(SMPL_JOINTS[18] - SMPL_JOINTS[16]) * np.ones((3, 1))  # the left one: along x, then along the world's y
+    np.testing.assert_allclose(directions(clip)["l_arm"], [arm[0], arm[0, [2, 1, 0]] * [1, 1, -1], arm[0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("gender", [
+    np.array("male"), np.array(b"male"), np.array("neutral", object), np.array(b"male", object), np.array(["male"], object),
+], ids=["str", "bytes", "object", "object bytes", "list"])  # fmt: skip
+def test_amass_gender_and_shapes_of_any_kind(tmp_path, model, gender):
+    v = body_rotations(9)
+    first = read_amass(tmp_path, model, amass(v, poses=amass(v)["poses"].astype(np.float32)))
+    betas = amass(v)["betas"][:10].astype(np.float32)
+    second = read_amass(tmp_path, model, amass(v, "smplx", gender=gender, betas=betas, labels=np.array([["a"], {}], object)))
+    np.testing.assert_allclose(np.abs((first["quats"] * second["quats"]).sum(-1)), 1, atol=1e-6)
+
+
+WITHOUT = object()
+
+
+@pytest.mark.parametrize("style, change, expected", [
+    ("smplh", dict(poses=WITHOUT), r"expected poses to be numbers \[9, 66 or more\], found only mocap_framerate, dmpls"),
+    ("smplh", dict(poses=np.zeros((9, 65))), r"poses .*66 or more\], found float64 \[9, 65\]"),
+    ("smplh", dict(poses=np.zeros((8, 156))), r"poses .*\[9, 66 or more\], found float64 \[8, 156\]"),
+    ("smplh", dict(poses=np.zeros((9, 52, 3))), "poses .*found float64"),
+    ("smplh", dict(poses=np.full((9, 156), np.nan)), "poses .*finite and below a million"),
+    ("smplh", dict(poses=np.array(3.0)), "expected poses"), ("smplh", dict(poses=np.full((9, 156), "a")), "found <U1"),
+    ("smplx", dict(pose_body=WITHOUT), r"expected pose_body to be numbers \[9, 63\], found only root_orient"),
+    ("smplx", dict(pose_body=np.zeros((9, 66))), r"pose_body .*\[9, 63\], found float64 \[9, 66\]"),
+    ("smplx", dict(root_orient=np.zeros((8, 3))), "expected root_orient"),
+    ("smplh", dict(trans=WITHOUT), r"expected trans to be numbers \[any, 3\]"),
+    ("smplh", dict(trans=np.full((9, 3), np.inf)), "trans .*finite"),
+    ("smplh", dict(trans=np.zeros((9, 2))), "expected trans"),
+    ("smplh", dict(betas=WITHOUT), r"expected betas to be numbers \[10 or more\]"),
+    ("smplh", dict(betas=np.zeros(9)), r"betas .*found float64 \[9\]"), ("smplh", dict(betas=np.zeros((1, 16))), "betas"),
+    ("smplh", dict(betas=np.array(None)), "found object"), ("smplh", dict(betas=np.full(10, 1e300)), "betas .*million"),
+    ("smplh", dict(mocap_framerate=WITHOUT), "expected mocap_framerate to be one number, found only"),
+    ("smplh", dict(mocap_framerate=0), "expected mocap_framerate to mean 1 to 10,000 frames per second, found 0"),
+    ("smplh", dict(mocap_framerate=-120.0), "found -120"), ("smplh", dict(mocap_framerate=np.nan), "framerate .*finite"),
+    ("smplh", dict(mocap_framerate="120"), "mocap_framerate to be one number, found <U3"),
+    ("smplx", dict(mocap_frame_rate=np.zeros(2)), r"mocap_frame_rate to be one number, found float64 \[2\]"),
+    ("smplh", dict(mocap_framerate=2000.0), "at least two frames at 30 per second, found 1"),
+    ("smplh", dict(trans=np.zeros((0, 3)), poses=np.zeros((0, 156))), "at least two frames"),
+])  # fmt: skip
+def test_bad_amass_files_get_one_sentence(tmp_path, model, style, change, expected):
+    content = {k: a for k, a in (amass(body_rotations(9), style) | change).items() if a is not WITHOUT}
+    with pytest.raises(ValueError, match=expected) as e:
+        read_amass(tmp_path, model, content)
+    assert str(tmp_path / "a_poses.npz") in str(e.value) and "\n" not in str(e.value)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_mutated_amass_files_are_read_or_refused(tmp_path_factory, model, data):
+    content, path = amass(body_rotations(9), data.draw(st.sampled_from(["smplh", "smplx"]))), tmp_path_factory.getbasetemp()
+    path = path / "mutated_poses.npz"
+    odd = [np.array(0), np.array(1e30), np.array([]), np.array(None), np.array("x"), np.zeros((2, 3), np.float16),
+           np.full((9, 66), 1e5), np.full((9, 3), -1e5), np.zeros((9, 156), bool), np.full(10, 1e5), np.full(16, 7, np.int8)]
+    for _ in range(data.draw(st.integers(0, 2))):
+        key = data.draw(st.sampled_from(sorted(content)))
+        content[key] = data.draw(st.sampled_from(odd))
+        if data.draw(st.booleans()):
+            del content[key]
+        if not content:
+            return
+    np.savez(path, **content)
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 2))):
+        a = data.draw(st.integers(0, len(raw)))
+        raw[a : a + data.draw(st.integers(0, 20))] = data.draw(st.binary(max_size=8))
+    path.write_bytes(raw)
+    try:
+        clip = mocap.read_amass(path, model)
+    except ValueError as e:
+        assert str(path) in str(e) and "\n" not in str(e)
+    else:
+        assert all(np.isfinite(clip[k]).all() for k in ("time", "quats", "hinges", "height"))
+
+
+def test_a_folder_of_amass_files(tmp_path, capsys):
+    def write(name, **content):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        np.savez(tmp_path / name, **content)
+
+    v = body_rotations(9)
+    with pytest.raises(ValueError, match="lacks motion .*amass.is.tue.mpg.de.*; smpl .*smpl.is.tue.mpg.de"):
+        mocap.read_folder(tmp_path, "amass")
+    write("CMU/01/01_01_poses.npz", **amass(v))
+    write("KIT/smplx walk_stageii.npz", **amass(v, "smplx"))
+    write("own.npz", **amass(v))
+    write("CMU/01/shape.npz", betas=np.zeros(16))
+    write("KIT/neutral_stagei.npz", betas=np.zeros(16))
+    write("SMPLX_NEUTRAL.npz", f=np.zeros(3))
+    write("SMPL_FEMALE.npz", f=np.zeros(3))
+    with pytest.raises(ValueError, match="SMPL_FEMALE.npz is no SMPL model"):
+        mocap.read_folder(tmp_path, "amass")
+    write_smpl_pkl(tmp_path / "basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl", BODY)
+    capsys.readouterr()
+    clips = mocap.read_folder(str(tmp_path), "amass")
+    assert set(clips) == {"CMU/01/01_01_poses", "KIT/smplx walk_stageii", "own"}
+    assert not capsys.readouterr().err
+    for i in range(18):
+        write(f"more/{i}_poses.npz", **amass(v))
+    assert len(mocap.read_folder(tmp_path, "amass")) == 21 and "21/21" in capsys.readouterr().err
+
+
+def test_a_folder_of_bvh_files(tmp_path):
+    (tmp_path / "01").mkdir()
+    for name in ("walk.bvh", "01/01_02.BVH"):
+        (tmp_path / name).write_text(bvh_text(np.zeros((3, 21, 3))))
+    clips = mocap.read_folder(tmp_path, "bvh")
+    assert set(clips) == {"walk", "01/01_02"} and "action" not in clips["walk"]

@@ -1,0 +1,406 @@
+"""human36m.py on a small Human3.6M of our own: made-up motion of a made-up SMPL body, seen by the real cameras, written in
+the layouts of VideoPose3D and Pose2Mesh, and read back. What is expected is computed here in another way."""
+
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from conftest import H36M_OF_SMPL, SMPL_JOINTS, regressor_onto, smpl_content, write_smpl_pkl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_smpl import direct
+
+import evaluate
+import human36m as H
+import prepare_data as P
+import sample
+import train
+
+SYMMETRY = [[4, 5, 6, 11, 12, 13], [1, 2, 3, 14, 15, 16]]
+SUBJECTS = ("S1", "S5", "S6", "S7", "S8", "S9", "S11")
+T, EVERY = 12, 3  # frames of a sequence, and every which has a fit
+# Of Human3.6M's metadata.xml: file names of sub-actions 1 and 2, of S1, S5, S6, S7, S8, S9, S11
+TABLE = {
+    2: ["Directions 1, Directions", "Directions 1, Directions 2", *["Directions 1, Directions"] * 5],
+    3: ["Discussion 1, Discussion", "Discussion 2, Discussion 3", *["Discussion 1, Discussion"] * 3,
+        *["Discussion 1, Discussion 2"] * 2],
+    4: ["Eating 2, Eating", "Eating 1, Eating", "Eating 1, Eating 2", *["Eating 1, Eating"] * 4],
+    5: ["Greeting 1, Greeting", "Greeting 1, Greeting 2", *["Greeting 1, Greeting"] * 4, "Greeting 2, Greeting"],
+    6: [*["Phoning 1, Phoning"] * 3, "Phoning 2, Phoning", *["Phoning 1, Phoning"] * 2, "Phoning 3, Phoning 2"],
+    7: [*["Posing 1, Posing"] * 2, "Posing 2, Posing", *["Posing 1, Posing"] * 4],
+    8: ["Purchases 1, Purchases"] * 7,
+    9: ["Sitting 1, Sitting 2", "Sitting 1, Sitting", "Sitting 1, Sitting 2", *["Sitting 1, Sitting"] * 4],
+    10: ["SittingDown 2, SittingDown", "SittingDown, SittingDown 1", "SittingDown 1, SittingDown",
+         *["SittingDown, SittingDown 1"] * 4],
+    11: [*["Smoking 1, Smoking"] * 6, "Smoking 2, Smoking"],
+    12: ["Photo 1, Photo", "Photo, Photo 2", *["Photo, Photo 1"] * 2, *["Photo 1, Photo"] * 3],
+    13: ["Waiting 1, Waiting", "Waiting 1, Waiting 2", "Waiting 3, Waiting", "Waiting 1, Waiting 2",
+         *["Waiting 1, Waiting"] * 3],
+    14: [*["Walking 1, Walking"] * 3, "Walking 1, Walking 2", *["Walking 1, Walking"] * 3],
+    15: ["WalkDog 1, WalkDog"] * 7,
+    16: [*["WalkTogether 1, WalkTogether"] * 4, "WalkTogether 1, WalkTogether 2", *["WalkTogether 1, WalkTogether"] * 2],
+}  # fmt: skip
+# t of X_camera = R X_world + t in mm, derived from metadata.xml by others (Pose2Mesh's camera.json for S1)
+TRANSLATIONS = {("S1", 0): (-346.051, 546.981, 5474.481), ("S1", 3): (51.883, 378.421, 4406.149),
+                ("S7", 2): (441.107, 271.916, 5660.121), ("S11", 1): (-11.934, 449.417, 5541.114)}  # fmt: skip
+
+
+def names_of(subject):
+    return [n for code in TABLE for n in TABLE[code][SUBJECTS.index(subject)].split(", ")]
+
+
+def seen_by(subject, view, world):
+    """Points [..., 3] mm in the world -> camera [..., 3] mm and pixels [..., 2], by VideoPose3D's formulas, one by one."""
+    w, x, y, z, *centre = H.EXTRINSICS[subject][view]
+    (fx, fy), (cx, cy), k, p = list(P.H36M_INTRINSICS.values())[view]
+    camera, pixels = np.empty_like(world), np.empty((*world.shape[:-1], 2))
+    for index in np.ndindex(world.shape[:-1]):
+        v, u = world[index] - centre, np.array([-x, -y, -z])  # the inverse rotation
+        camera[index] = v + 2 * (w * np.cross(u, v) + np.cross(u, np.cross(u, v)))
+        m = np.clip(camera[index][:2] / camera[index][2], -1, 1)
+        r2 = m @ m
+        radial = 1 + k[0] * r2 + k[1] * r2**2 + k[2] * r2**3
+        pixels[index] = (m * (radial + p[0] * m[0] + p[1] * m[1]) + np.array(p) * r2) * [fx, fy] + [cx, cy]
+    return camera, pixels
+
+
+def motion(seed, n=T):
+    """pose [n, 24, 3] upright in a z-up world, shape [n, 10], trans [n, 3] m."""
+    rng = np.random.default_rng(seed)
+    pose = rng.normal(size=(n, 24, 3)) * 0.15
+    pose[:, 0] = [np.pi / 2, 0, 0]
+    shape = np.tile(rng.normal(size=10), (n, 1))
+    return pose, shape, rng.uniform(-0.5, 0.5, (n, 3)) + [0, 0, 0.9]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The folder, and what went into it: content of the SMPL file, regressor, {(subject, action): (motion, joints)}."""
+    folder = tmp_path_factory.mktemp("h36m")
+    content = smpl_content(20, 16)
+    write_smpl_pkl(folder / "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl", content)
+    rest = SMPL_JOINTS[H36M_OF_SMPL].copy()
+    rest[10] += [0, 0.12, 0]
+    regressor = regressor_onto(rest, content["v_template"])
+    np.save(folder / "J_regressor_h36m_correct.npy", regressor)
+    made, points = {}, H.smpl.Points(H.smpl.read(H.smpl.neutral(sorted(folder.glob("*.pkl")))), regressor)
+    positions, positions_2d = {}, {}
+    for subject in SUBJECTS:
+        positions[subject], positions_2d[subject], fits = {}, {}, {}
+        for code in TABLE:
+            for sub, name in enumerate(TABLE[code][SUBJECTS.index(subject)].split(", "), 1):
+                if (subject, name) == ("S11", "Directions"):
+                    continue
+                m = motion(1000 * int(subject[1:]) + 10 * code + sub)
+                joints = points(*m)  # its own test compares it with a body posed vertex by vertex
+                x = np.full((T, 32, 3), 77.0, np.float32)
+                x[:, H.KEPT] = joints
+                positions[subject][name] = x
+                rng = np.random.default_rng(len(made))
+                cams = [H.camera(subject, v) for v in range(4)]
+                views = [P.project(joints * 1000 @ np.array(c["R"]).T + c["t"], c) for c in cams]
+                positions_2d[subject][name] = [np.float32(v + rng.normal(size=v.shape) * 4) for v in views]
+                made[subject, name] = m, joints * 1000
+                fits.setdefault(str(code), {})[str(sub)] = {
+                    str(t): dict(pose=m[0][t].ravel().tolist(), shape=m[1][t].tolist(), trans=m[2][t].tolist())
+                    for t in range(0, T, EVERY)}
+        n = subject[1:]
+        (folder / f"Human36M_subject{n}_smpl_param.json").write_text(json.dumps(fits))
+        cameras = {str(k + 1): {key: H.camera(subject, k)[key] for key in ("R", "t", "f", "c")} for k in range(4)}
+        (folder / f"Human36M_subject{n}_camera.json").write_text(json.dumps(cameras))
+    # What differs from the rule: longer and shorter detections, a camera without any, bad fits, a joint that was not found
+    long = positions_2d["S9"]["Walking"]
+    long[0] = np.concatenate([long[0], long[0][-3:]])
+    positions_2d["S9"]["Eating"][1] = positions_2d["S9"]["Eating"][1][: T - 5]
+    positions_2d["S8"]["Photo"][2] = None
+    positions_2d["S6"]["Smoking"][3][2, 13] = 0
+    np.savez_compressed(folder / "data_3d_h36m.npz", positions_3d=np.array(positions, object))
+    np.savez_compressed(folder / "data_2d_h36m_cpn_ft_h36m_dbb.npz", positions_2d=np.array(positions_2d, object),
+                        metadata=np.array(dict(layout_name="h36m", num_joints=17, keypoints_symmetry=SYMMETRY), object))
+    path = folder / "Human36M_subject5_smpl_param.json"
+    fits = json.loads(path.read_text())
+    fits["8"]["1"]["3"]["pose"][3:] = [0.9] * 69  # far from the joints
+    fits["8"]["2"]["6"]["trans"] = [float("nan")] * 3
+    fits["8"]["2"][str(T + 5)] = fits["8"]["2"]["3"]  # after the end
+    path.write_text(json.dumps(fits))
+    (folder / "notes.txt").write_text("mine")
+    return folder, content, regressor, made, positions_2d
+
+
+@pytest.fixture(scope="module")
+def data(source, tmp_path_factory):
+    return H.prepare(source[0], tmp_path_factory.mktemp("data") / "h36m")
+
+
+def split_of(data, name):
+    return P.load(data.name, name, data.parent)
+
+
+def test_names_of_sub_actions_follow_the_table():
+    for code, row in TABLE.items():
+        for subject, names in zip(SUBJECTS, row, strict=True):
+            assert [H.file_name(subject, code, sub) for sub in (1, 2)] == names.split(", ")
+    assert all(len(set(names_of(s))) == 30 for s in SUBJECTS)
+    assert H.VAL | H.SHIFTED | H.ABSENT <= {(s, n) for s in SUBJECTS for n in names_of(s)}
+
+
+@pytest.mark.parametrize("subject, view", TRANSLATIONS)
+def test_cameras_stand_where_others_put_them(subject, view):
+    c = H.camera(subject, view)
+    assert np.allclose(c["t"], TRANSLATIONS[subject, view], atol=6e-4)
+    assert np.allclose(np.array(c["R"]) @ np.array(c["R"]).T, np.eye(3), atol=1e-12) and np.linalg.det(c["R"]) > 0
+
+
+def test_every_camera_looks_at_the_middle_of_the_room():
+    for subject in SUBJECTS:
+        for view in range(4):
+            camera, pixels = seen_by(subject, view, np.array([[0.0, 0, 900], [0, 0, 1000]]))
+            assert camera[0, 2] > 3000 and (np.abs(pixels[0] - 500) < 250).all() and pixels[1, 1] < pixels[0, 1]
+
+
+def test_counts_splits_and_actions(data, source, capsys):
+    made = source[3]
+    arrays = {}
+    for name, subjects in (("train", H.TRAIN), ("val", H.TRAIN), ("test", H.TEST)):
+        arrays[name], meta = split_of(data, name)
+        assert set(arrays[name]["subject"]) == {int(s[1:]) for s in subjects} and set(arrays[name]["camera"]) == {0, 1, 2, 3}
+    n_train = sum(4 * T for s, a in made if s in H.TRAIN and (s, a) not in H.VAL) - T  # a camera of S8 has no detections
+    n_test = sum(4 * T for s, a in made if s in H.TEST) - 5  # a camera of S9 has fewer
+    n_val = len(H.VAL) * 4 * len(range(0, T, EVERY))
+    assert [len(arrays[s]["y"]) for s in ("train", "val", "test")] == [n_train, n_val, n_test]
+    assert arrays["val"]["fit"].all() and not arrays["test"]["fit"].all()
+    assert {meta["actions"][a] for a in arrays["val"]["action"]} == {a for _, a in H.VAL}
+    assert set(arrays["test"]["action"]) == set(range(15))
+    left_out = 4 * 2  # a bad pose and a NaN, seen by four cameras; the fit after the end never counts
+    assert meta["splits"]["train"]["fits"] == (n_train + T) // EVERY - T // EVERY - left_out
+    assert meta["sources"]["fits_left_out"] == 1 and meta["noise"] is None and "with the three shifted" in meta[
+        "splits"]["test"]["about"]
+
+
+def test_numbers_from_the_world_to_the_pixel(data, source):
+    """Against formulas written one by one, and a body posed vertex by vertex: 1e-3 mm and 1e-4 px, and float32 storage."""
+    _, content, regressor, made, detected = source
+    rng = np.random.default_rng(0)
+    model = H.smpl.read(sorted(source[0].glob("*.pkl"))[0])
+    rest = H.rest_joints(model) @ H.Z_UP
+    levels = P.coarsen(model.v_template @ H.Z_UP, model.faces, rest[list(P.PART_JOINT)], weighting="plain")
+    for name, keys in (("test", sorted(k for k in made if k[0] in H.TEST)),
+                       ("train", sorted(k for k in made if k[0] in H.TRAIN and k not in H.VAL))):
+        arrays, meta = split_of(data, name)
+        rows = {}
+        for subject, action in keys:
+            for view in range(4):
+                x = detected[subject][action][view]
+                for t in range(0 if x is None else min(T, len(x))):
+                    rows[len(rows)] = subject, action, view, t
+        assert len(rows) == len(arrays["y"])
+        for i in rng.integers(len(rows), size=60):
+            subject, action, view, t = rows[i]
+            camera, pixels = seen_by(subject, view, made[subject, action][1][t])
+            stored = {k: np.float64(a[i]) for k, a in arrays.items()}
+            off = camera - camera[0]
+            assert np.abs(stored["y"] - off).max() < 1e-3 + 2e-4 and np.abs(stored["root"] - camera[0]).max() < 1e-3 + 5e-4
+            assert np.abs(stored["x_s"] - pixels).max() < 1e-4 + 6e-5
+            assert np.array_equal(stored["x_s_det"], np.float64(detected[subject][action][view][t])
+                                  * (stored["conf"] > 0)[:, None])
+            assert meta["actions"][int(stored["action"])] == action.split()[0] and f"S{int(stored['subject'])}" == subject
+            if (subject, action) != ("S5", "Purchases 1") and (subject, action) != ("S5", "Purchases"):
+                assert stored["fit"] == (t % EVERY == 0)
+        fitted = [i for i in np.flatnonzero(arrays["fit"]) if rng.random() < 3 / arrays["fit"].sum()]
+        for i in fitted or np.flatnonzero(arrays["fit"])[:2]:
+            subject, action, view, t = rows[i]
+            vertices = direct(content, *(a[t] for a in made[subject, action][0])) * 1000
+            for size, key in ((48, "x_d"), (96, "x_f")):
+                means = np.stack([vertices[levels[size] == k].mean(0) for k in range(size)])
+                assert np.abs(arrays[key][i] - seen_by(subject, view, means)[1]).max() < 1e-4 + 6e-5
+        assert (arrays["x_f"][~arrays["fit"]] == 0).all()
+    missing = (arrays["conf"] == 0).sum()
+    assert missing == 1  # of S6, in training
+
+
+def test_pixels_are_videopose3ds_own(source, tmp_path):
+    """Ground-truth 2D of VideoPose3D is what our projection gives: then the input is the clean skeleton."""
+    folder, _, _, made, detected = source
+    shutil.copytree(folder, tmp_path / "gt")
+    (tmp_path / "gt" / "data_2d_h36m_cpn_ft_h36m_dbb.npz").unlink()
+    gt = {s: {} for s in SUBJECTS}
+    for subject, action in made:
+        x = np.stack([seen_by(subject, v, made[subject, action][1][:1])[1] for v in range(4)])
+        gt[subject][action] = [np.float32(v) for v in x]
+    np.savez(tmp_path / "gt" / "data_2d_h36m_gt.npz", positions_2d=np.array(gt, object),
+             metadata=np.array(dict(num_joints=17, keypoints_symmetry=SYMMETRY), object))
+    arrays, _ = split_of(H.prepare(tmp_path / "gt", tmp_path / "data"), "test")
+    assert np.abs(arrays["x_s_det"] - arrays["x_s"]).max() < 2e-4 and (arrays["conf"] == 1).all()
+
+
+def run_main(module, monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    status = 0
+    try:
+        module.main()
+    except SystemExit as e:
+        status = e.code
+    return status, *capsys.readouterr()
+
+
+def test_from_the_files_to_the_papers_table(source, data, tmp_path, monkeypatch, capsys):
+    """One command from the user's folder to data, one to training; evaluate.py prints actions in the paper's order."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run_main(P, monkeypatch, capsys, "--source", "h36m", "--folder", source[0], "--without-shifted")
+    assert status == 0, err
+    assert "SMPL fits: Human36M_subject11_smpl_param.json" in out and "not used: notes.txt" in out
+    assert "1 sequences have fewer frames" in out and "1 sequences have no 2D joints (S8 Photo camera 2)" in out
+    arrays, meta = P.load("h36m", "test", "data")
+    assert len(arrays["y"]) == len(split_of(data, "test")[0]["y"]) - 3 * 4 * T and "without the three" in meta[
+        "splits"]["test"]["about"]
+    assert (tmp_path / "data/h36m/samples.png").stat().st_size > 10_000
+    tiny = ("--preset quick --name tiny --data data/h36m --limit 400 --D 16 --K_s 32 --K_d 32 --encoder_width 16 "
+            "--decoder_width 16 --width 16 --heads 2 --lifter_width 32 --regressor_width 32 --epochs_1 2 --epochs_2 1 "
+            "--epochs_r 1 --epochs_3 1 --warmup_free 2 --gcsab_blocks 1 --draws_3 2 --device cpu").split()
+    for stage in (1, 2, 3):
+        assert run_main(train, monkeypatch, capsys, *tiny, "--stage", stage)[0] in (0, None)
+    assert len(list((tmp_path / "runs/tiny").glob("generated_*.npy"))) == 1  # detections are stored: there is one draw
+    assert run_main(evaluate, monkeypatch, capsys, "--name", "tiny", "--data", "data/h36m")[0] in (0, None)
+    table = (tmp_path / "runs/tiny/table.md").read_text()
+    after = table.split("MPJPE per action:")[1].split("\n")
+    assert [line.split("|")[1].strip() for line in after if line.startswith("| ")][2:17] == list(H.ACTIONS)
+    assert "Human3.6M. The paper:" in table and "not this one" not in table and "S9 and S11" in table
+    has = meta["splits"]["test"]["fits"]
+    assert f"{has} of {len(arrays['y'])} samples have true dense and fine points" in table
+    numbers = json.loads((tmp_path / "runs/tiny/evaluation.json").read_text())["splits"]["test"]
+    assert numbers["mpjpe/ground_truth/0"]["frames"] and numbers["px/detected/generated"]["frames"]
+    assert run_main(sample, monkeypatch, capsys, "--name", "tiny", "--data", "data/h36m")[0] in (0, None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is wrong with a folder, in one sentence
+
+
+def edit_2d(change):
+    def edit(folder):
+        path = folder / "data_2d_h36m_cpn_ft_h36m_dbb.npz"
+        content = {k: a.item() for k, a in np.load(path, allow_pickle=True).items()}
+        change(content)
+        np.savez(path, **{k: np.array(v, object) for k, v in content.items()})
+
+    return edit
+
+
+def edit_3d(change):
+    def edit(folder):
+        path = folder / "data_3d_h36m.npz"
+        positions = np.load(path, allow_pickle=True)["positions_3d"].item()
+        change(positions)
+        np.savez(path, positions_3d=np.array(positions, object))
+
+    return edit
+
+
+def edit_json(name, change):
+    def edit(folder):
+        path = folder / name
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+def delete(pattern):
+    return lambda folder: [p.unlink() for p in folder.glob(pattern)]
+
+
+def shift(content):
+    for actions in content["positions_2d"].values():
+        for views in actions.values():
+            views[:] = [None if v is None else v + 300 for v in views]
+
+
+@pytest.mark.parametrize("damage, message", [
+    (delete("data_3d*"), "lacks 3D joints"),
+    (delete("data_2d*"), "lacks 2D joints"),
+    (delete("*_smpl_param.json"), "lacks SMPL fits"),
+    (delete("basicModel*"), "lacks SMPL model"),
+    (lambda f: shutil.copy(f / "data_2d_h36m_cpn_ft_h36m_dbb.npz", f / "data_2d_h36m_gt.npz"), "choose one with --detec"),
+    (edit_3d(lambda p: p.pop("S7")), "lacks S7"),
+    (edit_3d(lambda p: p["S1"].update(Eating=p["S1"]["Eating"][:, :17])), r"S1 Eating: expected metres \[T, 32, 3\]"),
+    (edit_3d(lambda p: [v.__imul__(1000) for a in p.values() for v in a.values()]), "expected metres in the world's frame"),
+    (edit_3d(lambda p: p["S9"].update(Dancing=p["S9"]["Eating"])), "S9 Dancing: expected .* of one of"),
+    (edit_3d(lambda p: p["S9"]["Eating"].__setitem__((0, 0, 0), np.nan)), "S9 Eating: expected finite"),
+    (edit_2d(lambda c: c["positions_2d"]["S1"]["Eating"].pop()), "expected a list of 4"),
+    (edit_2d(lambda c: c["positions_2d"]["S1"]["Eating"].__setitem__(0, np.zeros((4, 16, 2)))), r"pixels \[T, 17, 2\]"),
+    (edit_2d(lambda c: c["metadata"].update(layout_name="mine", keypoints_symmetry=None)), "no order of joints"),
+    (edit_2d(shift), "expected files of the same frames"),
+    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c.update({"17": c["2"]})), "expected actions 2 to 16"),
+    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c["4"]["1"]["0"].pop("trans")), "sub-action 1: expected"),
+    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c["4"]["1"]["0"]["pose"].pop()), "pose .72 numbers"),
+    (edit_json("Human36M_subject9_camera.json", lambda c: c["2"].update(t=[0, 0, 5000])), "camera 2 is .* mm off"),
+    (lambda f: (f / "Human36M_subject1_smpl_param.json").write_text("[" * 10**5), "not a JSON file"),
+    (lambda f: (f / "data_3d_h36m.npz").write_bytes((f / "data_3d_h36m.npz").read_bytes()[:5000]), "not a NumPy file"),
+], ids=str)  # fmt: skip
+def test_refusals_name_the_file_and_leave_earlier_output(source, tmp_path, monkeypatch, capsys, damage, message):
+    folder = tmp_path / "files"
+    shutil.copytree(source[0], folder)
+    damage(folder)
+    (tmp_path / "data/h36m").mkdir(parents=True)
+    (tmp_path / "data/h36m/meta.json").write_text("earlier")
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run_main(P, monkeypatch, capsys, "--source", "h36m", "--folder", folder, "--overwrite")
+    said = [line for line in err.splitlines() if line.startswith("prepare_data.py: ")]
+    assert status == 2 and len(said) == 1 and str(folder) in said[0]
+    assert re.search(message, said[0]), said
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["h36m"]
+    assert (tmp_path / "data/h36m/meta.json").read_text() == "earlier"
+
+
+def test_shifted_fits_are_noticed(source, tmp_path):
+    """Fits of other frames: every one is far off, and the folder is refused."""
+    folder = tmp_path / "files"
+    shutil.copytree(source[0], folder)
+    for path in folder.glob("*_smpl_param.json"):
+        content = json.loads(path.read_text())
+        for subs in content.values():
+            for frames in subs.values():
+                for f in frames.values():
+                    f["pose"][0:3] = [0, 0, 0]  # lying
+        path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no sample for val"):
+        H.prepare(folder, tmp_path / "out")
+    (folder / "J_regressor_h36m_correct.npy").unlink()
+    assert H.prepare(folder, tmp_path / "out").is_dir()  # nobody can tell
+
+
+def test_spins_regressor_is_turned_round(source, tmp_path, capsys):
+    folder, _, regressor, _, _ = source
+    model = H.smpl.read(next(folder.glob("basicModel*")))
+    spin = regressor[[0, 4, 5, 6, 1, 2, 3, *range(7, 17)]]
+    np.save(tmp_path / "J_regressor_h36m.npy", spin)
+    assert np.array_equal(H.smpl.read_regressor(tmp_path / "J_regressor_h36m.npy", model), regressor)
+    assert "left and right legs swapped" in capsys.readouterr().out
+    for bad in (spin[:, :-1], spin * 2, spin[[0, 1, 5, 3, 4, 2, *range(6, 17)]], spin * np.nan):
+        np.save(tmp_path / "J_regressor_h36m.npy", bad)
+        with pytest.raises(ValueError, match="J_regressor_h36m.npy: expected"):
+            H.smpl.read_regressor(tmp_path / "J_regressor_h36m.npy", model)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_mutated_fits_are_read_or_refused(source, tmp_path_factory, data):
+    raw = bytearray((source[0] / "Human36M_subject1_smpl_param.json").read_bytes()[:30_000])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at, kind = data.draw(st.integers(0, len(raw))), data.draw(st.sampled_from(["cut", "byte", "insert"]))
+        if kind == "cut":
+            del raw[at : at + data.draw(st.integers(1, 3000))]
+        else:
+            raw[at : at + (kind == "byte")] = data.draw(st.sampled_from([b"1e999", b"NaN", b"{}", b"[]", b'"', b"-"]))
+    path = tmp_path_factory.getbasetemp() / "mutated.json"
+    path.write_bytes(raw)
+    try:
+        fits = H.read_fits(path, "S1")
+    except ValueError as e:
+        assert str(path) in str(e)
+    else:
+        assert all(np.isfinite(a).all() for fit in fits.values() for a in fit)
