@@ -20,7 +20,9 @@ import smpl
 from hipart import J_D, PART_JOINT
 from keypoints import LAYOUTS, to_h36m, videopose_layout
 from prepare_data import (
+    ARRAYS,
     H36M_INTRINSICS,
+    append_samples,
     base_meta,
     check_folder,
     coarsen,
@@ -356,8 +358,8 @@ def samples(key: tuple[str, str], view: int, at: np.ndarray, world: np.ndarray, 
     dense_fine[has] = project(fit[1][row[at[has]]] @ R.T + t, cam)
     return {"x_s": project(joints, cam), "x_d": dense_fine[:, :J_D], "x_f": dense_fine[:, J_D:], "fit": has,
             "y": joints - joints[:, :1], "root": joints[:, 0], "height_px": cam["f"][1] * stature / joints[:, 0, 2],
-            "action": np.full(len(at), ACTIONS.index(action.split(" ")[0])), "subject": np.full(len(at), int(subject[1:])),
-            "camera": np.full(len(at), view), "x_s_det": x_det, "conf": conf}  # fmt: skip
+            "action": ACTIONS.index(action.split(" ")[0]), "subject": int(subject[1:]), "camera": view,
+            "x_s_det": x_det, "conf": conf}  # fmt: skip
 
 
 def prepare(source: Path, out: Path, detections: str | None = None, without_shifted: bool = False,
@@ -403,15 +405,14 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
         n_fits, error, off = dict.fromkeys(sizes, 0), {}, []
         with tqdm(total=sum(sizes.values()), desc=f"samples of {Path(out).name}", unit_scale=True) as bar:
             for split, part in plan.items():
-                arrays, done, pixels = create_split(folder / split, sizes[split]), 0, []
+                create_split(folder / split, sizes[split])
+                pixels = []
                 for key, views in part.items():
                     *fit, distance = posed(key)
                     off.append(distance)
                     for view, at in views:
                         new = samples(key, view, at, joints[key], found[key][view], layout, fit, stature[key[0]])
-                        for name, a in new.items():
-                            arrays[name][done : done + len(at)] = a
-                        done += len(at)
+                        append_samples(folder / split, new)
                         n_fits[split] += int(new["fit"].sum())
                         pixels.append(np.linalg.norm(new["x_s_det"] - new["x_s"], axis=-1)[new["conf"] > 0])
                         bar.update(len(at))
@@ -421,7 +422,7 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
                         raise ValueError(f"{source}: the {what}, are {np.median(v):.0f} off the 3D joints in the median: "
                                          "expected files of the same frames, cameras and order of joints.")
                 if split == "test":
-                    draw_samples(folder / "samples.png", _shown(arrays), {"seed": 0, "actions": ACTIONS})
+                    draw_samples(folder / "samples.png", _shown(folder / split), {"seed": 0, "actions": ACTIONS})
         off = np.concatenate(off)
         draw_coarsening(folder / "coarsening.png", rest, model.faces, rest_17, levels, vertex_areas(rest, model.faces))
         meta = base_meta(out) | {
@@ -443,7 +444,8 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
     return Path(out)
 
 
-def _shown(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _shown(split: Path) -> dict[str, np.ndarray]:
     """Twelve samples from all over a split, with a fit if there are any."""
+    arrays = {name: np.load(split / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
     has = np.flatnonzero(arrays["fit"]) if arrays["fit"].any() else np.arange(len(arrays["fit"]))
     return {name: np.array(a[has[np.linspace(0, len(has) - 1, 12).astype(int)]]) for name, a in arrays.items()}

