@@ -491,3 +491,74 @@ def test_senseless_options_are_said(run, data, monkeypatch, capsys):
     assert "--seeds" in refused(monkeypatch, capsys, run, "--data", data, "--seeds", 0)
     if not torch.cuda.is_available():
         assert "--device" in refused(monkeypatch, capsys, run, "--data", data, "--device", "cuda")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Joints hidden on purpose
+
+
+def test_the_box_is_a_square_around_the_person():
+    low, side = evaluate.person_box(np.array([[[0.0, 0.0], [2, 10], [1, 5]], [[5, 1], [1, 1], [3, 1]]]))
+    assert side.ravel().tolist() == [12, pytest.approx(4.8)]
+    np.testing.assert_allclose(low[:, 0], [[1 - 6, 5 - 6], [3 - 2.4, 1 - 2.4]])
+
+
+def test_masks_and_crops_hide_their_share(monkeypatch):
+    """Points spread evenly over the box: the hidden ones are that share of it, in one square or along one side."""
+    monkeypatch.setattr(evaluate, "person_box", lambda x: (np.zeros((len(x), 1, 2)), np.ones((len(x), 1, 1))))
+    grid = np.stack(np.meshgrid(*[(np.arange(50) + 0.5) / 50] * 2), -1).reshape(-1, 2)
+    corners, sides = set(), set()
+    for label, hidden in evaluate.under_masks_and_crops(np.tile(grid, (40, 1, 1)), np.random.default_rng(0)).items():
+        share = float(label.split(" ")[1])
+        for h in hidden:
+            points = grid[h]
+            assert abs(h.mean() - share) < 0.035, label
+            if "mask" in label and share:
+                assert np.abs(np.ptp(points, 0) - share**0.5).max() < 0.041
+                corners.add(tuple(points.min(0)))
+            elif share:
+                extent = np.ptp(points, 0)
+                assert sorted(extent)[1] > 0.97 and abs(sorted(extent)[0] - share) < 0.041
+                sides.add((int(extent.argmin()), bool(points[:, extent.argmin()].mean() < 0.5)))
+    assert len(corners) > 50 and len(sides) == 4
+
+
+@pytest.mark.parametrize("size, places", [(40, 400), (80, 256)])
+def test_patches_go_over_the_whole_box(size, places):
+    x_s = np.random.default_rng(0).normal(size=(3, 17, 2)) * 100
+    hidden = evaluate.under_patches(x_s, size)
+    assert hidden.shape == (3, places, 17)
+    starts = sorted({min(10 * k, 224 - size) for k in range(int(places**0.5))})
+    for i in range(3):
+        low, high = x_s[i].min(0), x_s[i].max(0)
+        side = 1.2 * max(high - low)
+        at = (x_s[i] - ((low + high) / 2 - side / 2)) / side * 224
+        expected = [[x <= p[0] < x + size and y <= p[1] < y + size for p in at] for x in starts for y in starts]
+        assert sorted(hidden[i].tolist()) == sorted(map(list, np.array(expected).tolist()))
+    assert hidden.any(1).all()  # every joint is under some patch
+
+
+def test_errors_under_covers_against_a_loop(run, data, model, monkeypatch, capsys):
+    """The table of `--occlusion` on a tiny run: patches recomputed position by position, masks by a run of their own."""
+    main(monkeypatch, run, "--data", data, "--occlusion")
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "keypoint" in line]
+    shown = {line[1].strip(): line[2:-1] for line in lines}
+    assert len(shown) == len(evaluate.MASKS) + len(evaluate.CROPS) + len(evaluate.PATCHES)
+    assert (run / "runs/tiny/occlusion.md").is_file()
+    split = train.Split(data, "test", torch.device("cpu"))
+    lifter = train.new_lifter(Config(**saved(run, "stage3_sparse_0")["config"]), "sparse")
+    lifter.load_state_dict(saved(run, "stage3_sparse_0")["model"])
+    block, joints = split.read(slice(0, split.n)), split.read(slice(0, split.n), clean=True)["x_s"].numpy()
+    hidden = evaluate.under_patches(joints, 80)
+    worst = []
+    with torch.no_grad():
+        plain = (lifter.eval()(block["x_s"], block["conf"]) - block["y"]).norm(dim=-1).mean()
+        for i in range(split.n):
+            conf = block["conf"][i] * torch.from_numpy(~hidden[i])
+            y = lifter(block["x_s"][i] * (conf > 0)[..., None], conf)
+            off = (y - block["y"][i]).norm(dim=-1).numpy()
+            worst.append(max(off[p][~hidden[i, p]].mean() for p in range(256) if not hidden[i, p].all()))
+    assert float(shown["keypoint-AdvOcc@80, worst of 256 places"][1]) == pytest.approx(np.mean(worst), abs=0.051)
+    assert float(shown["keypoint-mask 0.0"][1]) == pytest.approx(float(plain), abs=0.051)
+    shares = [float(shown[f"keypoint-mask {m}"][0].strip(" %")) for m in evaluate.MASKS]
+    assert shares == sorted(shares) and shares[-1] > 85
