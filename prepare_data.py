@@ -601,10 +601,7 @@ def detect(x_s, height_px, rng, noise=NOISE):
         return rng.standard_normal(shape, dtype=f32)
 
     error = normal(n, 17, 2) * (noise["sigma"] * h * np.array(noise["sigma_scale"], f32))[..., None]
-    centre = x_s[np.arange(n), rng.integers(17, size=n)] + noise["box_offset"] * h * normal(n, 2)
-    half = rng.uniform(*noise["box_half_size"], size=(n, 2)).astype(f32) * h
-    behind = (np.abs(x_s - centre[:, None]) < half[:, None]).all(-1)  # [N, 17]
-    behind &= (rng.random(n, dtype=f32) < noise["p_box"])[:, None]
+    behind = behind_a_box(x_s, h, rng, noise)
     together = noise["sigma_common"] * normal(n, 1, 2) + noise["sigma_single"] * normal(n, 17, 2)
     error += behind[..., None] * together * h[..., None]
     x_det = x_s + error
@@ -622,6 +619,25 @@ def detect(x_s, height_px, rng, noise=NOISE):
     missing &= ~missing.all(1, keepdims=True)  # a person with no joint at all would not have been detected
     x_det[missing], conf[missing] = 0, 0
     return x_det.astype(f32), conf.astype(f32)
+
+
+def behind_a_box(x_s, h, rng, noise=NOISE):
+    """Joints that a box in front of the person covers: x_s [N, 17, 2], height h [N, 1], same unit -> [N, 17]."""
+    n = len(x_s)
+    joint, off = rng.integers(17, size=n), rng.standard_normal((n, 2), dtype=np.float32)
+    centre = x_s[np.arange(n), joint] + noise["box_offset"] * h * off
+    half = rng.uniform(*noise["box_half_size"], size=(n, 2)).astype(np.float32) * h
+    behind = (np.abs(x_s - centre[:, None]) < half[:, None]).all(-1)
+    return behind & (rng.random(n, dtype=np.float32) < noise["p_box"])[:, None]
+
+
+def drop_joints(x_det, conf, height_px, rng):
+    """Joint dropout for real detections, which seldom lack joints: as many go missing, behind the same boxes, as with
+    `detect`, so that a model learns what a missing joint is. x_det [N, 17, 2] px, conf [N, 17] -> the same."""
+    behind = behind_a_box(x_det, np.asarray(height_px, np.float32)[:, None], rng)
+    gone = behind & (rng.random(conf.shape, dtype=np.float32) < NOISE["p_missing"])
+    gone &= ((conf > 0) & ~gone).any(1, keepdims=True)
+    return x_det * ~gone[..., None], conf * ~gone
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from hipart import (
     normalize_screen,
     to_model_frame,
 )
-from prepare_data import detect, load
+from prepare_data import detect, drop_joints, load
 
 # The same three stages everywhere. The small presets shrink width, depth, codebooks, samples and epochs, take the lifter
 # that a CPU can afford, and turn on what goes beyond the paper in HiARM (condition, soft). `paper` is Config() itself.
@@ -92,8 +92,8 @@ class Split:
     def read(self, rows, rng: np.random.Generator | None = None, clean: bool = False) -> dict[str, Tensor]:
         """Samples `rows` as tensors: x_s [n, 17, 2], conf [n, 17], x_d, x_f, y [n, 17, 3] mm, action, height_px, fit [n].
 
-        x_s is what the detector gives: the stored draw, or a fresh one if `rng` is given and the detector is simulated, or
-        the clean projection. x_d and x_f are 0 where fit is False.
+        x_s is what the detector gives: the stored draw, or a fresh one if `rng` is given (of real detections: with fresh
+        joint dropout), or the clean projection. x_d and x_f are 0 where fit is False.
         """
         a = {k: np.array(v[self.rows[rows]]) for k, v in self.arrays.items()}
         a.setdefault("fit", np.ones(len(a["y"]), bool))
@@ -103,6 +103,8 @@ class Split:
             a["x_s"], a["conf"] = detect(a["x_s"], a["height_px"], rng, self.meta["noise"])
         else:
             a["x_s"] = a["x_s_det"]
+            if rng is not None:
+                a["x_s"], a["conf"] = drop_joints(a["x_s"], a["conf"], a["height_px"], rng)
         names = ("x_s", "conf", "x_d", "x_f", "y", "action", "height_px", "fit")
         t = {k: torch.from_numpy(a[k]).to(self.device) for k in names}
         for k in ("x_s", "x_d", "x_f"):
@@ -539,7 +541,7 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
     def batches(epoch):
         if name != "generated":
             return train.batches(c.batch_3, run.rng(3, seed, epoch), clean, prepare=fed)
-        x, conf = densified_training_set(run, hipart, epoch % c.draws_3 if train.meta["noise"] else 0)
+        x, conf = densified_training_set(run, hipart, epoch % c.draws_3)
 
         def stored(block, rows):
             return dict(y=block["y"], x=torch.from_numpy(x[rows]).to(run.device),
