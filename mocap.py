@@ -65,7 +65,7 @@ def parse_bvh(text: str) -> dict:
             names.append(f"{names[open_[-1]]} end" if word == "End" else name)
             parents.append(open_[-1] if open_ else -1)
             offsets.append(None), channels.append([])
-        elif word == "{":
+        elif word == "{" and names:
             open_.append(len(names) - 1)
         elif word == "}" and open_:
             open_.pop()

@@ -941,7 +941,7 @@ def draw_samples(path, arrays, meta):
         ax.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] + half, middle[1] - half), aspect="equal")
         ax.set_xticks([]), ax.set_yticks([])
         action, body, camera = (arrays[k][i] for k in ("action", "subject", "camera"))
-        ax.set_title(f"{meta['actions'][action]}, body {body}, camera {camera}", fontsize=11)
+        ax.set_title(f"{('unknown', *meta['actions'])[action + 1]}, body {body}, camera {camera}", fontsize=11)
     fig.suptitle(
         "Test samples: skeleton (left blue, right orange), 96 fine points by part, detected joints (x), "
         "missing joints (red rings)"

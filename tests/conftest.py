@@ -1,6 +1,7 @@
 """A tiny body and tiny clips, so that no test needs a download."""
 
 import json
+import os
 import pickle
 import sys
 import types
@@ -10,6 +11,7 @@ import pytest
 
 import prepare_data as P
 
+FUZZ = int(os.environ.get("FUZZ", 1))  # how many times as long readers are fed with mutated files
 TINY_SIZES = {"train": 64, "val": 32, "test": 32, "unseen": 32}
 TOE = np.array([0.0, -0.16, -0.06])
 

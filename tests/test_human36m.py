@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import H36M_OF_SMPL, SMPL_JOINTS, regressor_onto, smpl_content, write_smpl_pkl
+from conftest import FUZZ, H36M_OF_SMPL, SMPL_JOINTS, regressor_onto, smpl_content, write_smpl_pkl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_smpl import direct
@@ -412,7 +412,7 @@ def test_spins_regressor_is_turned_round(source, tmp_path, capsys):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_fits_are_read_or_refused(source, tmp_path_factory, data):
     raw = bytearray((source[0] / "Human36M_subject1_smpl_param.json").read_bytes()[:30_000])
     for _ in range(data.draw(st.integers(1, 4))):
@@ -429,3 +429,33 @@ def test_mutated_fits_are_read_or_refused(source, tmp_path_factory, data):
         assert str(path) in str(e)
     else:
         assert all(np.isfinite(a).all() for fit in fits.values() for a in fit)
+
+
+@given(st.data())
+@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+def test_mutated_arrays_are_read_or_refused(source, tmp_path_factory, data):
+    """Both kinds of npz, of few frames: bytes changed in the file, or values of the dictionaries within."""
+    folder, name = tmp_path_factory.getbasetemp(), data.draw(st.sampled_from(["positions_3d", "positions_2d"]))
+    junk = st.sampled_from([None, 3, "x", [], {}, np.zeros((2, 32, 2)), np.full((2, 17, 2), np.nan), np.zeros((0, 17, 2)),
+                            np.array(["a"]), [np.full((2, 17, 2), 1e30)] * 4, np.full((3, 32, 3), 1e9)])
+    good = np.full((2, 32, 3), 0.5) if name.endswith("3d") else [np.ones((2, 17, 2))] * 4
+    value = {s: {"Eating": good} for s in SUBJECTS}
+    where = data.draw(st.sampled_from(["file", "subject", "action"]))
+    if where == "subject":
+        value["S1"] = data.draw(junk)
+    elif where == "action":
+        value["S1"]["Eating"] = data.draw(junk)
+    path = folder / f"data_{name[-2:]}_h36m_x.npz"
+    metadata = dict(layout_name="h36m", num_joints=17, keypoints_symmetry=SYMMETRY)
+    np.savez(path, **{name: np.array(value, object), "metadata": np.array(metadata, object)})
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 3)) if where == "file" else 0):
+        at = data.draw(st.integers(0, len(raw)))
+        raw[at : at + data.draw(st.integers(0, 30))] = data.draw(st.binary(max_size=8))
+    path.write_bytes(raw)
+    try:
+        found = H.read_joints(path) if name.endswith("3d") else H.read_detections(path)[0]
+    except ValueError as e:
+        assert str(path) in str(e) and "\n" not in str(e)
+    else:
+        assert all(len(key) == 2 for key in found)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import FUZZ
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -368,7 +369,7 @@ def seeds(tmp_path_factory):
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_files_are_read_or_refused(seeds, tmp_path_factory, data):
     """Bytes changed, cut out, doubled; JSON values replaced: either keypoints of the promised shape, or one sentence."""
     source = data.draw(st.sampled_from(seeds))

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import SMPL_JOINTS, SMPL_PARENTS, smpl_content, write_smpl_pkl
+from conftest import FUZZ, SMPL_JOINTS, SMPL_PARENTS, smpl_content, write_smpl_pkl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -173,6 +173,7 @@ def test_quaternions_of_matrices(seed):
     (lambda t: t.replace("MOTION", ""), "found .Frames:."), (lambda t: t[:400], "then MOTION"),
     (lambda t: "", "then MOTION"),
     (lambda t: t.replace("Frames: 3", "Frames: 4"), "expected 4 frames"), (lambda t: t[:-30], "finite numbers"),
+    (lambda t: t.replace("HIERARCHY", "HIERARCHY {"), "found '{'"),
     (lambda t: t.replace("Frame Time:", "Time:"), "Frame Time"), (lambda t: t.replace("Zrot", "Wrot"), "Wrotation"),
     (lambda t: t.replace("90.000000", "nan"), "finite"), (lambda t: t.replace("RightUpLeg", "R2"), "no joint for r hip"),
     (lambda t: t.replace("OFFSET", "OFFSETS"), "found 'OFFSETS'"),
@@ -192,7 +193,7 @@ def test_bad_files_get_one_sentence(tmp_path, change, expected):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_files_are_read_or_refused(tmp_path_factory, data):
     text = bvh_text(np.zeros((3, 21, 3)))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -360,7 +361,7 @@ def test_bad_amass_files_get_one_sentence(tmp_path, model, style, change, expect
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_amass_files_are_read_or_refused(tmp_path_factory, model, data):
     content, path = amass(body_rotations(9), data.draw(st.sampled_from(["smplh", "smplx"]))), tmp_path_factory.getbasetemp()
     path = path / "mutated_poses.npz"

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import SMPL_JOINTS, SMPL_PARENTS, smpl_content, write_smpl_pkl
+from conftest import FUZZ, SMPL_JOINTS, SMPL_PARENTS, smpl_content, write_smpl_pkl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -135,7 +135,7 @@ def test_sparse_matrices_that_contradict_themselves(change):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_models_are_read_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "mutated_smpl.pkl"
     write_smpl_pkl(path, _SMALL)

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import H36M_OF_SMPL, SMPL_JOINTS, regressor_onto, smpl_content, write_smpl_pkl
+from conftest import FUZZ, H36M_OF_SMPL, SMPL_JOINTS, regressor_onto, smpl_content, write_smpl_pkl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_smpl import direct, rodrigues
@@ -296,7 +296,7 @@ JUNK = [None, 3, "text", [], [[]], [[1.0], [1.0, 2.0]], {}, np.float64(2), np.ze
 
 @given(key=st.sampled_from(KEYS), kind=st.sampled_from(["drop", "junk", "cut", "more", "part", "text", "bytes"]),
        junk=st.sampled_from(JUNK), where=st.floats(0, 1))  # fmt: skip
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_sequences_are_refused(folder, data, tmp_path_factory, key, kind, junk, where):
     content, path = copy.deepcopy(_SMALL), folder / "sequenceFiles/train/courtyard_box_00.pkl"
     value, plain = content[key], key.startswith("cam_")
