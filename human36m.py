@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import smpl
 from hipart import J_D, PART_JOINT
-from keypoints import LAYOUTS, to_h36m, videopose_layout
+from keypoints import LAYOUTS, read_json, to_h36m, videopose_layout
 from prepare_data import (
     ARRAYS,
     H36M_INTRINSICS,
@@ -220,7 +220,7 @@ def read_detections(path: Path) -> tuple[dict[tuple[str, str], list], str]:
 def read_fits(path: Path, subject: str) -> dict[str, tuple[np.ndarray, ...]]:
     """Human36M_subjectN_smpl_param.json -> {action name: frames [M], pose [M, 24, 3], shape [M, 10], trans [M, 3] m}."""
     result = {}
-    for code, subs in _mapping(path, "it", read_json(path)).items():
+    for code, subs in _mapping(path, "it", read_json(path, LARGEST)).items():
         for sub, frames in _mapping(path, f"action {code}", subs).items():
             where = f"{path}, action {code}, sub-action {sub}"
             if code not in map(str, CODES) or sub not in ("1", "2"):
@@ -240,18 +240,9 @@ def read_fits(path: Path, subject: str) -> dict[str, tuple[np.ndarray, ...]]:
     return result
 
 
-def read_json(path: Path):
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} has more than {LARGEST >> 20} MB")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not a JSON file that can be read: {e}") from None
-
-
 def check_cameras(path: Path, subject: str) -> None:
     """Human36M_subjectN_camera.json must say what EXTRINSICS says."""
-    content = _mapping(path, "it", read_json(path))
+    content = _mapping(path, "it", read_json(path, LARGEST))
     for k in range(4):
         try:
             R, t = (np.array(content[str(k + 1)][key], np.float64) for key in ("R", "t"))

@@ -166,13 +166,13 @@ def _people(path: Path) -> tuple[list[tuple], str, str | None]:
         frames = {}
         for file in files:
             with _about(file):
-                frames[re.sub(r"_keypoints$", "", file.stem)] = _openpose(file, _json(file))
+                frames[re.sub(r"_keypoints$", "", file.stem)] = _openpose(file, read_json(file))
         return _linked(frames), f"OpenPose, {len(files)} frames", None
     if suffix in (".npy", ".npz"):
         return _arrays(path)
     if suffix != ".json":
         raise ValueError(f"{path} has an unknown ending: expected .json, .npz, .npy or a folder of OpenPose's .json files")
-    content = _json(path)
+    content = read_json(path)
     if isinstance(content, dict) and "annotations" in content:
         return _coco(path, content)
     if isinstance(content, dict) and "people" in content:
@@ -333,9 +333,9 @@ def _natural(text: str) -> list:
     return [int(t) if i % 2 else t for i, t in enumerate(re.split(r"([0-9]{1,18})", text))]
 
 
-def _json(path: Path):
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} has more than {LARGEST >> 20} MB: split it")
+def read_json(path: Path, largest: int = LARGEST):
+    if path.stat().st_size > largest:
+        raise ValueError(f"{path} has more than {largest >> 20} MB: split it")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
