@@ -161,11 +161,25 @@ def camera(subject: str, index: int) -> dict:
 def recognise(path: Path) -> str | None:
     name = path.name.lower()
     for kind, pattern in (("3D joints", r"data_3d_h36m\.npz"), ("2D joints", r"data_2d_h36m_.+\.npz"),
-                          ("SMPL fits", r"human36m_subject\d+_smpl_param\.json"), ("SMPL model", smpl.FILE_NAME),
+                          ("SMPL fits", r"human36m_subject\d+_smpl_param\.json"),
                           ("cameras", r"human36m_subject\d+_camera\.json"), ("joint regressor", smpl.REGRESSOR_NAME)):
         if re.fullmatch(pattern, name):
             return kind
-    return None
+    return "SMPL model" if smpl.is_model(name) and "neutral" in name else None
+
+
+def one_each(kind: str, paths: list[Path], of=lambda path: "") -> dict[str, Path]:
+    """The files of a kind by what they are of; two for the same thing are refused."""
+    files = {}
+    for path in paths:
+        if of(path) in files:
+            raise ValueError(f"{path} and {files[of(path)]} are both {kind}: keep one of them")
+        files[of(path)] = path
+    return files
+
+
+def subject_of(path: Path) -> str:
+    return f"S{int(re.findall('[0-9]+', path.name)[1])}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,16 +192,14 @@ def read_joints(path: Path) -> dict[tuple[str, str], np.ndarray]:
     if "positions_3d" not in content:
         raise ValueError(f"{path} holds {', '.join(content) or 'nothing'}: expected positions_3d")
     joints = {}
-    for subject, actions in _mapping(path, "positions_3d", content["positions_3d"].item()).items():
+    for subject, actions in _mapping(path, "positions_3d", content["positions_3d"]).items():
         for action, x in _mapping(path, f"positions_3d {subject}", actions).items():
             if not isinstance(x, np.ndarray) or x.dtype.kind != "f" or x.ndim != 3 or x.shape[1:] != (32, 3) or not len(x):
                 raise ValueError(f"{path}, {subject} {action}: expected metres [T, 32, 3], found {_say(x)}")
             if not np.isfinite(x).all() or str(action).split(" ")[0] not in ACTIONS:
                 raise ValueError(f"{path}, {subject} {action}: expected finite numbers, of one of {', '.join(ACTIONS)}")
             joints[subject, action] = x[:, KEPT].astype(np.float64) * 1000
-    missing = [s for s in (*TRAIN, *TEST) if not any(k[0] == s for k in joints)]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: expected the subjects {', '.join((*TRAIN, *TEST))}")
+    _need_subjects(path, joints)
     largest = max(np.abs(x[:, 0]).max() for x in joints.values())
     if not 100 < largest < 20_000:
         raise ValueError(f"{path}: the pelvis is up to {largest / 1000:.3g} m away from the middle of the room: expected "
@@ -200,13 +212,16 @@ def read_detections(path: Path) -> tuple[dict[tuple[str, str], list], str]:
     content = load_arrays(path, LARGEST)
     if not {"positions_2d", "metadata"} <= set(content):
         raise ValueError(f"{path} holds {', '.join(content) or 'nothing'}: expected positions_2d and metadata")
-    layout = videopose_layout(path, _mapping(path, "metadata", content["metadata"].item()))
+    try:
+        layout = videopose_layout(path, _mapping(path, "metadata", content["metadata"]))
+    except (TypeError, IndexError):
+        layout = None
     if layout is None:
         raise ValueError(f"{path}: its metadata tell no order of joints that is known here")
     found = {}
-    for subject, actions in _mapping(path, "positions_2d", content["positions_2d"].item()).items():
+    for subject, actions in _mapping(path, "positions_2d", content["positions_2d"]).items():
         for action, views in _mapping(path, f"positions_2d {subject}", actions).items():
-            if not isinstance(views, list | np.ndarray) or len(views) != 4:
+            if not isinstance(views, list | np.ndarray) or getattr(views, "shape", "list") == () or len(views) != 4:
                 raise ValueError(f"{path}, {subject} {action}: expected a list of 4 cameras, found {_say(views)}")
             for x in views:
                 if x is not None and (not isinstance(x, np.ndarray) or x.dtype.kind != "f" or x.ndim != 3
@@ -214,6 +229,7 @@ def read_detections(path: Path) -> tuple[dict[tuple[str, str], list], str]:
                     raise ValueError(f"{path}, {subject} {action}: expected pixels [T, {LAYOUTS[layout][0]}, 2] ({layout}), "
                                      f"found {_say(x)}")
             found[subject, action] = list(views)
+    _need_subjects(path, found)
     return found, layout
 
 
@@ -255,9 +271,16 @@ def check_cameras(path: Path, subject: str) -> None:
 
 
 def _mapping(path: Path, what: str, x) -> dict:
-    if not isinstance(x, dict):
-        raise ValueError(f"{path}: expected {what} to be a dictionary, found {_say(x)}")
+    x = x.item() if isinstance(x, np.ndarray) and x.shape == () else x
+    if not isinstance(x, dict) or not all(isinstance(key, str) for key in x):
+        raise ValueError(f"{path}: expected {what} to be a dictionary of names, found {_say(x)}")
     return x
+
+
+def _need_subjects(path: Path, found: dict) -> None:
+    missing = [s for s in (*TRAIN, *TEST) if not any(subject == s for subject, _ in found)]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: expected the subjects {', '.join((*TRAIN, *TEST))}")
 
 
 def _say(x) -> str:
@@ -293,10 +316,10 @@ def list_sequences(joints: dict, found: dict, without_shifted: bool) -> tuple[li
             if x is None or not len(x):
                 absent.append(name)
                 continue
-            if len(x) < T:
+            if len(x) != T:
                 unequal.append(name)
             sequences.append((subject, action, view, min(T, len(x))))
-    kinds = (unequal, "fewer frames than their 3D joints, which were trimmed"), (absent, "no 2D joints")
+    kinds = (unequal, "more or fewer frames than their 3D joints, and were trimmed"), (absent, "no 2D joints")
     notes = [f"{len(of)} sequences have {what} ({of[0]}{', ...' if len(of) > 1 else ''})" for of, what in kinds if of]
     return sequences, notes
 
@@ -326,7 +349,7 @@ def pose_fits(points: smpl.Points, fit: tuple | None, joints: np.ndarray) -> tup
     if fit is None:
         return np.zeros(0, np.int64), np.zeros((0, 144, 3)), np.zeros(0)
     at, *pose = (a[fit[0] < len(joints)] for a in fit)
-    x = np.concatenate([points(*(p[i : i + 512] for p in pose)) for i in range(0, max(1, len(at)), 512)]) * 1000
+    x = np.concatenate([points(*(p[i : i + 512] for p in pose)) for i in range(0, len(at) or 1, 512)]) * 1000
     own, true, off = x[:, 144:], joints[at], np.zeros(len(at))
     if own.shape[1]:
         off = np.linalg.norm(own - own.mean(1, keepdims=True) - true + true.mean(1, keepdims=True), axis=-1).mean(1)
@@ -361,25 +384,29 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
     """
     with new_data_set(out, overwrite) as folder:
         files = check_folder(source, recognise, WANTED)
-        names = {p.stem[len("data_2d_h36m_") :]: p for p in files["2D joints"]}
+        names = one_each("2D joints", files["2D joints"], lambda path: path.stem.lower().removeprefix("data_2d_h36m_"))
         if detections is None and len(names) > 1:
             raise ValueError(f"{source} holds several 2D files: choose one with --detections {' | '.join(sorted(names))}.")
-        path_2d = names.get(detections or min(names))
+        path_2d = names.get((detections or min(names)).lower())
         if path_2d is None:
             raise ValueError(f"{source} holds no data_2d_h36m_{detections}.npz: found {', '.join(sorted(names))}.")
-        of = {kind: {f"S{re.findall('[0-9]+', p.name)[1]}": p for p in files[kind]} for kind in ("cameras", "SMPL fits")}
+        of = {kind: one_each(f"{kind} of one subject", files[kind], subject_of) for kind in ("cameras", "SMPL fits")}
+        only = {kind: one_each(kind, files[kind]).get("") for kind in ("3D joints", "SMPL model", "joint regressor")}
+        unfitted = [s for s in EXTRINSICS if s not in of["SMPL fits"]]
+        if unfitted:
+            print(f"no SMPL fits of {', '.join(unfitted)}: these have no dense and fine points")
         for subject in sorted(set(of["cameras"]) & set(EXTRINSICS)):
             check_cameras(of["cameras"][subject], subject)
-        model = smpl.read(smpl.neutral(files["SMPL model"]))
+        model = smpl.read(only["SMPL model"])
 
         rest, rest_17 = model.v_template @ Z_UP, rest_joints(model) @ Z_UP
         levels = coarsen(rest, model.faces, rest_17[list(PART_JOINT)], weighting="plain")
         regressor = [level_matrix(levels[size], np.ones(len(rest))) for size in (48, 96)]
-        if files["joint regressor"]:
-            regressor.append(smpl.read_regressor(files["joint regressor"][0], model))
+        if only["joint regressor"]:
+            regressor.append(smpl.read_regressor(only["joint regressor"], model))
         points = smpl.Points(model, np.concatenate(regressor))
 
-        joints, (found, layout) = read_joints(files["3D joints"][0]), read_detections(path_2d)
+        joints, (found, layout) = read_joints(only["3D joints"]), read_detections(path_2d)
         fits = {(s, a): f for s in EXTRINSICS if s in of["SMPL fits"] for a, f in read_fits(of["SMPL fits"][s], s).items()}
         stature = {s: standing_height(np.concatenate([x[::50] for k, x in joints.items() if k[0] == s])) for s in EXTRINSICS}
 
@@ -408,9 +435,12 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
                         pixels.append(np.linalg.norm(new["x_s_det"] - new["x_s"], axis=-1)[new["conf"] > 0])
                         bar.update(len(at))
                 error[split] = np.concatenate(pixels)
-                for what, v in ("SMPL fits, mm", np.concatenate(off)), ("2D joints, px", error[split]):
-                    if len(v) and not np.median(v) < WRONG:
-                        raise ValueError(f"{source}: the {what}, are {np.median(v):.0f} off the 3D joints in the median: "
+                if split == "train" and not n_fits[split]:
+                    raise ValueError(f"{source}: no pose for training has a good SMPL fit; stages 1 and 2 train on these.")
+                for what, v in ("SMPL fits, mm", np.concatenate(off)), (f"2D joints of {path_2d.name}, px", error[split]):
+                    middle = np.median(v) if len(v) else np.inf
+                    if not middle < WRONG and (len(v) or "2D" in what):
+                        raise ValueError(f"{source}: the {what}, are {middle:.0f} off the 3D joints in the median: "
                                          "expected files of the same frames, cameras and order of joints.")
                 if split == "test":
                     draw_samples(folder / "samples.png", _shown(folder / split), {"seed": 0, "actions": ACTIONS})
@@ -424,7 +454,7 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
                            "assignment_mm": 1000 * levels["distance"]},
             "shifted": [" ".join(key) for key in sorted(SHIFTED)],
             "sources": {"2D joints": path_2d.name, "layout": layout, "fits": len(off),
-                        "fits_left_out": int((off > FIT_ERROR).sum()) if files["joint regressor"] else "not checked"},
+                        "fits_left_out": int((off > FIT_ERROR).sum()) if only["joint regressor"] else "not checked"},
         }  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     print(f"{path_2d.name}, {layout}: mean distance from the projected joints "

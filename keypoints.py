@@ -251,11 +251,12 @@ def _linked(frames: dict[str, list[np.ndarray]], tracks: dict[str, list[str]] | 
     for frame, poses in frames.items():
         boxes = [_box(p) for p in poses]
         found = dict(enumerate(tracks[frame])) if tracks else {}
-        pairs = [] if tracks else sorted(((_overlap(b, box), i, t) for i, b in enumerate(boxes) for t, box in last.items()),
-                                         reverse=True)
-        for overlap, i, t in pairs:
-            if overlap > 0.3 and i not in found and t not in found.values():
-                found[i] = t
+        if boxes and last and not tracks:
+            overlap, before = _overlap(np.array(boxes), np.array(list(last.values()))), list(last)
+            pairs = np.argwhere(overlap > 0.3)
+            for i, j in pairs[np.argsort(-overlap[tuple(pairs.T)], kind="stable")].tolist():
+                if i not in found and before[j] not in found.values():
+                    found[i] = before[j]
         for i, p in enumerate(poses):
             if i not in found:
                 found[i], fresh = str(fresh), fresh + 1
@@ -269,10 +270,11 @@ def _box(p: np.ndarray) -> np.ndarray:
     return np.array([seen.min(0), seen.max(0)])
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boxes [2 corners, 2]."""
-    both = np.prod(np.maximum(np.minimum(a[1], b[1]) - np.maximum(a[0], b[0]), 0))
-    return float(both / max(np.prod(a[1] - a[0]) + np.prod(b[1] - b[0]) - both, 1e-9))
+def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes [n, 2 corners, 2] and [m, 2, 2] -> [n, m]."""
+    a, b = a[:, None], b[None]
+    both = np.prod(np.maximum(np.minimum(a[:, :, 1], b[:, :, 1]) - np.maximum(a[:, :, 0], b[:, :, 0]), 0), -1)
+    return both / np.maximum(np.prod(a[:, :, 1] - a[:, :, 0], -1) + np.prod(b[:, :, 1] - b[:, :, 0], -1) - both, 1e-9)
 
 
 def _arrays(path: Path) -> tuple[list[tuple], str, str | None]:
@@ -303,7 +305,7 @@ def videopose_layout(path: Path, metadata: dict) -> str | None:
     known = {"coco": "coco17", "h36m": "h36m17"}.get(metadata.get("layout_name"))
     if known is None and metadata.get("keypoints_symmetry") is not None:
         left = tuple(int(j) for j in metadata["keypoints_symmetry"][0][:3])
-        hourglass = {"sh_pt": "mpii16", "sh_ft": "sh16"}.get(next(iter(re.findall("sh_[pf]t", path.name)), None))
+        hourglass = {"sh_pt": "mpii16", "sh_ft": "sh16"}.get(next(iter(re.findall("sh_[pf]t", path.name.lower())), None))
         known = {(4, 5, 6): "h36m17", (1, 3, 5): "coco17", (3, 4, 5): hourglass}.get(left)
     return known
 

@@ -27,6 +27,7 @@ from safe_pickle import load_arrays
 
 FPS = 30  # of the clips; faster recordings are thinned out
 LARGEST = 1 << 30  # bytes of an AMASS file, unpacked: an hour at 120 frames per second has about 0.5 GB
+MOST = 20_000_000  # positions of a BVH file
 CHUNK = 4096  # frames of an AMASS file that are posed at once
 
 # What programs call the joints, without prefix ("mixamorig:"), case and punctuation; the first that a file has is taken. "*"
@@ -81,6 +82,8 @@ def parse_bvh(text: str) -> dict:
     if not found:
         raise ValueError("expected `Frames:` and `Frame Time:` after MOTION")
     n, total = int(found[1]), sum(map(len, channels))
+    if n * len(names) > MOST:
+        raise ValueError(f"found {n} frames of {len(names)} joints: expected at most {MOST} positions; split it")
     values = np.array(motion[found.end() :].split(), np.float64)
     if not n or not total or len(values) != n * total or not np.isfinite(values).all() or float(found[2]) <= 0:
         raise ValueError(f"expected {n} frames of {total} finite numbers, found {len(values)} numbers")
@@ -125,7 +128,10 @@ def find_joints(names: list[str], parents: list[int]) -> dict[str, int]:
         raise ValueError(f"found no joint for {', '.join(missing)} among {', '.join(names)}")
 
     def ancestors(j: int) -> list[int]:
-        return [j, *ancestors(parents[j])] if j >= 0 else []
+        line = []
+        while j >= 0:
+            line, j = [*line, j], parents[j]
+        return line
 
     common = [j for j in ancestors(found["neck"]) if all(j in ancestors(found[f"{s} shoulder"]) for s in "lr")]
     found["chest"] = common[0]  # where the arms and the neck part
@@ -302,10 +308,12 @@ def read_amass(path: Path, model: smpl.SMPL) -> dict:
 def _recognise(path: Path, kind: str) -> str | None:
     """What a file of a folder is, by its name: a key of WANTED[kind], or None."""
     stem, suffix = path.stem.lower(), path.suffix.lower()
+    if stem.startswith("."):  # macOS leaves these
+        return None
     if kind == "bvh":
         return "motion" if suffix == ".bvh" else None
-    if re.fullmatch(smpl.FILE_NAME, path.name.lower()) and not stem.endswith(("_poses", "_stageii")):
-        return None if re.search("smpl[hx]", stem) else "smpl"  # SMPL-H and SMPL-X are other models
+    if re.search("smpl|basic_?model", stem) and not stem.endswith(("_poses", "_stageii")):
+        return "smpl" if smpl.is_model(path.name) else None
     return "motion" if suffix == ".npz" and stem != "shape" and not stem.endswith("stagei") else None
 
 

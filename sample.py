@@ -485,7 +485,8 @@ def main() -> None:
         return own_keypoints(args, run, hipart, lifter)
     split = run.split(args.split, fitted=True)
     if not split.n:
-        stop(f"{args.data} has no true dense and fine points to draw: choose data that have, for instance data/demo")
+        print(f"nothing is drawn: no sample of {args.data}, {args.split} has true dense and fine points")
+        return
     tokenizers = {args.name: hipart.msst}
     if args.without:
         path = Path("runs") / args.without / "stage1.pt"

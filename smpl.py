@@ -7,6 +7,7 @@ joints of rigid motions of a blended rest position, so is a point, and nobody ha
     point_p = sum_j T_j(pose) M_pj,   M_pj = sum_v R_pv W_vj [rest_v; 1],   rest = template + shape blend + pose blend
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from safe_pickle import load_arrays, load_pickle
 
 N_JOINTS, N_SHAPE = 24, 10
 LARGEST = 2 << 30  # bytes: a model with 300 shapes unpacks to 0.2 GB
-FILE_NAME = r".*(smpl|basic_?model).*\.(pkl|npz)"  # of a model, in lower case
 REGRESSOR_NAME = r"j_regressor_h36m.*\.npy"
 # Which of SMPL's 24 joints is nearest to each of Human3.6M's 17 in the rest pose. Only the coarsening goes by it.
 TO_H36M = [0, 2, 5, 8, 1, 4, 7, 6, 12, 15, 15, 16, 18, 20, 17, 19, 21]
@@ -73,6 +73,8 @@ class Points:
     def __call__(self, pose: np.ndarray, shape: np.ndarray, trans: np.ndarray) -> np.ndarray:
         pose, shape, trans = (np.asarray(a, np.float64) for a in (pose, shape, trans))
         n, p = len(pose), len(self.share)
+        if not n:
+            return np.zeros((0, p, 3))
         bent = quat_to_matrix(quat_from_rotvec(pose[:, 1:])) - np.eye(3)
         blend = np.concatenate([np.ones((n, 1)), shape, bent.reshape(n, -1)], 1)  # [N, 1 + 10 + 207]
         rest = (blend @ self.M).reshape(n, p, N_JOINTS, 3)
@@ -117,6 +119,12 @@ def read(path: Path) -> SMPL:
     return SMPL(v, shapedirs, array("posedirs", V, 3, 9 * (N_JOINTS - 1)).astype(np.float64),
                 array("J_regressor", N_JOINTS, V).astype(np.float64), array("weights", V, N_JOINTS).astype(np.float64),
                 parents, faces)
+
+
+def is_model(name: str) -> bool:
+    """Whether a file of this name is an SMPL model; SMPL-H, SMPL-X and MANO are others."""
+    return bool(re.fullmatch(r".*(smpl|basic_?model).*\.(pkl|npz)", name.lower())) and not re.search(
+        "smpl-?[hx]|mano", name.lower())
 
 
 def neutral(paths: list[Path]) -> Path:

@@ -20,7 +20,7 @@ from prepare_data import ARRAYS, IMAGE_SIZE, append_samples, base_meta, check_fo
 from safe_pickle import load_pickle
 
 FOCAL, CENTRE = 1145.0, 500.0  # px, of Human3.6M's cameras, about
-N_SURE, SURE = 6, 0.3  # a frame counts if so many of OpenPose's 18 joints have more than this confidence
+N_SURE, SURE = 6, 0.3  # a frame counts if more than so many of OpenPose's 18 joints have more than this confidence (VIBE)
 NEAREST = 500.0  # mm from the camera to the root
 AT_ONCE = 4096  # frames, so that any sequence takes the same memory
 # 3DPW-OCC: the first two words of these sequences' names, in any folder (the list of PARE, Kocabas et al. 2021).
@@ -31,7 +31,7 @@ OCC = {
     "outdoors_slalom",
 }  # fmt: skip
 ABOUT = {
-    "test": "3DPW test, frames with a valid camera and detections (SPIN's protocol)",
+    "test": "3DPW test, frames with a valid camera and more than 6 joints of OpenPose above 0.3 (as VIBE)",
     "occ": "3DPW-OCC: 17 sequence names over all splits; never train on 3DPW before scoring on it",
 }
 FOLDERS = {"train": 24, "validation": 12, "test": 24}  # of sequenceFiles, and how many files each has
@@ -73,8 +73,10 @@ def read_sequence(path: Path) -> tuple[np.ndarray, np.ndarray, list[dict]]:
             raise ValueError(f"{path} is no sequence of 3DPW: it has no {key}")
 
     def array(key, value, shape, why=""):
+        plain = isinstance(value, np.ndarray | int | float) or (  # else: something nested, which may be endless
+            isinstance(value, list) and all(isinstance(v, np.ndarray | int | float) for v in value))
         try:
-            a = np.asarray(value)
+            a = np.asarray(value if plain else None)
         except ValueError:  # a list of unequal parts
             a = np.empty(0, object)
         if a.dtype.kind not in "biuf" or a.ndim != len(shape) or any(
@@ -87,18 +89,20 @@ def read_sequence(path: Path) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     K, N = array("cam_intrinsics", content["cam_intrinsics"], (3, 3)).astype(np.float64), len(poses)
     if not (np.isfinite(K).all() and min(K[0, 0], K[1, 1], K[0, 2], K[1, 2]) > 0):
         raise ValueError(f"{path}: expected cam_intrinsics with focal lengths and a centre above 0, found {K.tolist()}")
-    lists = {k: list(content[k]) if isinstance(content[k], list) or np.ndim(content[k]) else [] for k in people}
+    lists = {k: list(content[k]) if isinstance(content[k], list) or getattr(content[k], "shape", ()) else [] for k in people}
     if len({len(v) for v in lists.values()} | {max(1, len(lists["poses"]))}) > 1:
         raise ValueError(f"{path}: expected lists of one entry for each person, found "
                          f"{', '.join(f'{len(v)} in {k}' for k, v in lists.items())}")
     shapes = {"poses": (N, 72), "betas": (None,), "trans": (N, 3), "poses2d": (N, 3, 18), "campose_valid": (N,)}
     why = f", and cam_poses has {N} frames"
-    read = [{k: array(k, lists[k][i], shape, why) for k, shape in shapes.items()} | {"gender": str(g)}
+    read = [{k: array(k, lists[k][i], shape, why) for k, shape in shapes.items()} | {"gender": g}
             for i, g in enumerate(lists[gender])]
     for p in read:
-        if len(p["betas"]) < smpl.N_SHAPE or p["gender"] not in ("m", "f"):
+        p["gender"] = p["gender"].decode("latin1") if isinstance(p["gender"], bytes) else p["gender"]
+        if len(p["betas"]) < smpl.N_SHAPE or not isinstance(p["gender"], str) or p["gender"] not in ("m", "f"):
+            found = repr(p["gender"][:20]) if isinstance(p["gender"], str) else type(p["gender"]).__name__
             raise ValueError(f"{path}: expected betas of at least {smpl.N_SHAPE} numbers and {gender} m or f, found "
-                             f"{len(p['betas'])} and {p['gender'][:20]!r}")
+                             f"{len(p['betas'])} and {found}")
         p["betas"] = p["betas"][: smpl.N_SHAPE].astype(np.float64)
     return K, poses, read
 
@@ -113,7 +117,7 @@ def samples(K: np.ndarray, poses: np.ndarray, person: dict, points: smpl.Points)
         x = detected[..., :2]
         there = ((x >= -size) & (x <= 2 * size)).all(-1) & (x != 0).any(-1)
         detected[~there] = 0
-        counts = (person["campose_valid"] > 0) & ((detected[..., 2] > SURE).sum(1) >= N_SURE)
+        counts = (person["campose_valid"] > 0) & ((detected[..., 2] > SURE).sum(1) > N_SURE)
         rest_y = points.model.v_template[:, 1] + points.model.shapedirs[:, 1] @ person["betas"]
     frames = np.flatnonzero(counts)
     for start in range(0, len(frames), AT_ONCE):
@@ -194,7 +198,7 @@ def prepare(source: Path, out: Path, overwrite: bool) -> Path:
             "joints_14": [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16],
             "sources": {
                 "sequences": "3DPW, https://virtualhumans.mpi-inf.mpg.de/3DPW",
-                "frames": f"campose_valid, and at least {N_SURE} of OpenPose's 18 joints with confidence above {SURE}",
+                "frames": f"campose_valid, and more than {N_SURE} of OpenPose's 18 joints with confidence above {SURE}",
                 "detections": "OpenPose's as 3DPW ships them; the paper's CPN detections are not distributed",
                 "joints": "gendered SMPL models " + ", ".join(found[k][0].name for k in ("male", "female"))
                           + f", regressor {found['regressor'][0].name}",

@@ -13,6 +13,7 @@ every checkpoint holds model, optimiser, step, random state and config, and is w
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -156,7 +157,12 @@ class Run:
 
     def identity(self) -> dict:
         """What must not change when a run resumes, beside its config."""
-        return dict(seed=self.seed, data=self.data, limit=self.limit)
+        return dict(seed=self.seed, data=self.data, limit=self.limit, samples=self.samples())
+
+    def samples(self) -> str:
+        """A name for the content of the data set: two preparations that differ in anything but versions have two."""
+        meta = {k: v for k, v in json.loads(Path(self.data, "meta.json").read_text()).items() if k != "versions"}
+        return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 
     def log(self, **row) -> None:
         with open(self.path / "log.jsonl", "a") as f:
@@ -398,7 +404,10 @@ def stage_2(run: Run):
     c, train, val = run.config, run.split("train", fitted=True), run.split("val")
     torch.manual_seed(run.seed)
     model = HiPART(c).to(run.device)
-    restore(model.msst, load_finished(run, "stage1"), run.path / "stage1.pt")
+    saved = load_finished(run, "stage1")
+    if saved["run"].get("samples", run.samples()) != run.samples():
+        stop(f"{run.path / 'stage1.pt'} was trained on other data than {run.data}; train it under another --name")
+    restore(model.msst, saved, run.path / "stage1.pt")
     model.msst.eval().requires_grad_(False)
     hiarm = model.hiarm
     hiarm.set_codebooks(model.msst)
@@ -445,6 +454,8 @@ def stage_2(run: Run):
 def load_hipart(run: Run) -> HiPART:
     """Stages 1 and 2 of a run, frozen."""
     saved = {s: load_finished(run, f"stage{s}") for s in (1, 2)}
+    if saved[1]["run"].get("samples") != saved[2]["run"].get("samples"):
+        stop(f"{run.path}: stage 2 was trained on other data than stage1.pt; train it again under another --name")
     model = HiPART(Config(**saved[2]["config"])).to(run.device)
     restore(model.msst, saved[1], run.path / "stage1.pt")
     restore(model.hiarm, saved[2], run.path / "stage2.pt")
@@ -487,9 +498,10 @@ def train_regressor(run: Run) -> Regressor:
 def densified_training_set(run: Run, model: HiPART, draw: int) -> tuple[np.ndarray, np.ndarray]:
     """HiPART's own output on draw number `draw` of detections of the training set, made once and kept on disk:
     x [N, 161, 2] and conf [N, 17]. Stage 3 trains on what the model generates, not on ground truth."""
-    path = run.path / f"generated_{draw}.npy"
-    if not path.exists() or path.stat().st_mtime < (run.path / "stage2.pt").stat().st_mtime:
-        train, beside, done = run.split("train"), path.with_suffix(".tmp"), 0
+    path, train = run.path / f"generated_{draw}.npy", run.split("train")
+    if (not path.exists() or path.stat().st_mtime < (run.path / "stage2.pt").stat().st_mtime
+            or len(np.load(path, mmap_mode="r", allow_pickle=False)) != train.n):
+        beside, done = path.with_suffix(".tmp"), 0
         out = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=(train.n, 161 * 2 + 17))
         with tqdm(desc=f"densify {draw + 1}/{run.config.draws_3}", total=train.n, leave=False) as bar:
             for block in train.blocks(run.rng(3, draw), size=1024):
@@ -523,9 +535,10 @@ def new_lifter(c: Config, name: str) -> nn.Module:
 
 
 def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
-    """One lifter for one feed: the same network, schedule and number of samples for all of them. Plain MPJPE loss."""
-    c, val = run.config, run.split("val")
+    """One lifter for one feed: the same network, schedule and number of steps for all of them. Plain MPJPE loss."""
+    c, val, everything = run.config, run.split("val"), run.split("train")
     train = run.split("train", fitted=name in NEED_FIT)
+    epochs = max(1, round(c.epochs_3 * everything.steps(c.batch_3) / train.steps(c.batch_3)))  # as many steps for all
     clean = name.endswith("_clean")
     hipart = load_hipart(run) if name == "generated" else None
     regressor = load_regressor(run) if name == "regressor" else None
@@ -575,13 +588,15 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
     rows = np.sort(torch.randperm(train.n)[:BLOCK].numpy())
     shown = fed(train.read(rows, run.rng(3, seed, 10**6), clean))
     model.standardize(shown["all"] if name == "auxiliary" else shown["x"], shown["y"], shown["conf"])
-    lr_at = warmup_cosine(500) if c.cosine_3 else lambda step, _: 0.96 ** (step // train.steps(c.batch_3) // 4)
-    return fit(run, f"stage3_{name}_{seed}", model, torch.optim.Adam(model.parameters(), lr=c.lr_3, fused=True), c.epochs_3,
+    lr_at = warmup_cosine(500) if c.cosine_3 else lambda step, _: 0.96 ** (step // everything.steps(c.batch_3) // 4)
+    return fit(run, f"stage3_{name}_{seed}", model, torch.optim.Adam(model.parameters(), lr=c.lr_3, fused=True), epochs,
                lr_at, train, c.batch_3, batches, loss_of, validate)
 
 
 def stage_3(run: Run, seeds: int) -> None:
     load_hipart(run)  # say at once what is missing
+    if load_finished(run, "stage2")["run"].get("samples", run.samples()) != run.samples():
+        stop(f"{run.path}: stages 1 and 2 were trained on other data than {run.data}; train them under another --name")
     train_regressor(run)
     for seed in range(seeds):
         for name in FEEDS:

@@ -2,6 +2,11 @@
 
 import math
 import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,3 +162,66 @@ def test_mutated_models_are_read_or_refused(tmp_path_factory, data):
 
 
 _SMALL = smpl_content(3, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pickles that are small and want much
+
+
+def word(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def name(module, what):
+    return f"c{module}\n{what}\n".encode()
+
+
+def laughs(levels, then):
+    """A list that holds the one before twice, and so on: tiny in the file, endless when written out. It is memo `levels`."""
+    return b"(]K\x01aq\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(levels)) + b"1" + then
+
+
+ATTACKS = {
+    "deep key": b"})" + b"\x85" * 100_000 + b"K\x01s.",
+    "key that doubles": b"})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(40)) + b"K\x01s.",
+    "keys at once": b"}(" + b")" + b"\x85" * 1000 + b"K\x01u.",
+    "set of deep things": b"\x8f(" + b")" + b"\x85" * 100_000 + b"\x90.",
+    "memory before reading": b"\x96" + struct.pack("<Q", 1 << 46) + b".",
+    "dtype": name("numpy", "dtype") + b"q\xf0" + laughs(40, b"h\xf0h\x28\x85R."),
+    "chumpy": laughs(40, name("chumpy.ch", "Ch") + b")R}" + word("x") + b"h\x28sb."),
+    "state of a function": name("numpy", "dtype") + b"N}" + word("__defaults__") + word("f8") + b"\x85s\x86b0N.",
+    "state of a class": name("chumpy.ch", "Ch") + b"}" + word("real") + b"K\x01sb0N.",
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_small_pickles_that_want_much_are_refused_at_once(tmp_path, attack):
+    """In a process of its own, with little memory: some of these ended it."""
+    path = tmp_path / "attack.pkl"
+    path.write_bytes(b"\x80\x04" + ATTACKS[attack])
+    code = ("import resource, sys, pathlib, safe_pickle\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\nresource.setrlimit(resource.RLIMIT_CPU, (20, 20))\n"
+            "before = {k: vars(v).copy() for k, v in safe_pickle._ArraysOnly.stand_ins.items() if hasattr(v, '__dict__')}\n"
+            "try:\n    safe_pickle.load_pickle(pathlib.Path(sys.argv[1]))\nexcept ValueError as e:\n    print(len(str(e)))\n"
+            "after = {k: vars(v).copy() for k, v in safe_pickle._ArraysOnly.stand_ins.items() if hasattr(v, '__dict__')}\n"
+            "assert before == after and not safe_pickle._ArraysOnly.stand_ins['numpy', 'dtype'].__defaults__")
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=Path(smpl.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0 and 0 < int(done.stdout) < 600, (done.returncode, done.stderr[-300:])
+
+
+def test_limits_and_orders_of_arrays(tmp_path, monkeypatch):
+    path = tmp_path / "a.pkl"
+    a = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    path.write_bytes(pickle.dumps({"a": a, "b": a.astype(">i2")}, protocol=2))
+    found = safe_pickle.load_pickle(path)
+    assert np.array_equal(found["a"], a) and np.array_equal(found["b"], a) and found["b"].dtype == ">i2"
+    with pytest.raises(ValueError, match="has more than 0 MB"):
+        safe_pickle.load_pickle(path, 100)
+    made = safe_pickle._Sparse()
+    made.__setstate__(dict(_shape=(4000, 4000), data=np.zeros(0), indices=np.zeros(0, int), indptr=np.zeros(4001, int)))
+    with pytest.raises(ValueError, match="contradicts itself"):
+        made.real({})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as z:
+        z.writestr("x.npy", b"")
+    with pytest.raises(ValueError, match="packed in a way"):
+        safe_pickle.load_arrays(tmp_path / "a.npz")
