@@ -4,7 +4,8 @@
     python evaluate.py --name quick --seeds 3       # mean and spread over the lifters of `python train.py --seeds 3`
     python evaluate.py --occlusion                  # joints hidden on purpose: stand-ins for Table 7 and 3DPW-AdvOcc
 
-Prints tables and writes them to runs/NAME/table.md; every number behind them goes to runs/NAME/evaluation.json.
+Prints tables and writes them to runs/NAME/table.md; every number behind them goes to runs/NAME/evaluation.json. On other
+data than the run's own both names end with that of the data.
 Covers the paper's Table 1 (errors per action), Fig. 12 (2D error of the fine pose) and Fig. 7 in one number.
 
 It goes one way: `measure` gives every sample of a split a row of numbers, `summarize` averages them, tables are text.
@@ -480,7 +481,7 @@ def paper_mpjpe(meta: dict) -> dict[str, str]:
     return next((numbers for part, numbers in known.items() if part in detector), {})
 
 
-def describe(run: Run, about: dict[str, dict], sizes: dict[str, int], seeds: int) -> str:
+def describe(run: Run, about: dict[str, dict], sizes: dict[str, str], seeds: int) -> str:
     """What a reader must know to judge the tables, as a list."""
     changed = []
     for key, default in vars(Config()).items():
@@ -534,7 +535,10 @@ def main() -> None:
         return
     meta = run.split("test").meta
     splits = {name: run.split(name, fitted=name == "train") for name in meta["splits"]}
-    header = describe(run, about, {name: split.n for name, split in splits.items()}, args.seeds)
+    trained, sizes = load_finished(run, "stage1")["run"], {name: str(split.n) for name, split in splits.items()}
+    if trained["limit"] and "train" in sizes:
+        sizes["train"] = f"{trained['limit']} of {sizes['train']}"
+    header = describe(run, about, sizes, args.seeds)
     if meta.get("source") == "h36m":
         part = meta["splits"]["train"]
         header += (f"\n- input: {meta['sources']['2D joints']}; training on {part['about']}: {part['n']} samples, but the "
@@ -580,10 +584,11 @@ def main() -> None:
                      "sparse embedding with the mean dense embedding of its own part, minus that with the other parts."]
     text = "\n\n".join(sections) + "\n"
     print("\n" + text)
-    write(run.path / "table.md", text)
+    at = "" if Path(trained["data"]).name == Path(run.data).name else f"_{Path(run.data).name}"
+    write(run.path / f"table{at}.md", text)
     numbers = dict(run=args.name, about=header, training=about, splits=summaries, codebooks=reports)
-    write(run.path / "evaluation.json", json.dumps(numbers, indent=1))
-    print(f"written: {run.path / 'table.md'}, {run.path / 'evaluation.json'}")
+    write(run.path / f"evaluation{at}.json", json.dumps(numbers, indent=1))
+    print(f"written: {run.path}/table{at}.md, {run.path}/evaluation{at}.json")
 
 
 if __name__ == "__main__":

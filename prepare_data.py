@@ -783,19 +783,26 @@ def check_folder(folder, recognise, wanted):
     folder, found, other = Path(folder), {kind: [] for kind in wanted}, []
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there: --folder must name the folder with your files.")
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    files, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):  # people link to where data lie
+        if os.path.realpath(root) in seen:
+            folders.clear()  # a loop
+        else:
+            seen.add(os.path.realpath(root))
+            files += [Path(root, name) for name in names if Path(root, name).is_file()]
+    for path in sorted(files):
         found.get(recognise(path), other).append(path)
 
-    def names(paths):
+    def some(paths):
         more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
         return ", ".join(str(p.relative_to(folder)) for p in paths[:4]) + more
 
     print(f"{folder}:")
     for kind, (what, needed) in wanted.items():
-        state = names(found[kind]) if found[kind] else "MISSING" if needed else "none (not needed)"
+        state = some(found[kind]) if found[kind] else "MISSING" if needed else "none (not needed)"
         print(f"  {kind}: {state}" + ("" if found[kind] else f"; {what}"))
     if other:
-        print(f"  not used: {names(other)}")
+        print(f"  not used: {some(other)}")
     missing = [f"{kind} ({what})" for kind, (what, needed) in wanted.items() if needed and not found[kind]]
     if missing:
         raise ValueError(f"{folder} lacks {'; '.join(missing)}.")

@@ -531,3 +531,43 @@ def test_real_clips_and_bodies_make_samples(tmp_path):
         assert 250 < arrays["height_px"].mean() < 500 and len(meta["actions"]) == 15
     assert meta["coarsening"]["assignment_mm"] < 110
     assert {meta["actions"][a] for a in arrays["action"]} == {"kick", "dance_b"}
+
+
+def test_folders_are_searched_through_links_and_loops(tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.txt").write_text("")
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "in/a.txt").write_text("")
+    (tmp_path / "in/sub/other.bin").write_text("")
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/sub/loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in/gone.txt").symlink_to(tmp_path / "nowhere")
+    wanted = {"text": ("a text", True), "more": ("more of it", False)}
+    found = P.check_folder(tmp_path / "in", lambda p: "text" if p.suffix == ".txt" else None, wanted)
+    assert [p.name for p in found["text"]] == ["a.txt", "b.txt"] and found["more"] == []
+    out = capsys.readouterr().out
+    for line in ("text: a.txt, link/b.txt", "more: none (not needed); more of it", "not used: sub/other.bin"):
+        assert line in out
+    with pytest.raises(ValueError, match="in lacks music [(]a tune[)]"):
+        P.check_folder(tmp_path / "in", lambda p: None, {"music": ("a tune", True)})
+    with pytest.raises(ValueError, match="nowhere is not there"):
+        P.check_folder(tmp_path / "nowhere", lambda p: None, {})
+
+
+def test_a_killed_preparation_is_cleared_away_and_a_failed_one_gives_back(tmp_path, monkeypatch):
+    (tmp_path / ".set.abcd1234/new").mkdir(parents=True)  # of one that was killed
+    (tmp_path / ".set.abc").mkdir()  # somebody else's
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/meta.json").write_text("earlier")
+    replace = P.os.replace
+
+    def fail(a, b):
+        if str(b) == str(tmp_path / "set") and "new" in str(a):
+            raise OSError("no space")
+        replace(a, b)
+
+    monkeypatch.setattr(P.os, "replace", fail)
+    with pytest.raises(OSError, match="no space"), P.new_data_set(tmp_path / "set", overwrite=True) as folder:
+        (folder / "meta.json").write_text("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".set.abc", "set"]
+    assert (tmp_path / "set/meta.json").read_text() == "earlier"

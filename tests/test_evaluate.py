@@ -590,3 +590,21 @@ def test_fourteen_joints_are_moved_to_their_pelvis(run, data, model, monkeypatch
     caption, text = evaluate.protocol_14(summary, 1)
     assert "predicted pelvis" in caption and f"| {np.mean(expected):.1f} |" in text.replace("  ", " ")
     assert evaluate.protocol_14({}, 1) == []
+
+
+def test_other_data_leave_the_runs_own_tables_alone(run, data, tmp_path, monkeypatch, capsys, result):
+    """As 3DPW is: no training split, no dense points, its own words and protocol."""
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    meta = json.loads((other / "meta.json").read_text())
+    meta["splits"] = {"test": {"n": 32, "fits": 0, "about": "people in the street"}}
+    (other / "meta.json").write_text(json.dumps(meta | {"joints_14": [1, 2, 3], "noise": None, "source": "3dpw"}))
+    np.save(other / "test/fit.npy", np.zeros(32, bool))
+    before = (run / "runs/tiny/table.md").read_bytes()
+    main(monkeypatch, run, "--data", other)
+    text = (run / "runs/tiny/table_other.md").read_text()
+    assert (run / "runs/tiny/table.md").read_bytes() == before and (run / "runs/tiny/evaluation_other.json").is_file()
+    assert "(people in the street; 0 of 32 samples have true dense" in text and "14 joints" in text
+    assert cells(text, "3D error on `test`", "c  sparse + ground")[:5] == ["-"] * 5  # nothing to compare with
+    assert re.fullmatch(r"[0-9.]+", cells(text, "3D error on `test`", "b  sparse + gen")[0])
+    assert not re.search(r"\bnan\b|None|\binf\b|## Tokenizer", text)
