@@ -244,13 +244,16 @@ def _clip(x: np.ndarray, rest: np.ndarray, joints: dict[str, int], fps: float) -
 
 
 def read_bvh(path: Path) -> dict:
-    """One BVH file -> a clip. Up is the axis along which head and feet are farthest apart at the start."""
+    """One BVH file -> a clip. Up is the axis along which head and feet are mostly farthest apart."""
     with _reading(path, "BVH file"):
         bvh = parse_bvh(path.read_text(encoding="utf-8", errors="replace"))
         joints, step = find_joints(bvh["names"], bvh["parents"]), _stride(bvh["fps"], "Frame Time")
-        x, rest = bvh["positions"][::step], np.zeros((len(bvh["names"]), 3))
+        x, rest = bvh["positions"], np.zeros((len(bvh["names"]), 3))
         for j, parent in enumerate(bvh["parents"]):
             rest[j] = bvh["offsets"][j] + (rest[parent] if parent >= 0 else 0)
+        near = 0.02 * np.ptp(rest, 0).max()  # CMU's files begin with a frame of the rest pose, which is no motion
+        at_rest = [np.abs(p - p[:1] - rest + rest[:1]).max() < near for p in x[:2]]
+        x = x[int(at_rest == [True, False]) :: step]
         head, feet = x[:, joints["head"]], (x[:, joints["l ankle"]] + x[:, joints["r ankle"]]) / 2
         axis = int(np.abs(np.median(head - feet, 0)).argmax())
         if axis == 0:

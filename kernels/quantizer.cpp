@@ -176,7 +176,12 @@ INLINE float multiply_add(float a, float b, float c) {
 // Scores of 6 rows x [D][6] against one panel c [D][16]; for every row the smaller of every two, low [8].
 template <bool FMA>
 INLINE void screen_tile(const float* x, const float* c, int64_t D, const float* square, float* low, int64_t stride) {
-  float acc[MR][NR] = {};
+  float acc[MR][NR];
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i) {
+#pragma omp simd
+    for (int j = 0; j < NR; ++j) acc[i][j] = 0;
+  }
   for (int64_t d = 0; d < D; ++d, x += MR, c += NR) {
 #pragma GCC unroll 6
     for (int i = 0; i < MR; ++i) {

@@ -421,3 +421,12 @@ def test_a_folder_of_bvh_files(tmp_path):
         (tmp_path / name).write_text(bvh_text(np.zeros((3, 21, 3))))
     clips = mocap.read_folder(tmp_path, "bvh")
     assert set(clips) == {"walk", "01/01_02"} and "action" not in clips["walk"]
+
+
+def test_a_first_frame_in_the_rest_pose_is_left_out(tmp_path):
+    angles = moving(T=8)
+    angles[0] = 0
+    assert len(clip_of(tmp_path, angles)["time"]) == 7  # as in CMU's files
+    assert len(clip_of(tmp_path, moving(T=8))["time"]) == 8
+    angles[1] = 0  # somebody who stands at rest
+    assert len(clip_of(tmp_path, angles)["time"]) == 8
