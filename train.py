@@ -226,12 +226,14 @@ def restore(module: nn.Module, saved: dict, path: Path) -> None:
         stop(f"{path} has weights of other sizes than this config: use the options that it was trained with")
 
 
-def load_finished(run: Run, name: str) -> dict:
-    """The checkpoint of an earlier stage, which must have run to its end with the sizes of this config."""
+def load_finished(run: Run, name: str, same_data: bool = False) -> dict:
+    """The checkpoint of an earlier stage, which must have run to its end; same_data: on the data of this run, too."""
     path = run.path / f"{name}.pt"
     saved = load_checkpoint(path, run.device)
     if saved["epoch"] < saved["epochs"]:
         stop(f"{path} is unfinished ({saved['epoch']} of {saved['epochs']} epochs): go on with --resume")
+    if same_data and saved["run"].get("samples", run.samples()) != run.samples():
+        stop(f"{path} was trained on other data than {run.data} holds now: train it again under another --name")
     return saved
 
 
@@ -404,10 +406,7 @@ def stage_2(run: Run):
     c, train, val = run.config, run.split("train", fitted=True), run.split("val")
     torch.manual_seed(run.seed)
     model = HiPART(c).to(run.device)
-    saved = load_finished(run, "stage1")
-    if saved["run"].get("samples", run.samples()) != run.samples():
-        stop(f"{run.path / 'stage1.pt'} was trained on other data than {run.data}; train it under another --name")
-    restore(model.msst, saved, run.path / "stage1.pt")
+    restore(model.msst, load_finished(run, "stage1", same_data=True), run.path / "stage1.pt")
     model.msst.eval().requires_grad_(False)
     hiarm = model.hiarm
     hiarm.set_codebooks(model.msst)
@@ -595,8 +594,7 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
 
 def stage_3(run: Run, seeds: int) -> None:
     load_hipart(run)  # say at once what is missing
-    if load_finished(run, "stage2")["run"].get("samples", run.samples()) != run.samples():
-        stop(f"{run.path}: stages 1 and 2 were trained on other data than {run.data}; train them under another --name")
+    load_finished(run, "stage2", same_data=True)
     train_regressor(run)
     for seed in range(seeds):
         for name in FEEDS:

@@ -814,3 +814,31 @@ def test_resuming_forgets_log_lines_that_have_no_checkpoint(tmp_path):
     run.forget("stage2", 1)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["model"], r["epoch"]) for r in rows] == [("stage1", 1), ("stage1", 2), ("stage2", 1)]
+
+
+@pytest.mark.parametrize("stage, file", [(2, "stage1.pt"), (3, "stage2.pt")])
+def test_stages_of_other_data_are_refused(run, data, tmp_path, monkeypatch, capsys, stage, file):
+    """A data set of the same name that was prepared again in another way; other versions of libraries do not count."""
+    shutil.copytree(Path(run) / "runs", tmp_path / "runs")
+    for later in [f"stage{stage}.pt"] if stage == 2 else ["regressor.pt"]:
+        (tmp_path / "runs/tiny" / later).unlink()
+    shutil.copytree(data, tmp_path / "data")
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta | {"seed": 99}))
+    status, said = refused(monkeypatch, capsys, tmp_path, "--data", tmp_path / "data", "--stage", stage)
+    assert status == 2 and f"{file} was trained on other data" in said
+    names = [train.Run(tmp_path, Config(), torch.device("cpu"), data=str(tmp_path / "data")).samples()]
+    for change in ({"seed": 99, "versions": {"numpy": "0"}}, {"seed": 98}):
+        (tmp_path / "data/meta.json").write_text(json.dumps(meta | change))
+        names.append(train.Run(tmp_path, Config(), torch.device("cpu"), data=str(tmp_path / "data")).samples())
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_generated_set_of_another_size_is_made_again(run, data, tmp_path):
+    shutil.copytree(Path(run) / "runs", tmp_path / "runs")
+    config = Config(**checkpoint(run, "stage2")["config"])
+    some, whole = (train.Run(tmp_path / "runs/tiny", config, torch.device("cpu"), data=data, limit=n) for n in (24, 0))
+    model = train.load_hipart(whole)
+    assert len(train.densified_training_set(some, model, 0)[0]) == 24
+    x, conf = train.densified_training_set(whole, model, 0)
+    assert len(x) == len(conf) == whole.split("train").n == 64
