@@ -132,7 +132,7 @@ def test_sparse_matrices_that_contradict_themselves(change):
     made.__setstate__(good)
     assert made.real({}).tolist() == [[1, 0, 0], [0, 0, 2]]
     rows = safe_pickle._SparseRows()
-    rows.__setstate__(good | dict(_shape=(3, 2)))
+    rows.__setstate__(good | dict(_shape=(np.int64(3), np.int32(2))))
     assert rows.real({}).tolist() == [[1, 0], [0, 0], [0, 2]]
     made.__setstate__(good | change)
     with pytest.raises((ValueError, TypeError)):
