@@ -146,7 +146,8 @@ class _Sparse:
     def real(self, seen: dict) -> np.ndarray:
         data, indices, starts = (_numbers(self.state[k], seen) for k in ("data", "indices", "indptr"))
         indices, starts = indices.astype(np.int64), starts.astype(np.int64)
-        rows, columns = (n.item() if isinstance(n, np.integer) else n for n in self.state.get("_shape", self.state.get("shape")))
+        shape = self.state.get("_shape", self.state.get("shape"))
+        rows, columns = (n.item() if isinstance(n, np.integer) else n for n in shape)
         lines, cells = (columns, rows) if self.by_column else (rows, columns)
         if not (type(rows) is type(columns) is int and 0 < lines * cells <= SPARSE_CELLS and len(starts) == lines + 1
                 and (np.diff(starts) >= 0).all() and starts[0] == 0 and starts[-1] == len(indices) == len(data)
