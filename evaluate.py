@@ -5,7 +5,7 @@
     python evaluate.py --occlusion                  # joints hidden on purpose: stand-ins for Table 7 and 3DPW-AdvOcc
 
 Prints tables and writes them to runs/NAME/table.md; every number behind them goes to runs/NAME/evaluation.json. On other
-data than the run's own both names end with that of the data.
+data than the run's own (by the name of its folder) these names end with that of the data.
 Covers the paper's Table 1 (errors per action), Fig. 12 (2D error of the fine pose) and Fig. 7 in one number.
 
 It goes one way: `measure` gives every sample of a split a row of numbers, `summarize` averages them, tables are text.
@@ -356,7 +356,7 @@ def error_table(summaries: dict[str, dict]) -> str:
 
 
 def codebook_table(reports: dict[str, dict], summaries: dict[str, dict], c: Config) -> str:
-    """Tokenizer and codebooks, on the splits that have stored detections."""
+    """Tokenizer and codebooks, on all splits but train that have true dense and fine points."""
     rows = [[label, *(f"{r[key]:{form}}" for r in reports.values())] for label, key, form in (
         ("fine pose, px", "fine_px", ".1f"), ("dense pose, px", "dense_px", ".1f"),
         (f"perplexity of the {c.K_s} sparse codes", "perplexity_s", ".0f"),
@@ -523,6 +523,8 @@ def main() -> None:
         stop(f"--seeds must be at least 1, and 1 with --occlusion, found {args.seeds}")
     run = open_run(args)
     hipart, regressor, (lifters, about) = load_hipart(run), load_regressor(run), load_lifters(run, args.seeds)
+    trained = load_finished(run, "stage1")["run"]
+    at = "" if Path(trained["data"]).name == Path(run.data).name else f"_{Path(run.data).name}"
     if args.occlusion:
         split = Split(run.data, "test", run.device, limit=2500)
         rows = measure_hidden(split, hipart, regressor, lifters, run.rng(6))
@@ -531,11 +533,12 @@ def main() -> None:
                 "only joints that are not covered count. Stand-ins at keypoint level: the published protocols hide pixels "
                 f"and detect again.\n\n{text}\n")
         print(text)
-        write(run.path / "occlusion.md", text)
+        write(run.path / f"occlusion{at}.md", text)
         return
-    meta = run.split("test").meta
-    splits = {name: run.split(name, fitted=name == "train") for name in meta["splits"]}
-    trained, sizes = load_finished(run, "stage1")["run"], {name: str(split.n) for name, split in splits.items()}
+    test = run.split("test")  # opening a split reads all of it: once
+    meta = test.meta
+    splits = {name: test if name == "test" else run.split(name, fitted=name == "train") for name in meta["splits"]}
+    sizes = {name: str(split.n) for name, split in splits.items()}
     if trained["limit"] and "train" in sizes:
         sizes["train"] = f"{trained['limit']} of {sizes['train']}"
     header = describe(run, about, sizes, args.seeds)
@@ -546,8 +549,7 @@ def main() -> None:
                    "clean + ground truth, which take as many steps as the others; training drops joints, testing does not")
     tested = {name: meta["splits"][name].get("about", SPLITS.get(name)) for name in splits if name not in ("train", "val")}
     if "train" in splits:  # as many samples as there are to validate on
-        run.limit = min(splits["train"].n, splits["val"].n)
-        splits["train"] = run.split("train", fitted=True)
+        splits["train"] = splits["train"].spread(min(splits["train"].n, splits["val"].n))
     summaries = {}
     for name, split in splits.items():
         print(f"measuring {name}: {split.n} samples", flush=True)
@@ -559,7 +561,7 @@ def main() -> None:
         pelvis = detected_pelvis(block["x_s"], block["conf"])
         return {k: to_model_frame(block[k], pelvis) for k in ("x_f", "x_d")} | dict(a=block["action"])
 
-    fitted = {name: run.split(name, fitted=True) for name in splits if name != "train"}
+    fitted = {name: split.with_fit() for name, split in splits.items() if name != "train"}
     reports = {name: tokenizer_report(hipart.msst, split, in_frame) for name, split in fitted.items() if split.n}
     sections = [f"# Evaluation of {run.path}", header]
     for name, kind in tested.items():
@@ -584,7 +586,6 @@ def main() -> None:
                      "sparse embedding with the mean dense embedding of its own part, minus that with the other parts."]
     text = "\n\n".join(sections) + "\n"
     print("\n" + text)
-    at = "" if Path(trained["data"]).name == Path(run.data).name else f"_{Path(run.data).name}"
     write(run.path / f"table{at}.md", text)
     numbers = dict(run=args.name, about=header, training=about, splits=summaries, codebooks=reports)
     write(run.path / f"evaluation{at}.json", json.dumps(numbers, indent=1))

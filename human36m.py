@@ -4,7 +4,8 @@
     Human36M_subjectN_smpl_param.json          Pose2Mesh's: SMPL fits, for some of the frames
     SMPL model, J_regressor_h36m_correct.npy   the body that was fitted, and where Human3.6M's joints lie in it
 
-Every frame of every camera is a sample: the input is what the detector gave, y is Human3.6M's own 3D pose. Dense and fine
+Every frame of every camera is a sample (of validation's, some): the input is what the detector gave, y is Human3.6M's own 3D
+pose. Dense and fine
 points are those of the fitted body, where there is a fit; elsewhere `fit` is False. Stages 1 and 2 train where it is True,
 stage 3 everywhere. World and cameras are in mm, z up; X_camera = R X_world + t.
 """
@@ -380,7 +381,8 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
             overwrite: bool = False) -> Path:
     """Write the data set `out` from the files in `source`; `detections` names the 2D file if there are several.
 
-    Memory holds the source's joints, detections and fits (about 1 GB for all of Human3.6M), and one sequence of samples.
+    Memory holds the source's joints, detections and fits (about 1 GB for all of Human3.6M), one number for every detected
+    joint, and one sequence of samples.
     """
     with new_data_set(out, overwrite) as folder:
         files = check_folder(source, recognise, WANTED)
@@ -432,22 +434,24 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
                         new = samples(key, view, at, joints[key], found[key][view], layout, fit, stature[key[0]])
                         append_samples(folder / split, new)
                         n_fits[split] += int(new["fit"].sum())
-                        pixels.append(np.linalg.norm(new["x_s_det"] - new["x_s"], axis=-1)[new["conf"] > 0])
+                        off_2d = np.linalg.norm(new["x_s_det"] - new["x_s"], axis=-1)[new["conf"] > 0]
+                        pixels.append(off_2d.astype(np.float32))
                         bar.update(len(at))
                 error[split] = np.concatenate(pixels)
                 if split == "train" and not n_fits[split]:
                     raise ValueError(f"{source}: no pose for training has a good SMPL fit; stages 1 and 2 train on these.")
-                for what, v in ("SMPL fits, mm", np.concatenate(off)), (f"2D joints of {path_2d.name}, px", error[split]):
+                for what, v in ((f"2D joints of {path_2d.name}, px", error[split]),
+                                ("SMPL fits, mm", np.concatenate(off) if any(map(len, off)) else [0])):
                     middle = np.median(v) if len(v) else np.inf
-                    if not middle < WRONG and (len(v) or "2D" in what):
+                    if not middle < WRONG:
                         raise ValueError(f"{source}: the {what}, are {middle:.0f} off the 3D joints in the median: "
                                          "expected files of the same frames, cameras and order of joints.")
                 if split == "test":
                     draw_samples(folder / "samples.png", _shown(folder / split), {"seed": 0, "actions": ACTIONS})
         off = np.concatenate(off)
         draw_coarsening(folder / "coarsening.png", rest, model.faces, rest_17, levels, vertex_areas(rest, model.faces))
-        meta = base_meta(out) | {
-            "actions": list(ACTIONS), "image_size": IMAGE_SIZE, "noise": None, "seed": 0, "source": "h36m",
+        meta = base_meta(out, "h36m") | {
+            "actions": list(ACTIONS), "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
             "splits": {s: {"n": n, "fits": n_fits[s], "about": about[s]} for s, n in sizes.items()},
             "cameras": {s: [camera(s, k) for k in range(4)] for s in EXTRINSICS}, "stature_mm": stature,
             "coarsening": {"sizes": [192, 96, 48], "weighting": "plain", "points": "means of vertices",

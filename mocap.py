@@ -263,12 +263,6 @@ def read_bvh(path: Path) -> dict:
         return _clip(x, rest, joints, bvh["fps"] / step)
 
 
-def posed_joints(model: smpl.SMPL, pose: np.ndarray, shape: np.ndarray, trans: np.ndarray) -> np.ndarray:
-    """SMPL's joints: pose [N, 24, 3] axis-angle, shape [10], trans [N, 3] m -> [N, 24, 3] m."""
-    T = model.transforms(pose, np.tile(shape, (len(pose), 1)), trans)
-    return np.einsum("njab,jb->nja", T[..., :3], model.joints(shape[None])[0]) + T[..., 3]
-
-
 def read_amass(path: Path, model: smpl.SMPL) -> dict:
     """One AMASS file, for SMPL+H or SMPL-X -> a clip, whose action is unknown. z is up, metres.
 
@@ -304,7 +298,7 @@ def read_amass(path: Path, model: smpl.SMPL) -> dict:
         pose[:, :22] = body.reshape(-1, 22, 3)
         for i in range(0, len(x), CHUNK):
             part = slice(i, i + CHUNK)
-            x[part] = posed_joints(model, pose[part], shape, trans[part])
+            x[part] = model.posed(pose[part], np.tile(shape, (len(pose[part]), 1)), trans[part])[1]
         return _clip(_y_up(x), model.joints(shape[None])[0], SMPL_JOINTS, fps / step) | {"action": None}
 
 

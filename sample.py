@@ -460,7 +460,7 @@ def main() -> None:
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--name", default="standard", help="the run, runs/NAME")
     a.add_argument("--data", default="data/demo", help="folder of the data set")
-    a.add_argument("--split", default="test", help="val, test or unseen")
+    a.add_argument("--split", default="test", help="of the data; default test")
     a.add_argument("--n", type=int, default=4, help="samples in poses_random.png and poses_worst.png")
     a.add_argument("--seed", type=int, default=0, help="which samples are drawn")
     a.add_argument("--tokens", default="first", choices=("first", "random"), help="which 100 codes similarity.png shows")

@@ -1,4 +1,4 @@
-"""SMPL (Loper et al. 2015) as a linear map of pose and shape: the points that Human3.6M, 3DPW and AMASS need.
+"""SMPL (Loper et al. 2015) without its mesh: the points that Human3.6M, 3DPW and AMASS need.
 
 The body model is licensed: users bring the file. `read` takes the official .pkl (without chumpy, without running anything
 in it) or an .npz with the same keys. A regressor R [P, V] makes P points out of the V vertices; since a vertex is a sum over
@@ -19,6 +19,7 @@ from safe_pickle import load_arrays, load_pickle
 
 N_JOINTS, N_SHAPE = 24, 10
 LARGEST = 2 << 30  # bytes: a model with 300 shapes unpacks to 0.2 GB
+OTHER_MODELS = "smpl-?[hx]|mano"  # in the names of files that are not SMPL
 REGRESSOR_NAME = r"j_regressor_h36m.*\.npy"
 # Which of SMPL's 24 joints is nearest to each of Human3.6M's 17 in the rest pose. Only the coarsening goes by it.
 TO_H36M = [0, 2, 5, 8, 1, 4, 7, 6, 12, 15, 15, 16, 18, 20, 17, 19, 21]
@@ -42,9 +43,9 @@ class SMPL:
         directions = np.einsum("jv,vck->jck", self.J_regressor, self.shapedirs)
         return self.J_regressor @ self.v_template + np.einsum("jck,nk->njc", directions, shape)
 
-    def transforms(self, pose: np.ndarray, shape: np.ndarray, trans: np.ndarray) -> np.ndarray:
-        """Rigid motion of what hangs on each joint, rest pose -> posed: pose [N, 24, 3] axis-angle, shape [N, 10], trans
-        [N, 3] m -> [N, 24, 3, 4]."""
+    def posed(self, pose: np.ndarray, shape: np.ndarray, trans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Orientation and place of each joint: pose [N, 24, 3] axis-angle, shape [N, 10], trans [N, 3] m -> [N, 24, 3, 3]
+        and [N, 24, 3] m."""
         rest, local = self.joints(shape), quat_to_matrix(quat_from_rotvec(pose))
         turn, place = np.empty_like(local), np.empty_like(rest)
         for j, parent in enumerate(self.parents):
@@ -54,8 +55,7 @@ class SMPL:
                 turn[:, j] = turn[:, parent] @ local[:, j]
                 offset = rest[:, j] - rest[:, parent]
                 place[:, j] = place[:, parent] + np.einsum("nij,nj->ni", turn[:, parent], offset)
-        shift = place - np.einsum("njab,njb->nja", turn, rest)
-        return np.concatenate([turn, shift[..., None]], -1)
+        return turn, place
 
 
 class Points:
@@ -78,10 +78,11 @@ class Points:
         bent = quat_to_matrix(quat_from_rotvec(pose[:, 1:])) - np.eye(3)
         blend = np.concatenate([np.ones((n, 1)), shape, bent.reshape(n, -1)], 1)  # [N, 1 + 10 + 207]
         rest = (blend @ self.M).reshape(n, p, N_JOINTS, 3)
-        T = self.model.transforms(pose, shape, trans)
+        turn, place = self.model.posed(pose, shape, trans)
+        shift = place - np.einsum("njab,njb->nja", turn, self.model.joints(shape))  # a point goes to turn @ point + shift
         # [N, P, 24 * 3] @ [N, 24 * 3, 3]: one product a sample
-        turned = rest.reshape(n, p, -1) @ T[..., :3].transpose(0, 1, 3, 2).reshape(n, -1, 3)
-        return turned + self.share @ T[..., 3]
+        turned = rest.reshape(n, p, -1) @ turn.transpose(0, 1, 3, 2).reshape(n, -1, 3)
+        return turned + self.share @ shift
 
 
 def read(path: Path) -> SMPL:
@@ -124,11 +125,11 @@ def read(path: Path) -> SMPL:
 def is_model(name: str) -> bool:
     """Whether a file of this name is an SMPL model; SMPL-H, SMPL-X and MANO are others."""
     return bool(re.fullmatch(r".*(smpl|basic_?model).*\.(pkl|npz)", name.lower())) and not re.search(
-        "smpl-?[hx]|mano", name.lower())
+        OTHER_MODELS, name.lower())
 
 
 def neutral(paths: list[Path]) -> Path:
-    """Of several model files the neutral one."""
+    """Of several model files the neutral one; the first, if none is."""
     return min(paths, key=lambda p: "neutral" not in p.name.lower())
 
 

@@ -52,7 +52,7 @@ def _kind(path: Path) -> str | None:
         return None
     if path.parent.name in FOLDERS and name.endswith(".pkl"):
         return path.parent.name
-    patterns = {"neutral": None,
+    patterns = {smpl.OTHER_MODELS: None, "neutral": None,
                 r"female|(?<![a-z])f(?![a-z0-9])": "female", r"male|(?<![a-z])m(?![a-z0-9])": "male"}  # fmt: skip
     return next((kind for pattern, kind in patterns.items() if re.search(pattern, name)), None)
 
@@ -192,8 +192,8 @@ def prepare(source: Path, out: Path, overwrite: bool) -> Path:
         for who, arrays, _ in everybody("writing"):
             for s in files[who[0]][1]:
                 append_samples(temporary / s, arrays | {"action": actions.index(who[0]), "subject": people.index(who)})
-        meta = base_meta(out) | {
-            "source": "3dpw", "actions": actions, "people": people, "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
+        meta = base_meta(out, "3dpw") | {
+            "actions": actions, "people": people, "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
             "splits": {s: {"n": n[s], "fits": 0, "about": about} for s, about in ABOUT.items()},
             "joints_14": [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16],
             "sources": {

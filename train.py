@@ -12,6 +12,7 @@ every checkpoint holds model, optimiser, step, random state and config, and is w
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -85,16 +86,31 @@ class Split:
         except (ValueError, OSError) as e:
             stop(str(e))
         self.w, self.h = self.meta["image_size"]
-        self.device, has = device, self.arrays.get("fit")
-        rows = np.arange(len(self.arrays["x_s"])) if has is None or not fitted else np.flatnonzero(has)
-        self.n = min(limit or len(rows), len(rows))
-        self.rows = rows[np.arange(self.n) * len(rows) // max(self.n, 1)]
+        self.device, self.n = device, len(self.arrays["x_s"])
+        self.rows = np.arange(self.n)
+        chosen = self.with_fit() if fitted else self
+        chosen = chosen.spread(limit) if limit else chosen
+        self.rows, self.n = chosen.rows, chosen.n
+
+    def _chosen(self, rows: np.ndarray) -> "Split":
+        other = copy.copy(self)
+        other.rows, other.n = rows, len(rows)
+        return other
+
+    def with_fit(self) -> "Split":
+        """Only the samples that have dense and fine points."""
+        return self._chosen(self.rows[self.arrays["fit"][self.rows]]) if "fit" in self.arrays else self
+
+    def spread(self, n: int) -> "Split":
+        """At most n samples, evenly spread."""
+        n = min(n, self.n)
+        return self._chosen(self.rows[np.arange(n) * self.n // max(n, 1)])
 
     def read(self, rows, rng: np.random.Generator | None = None, clean: bool = False) -> dict[str, Tensor]:
         """Samples `rows` as tensors: x_s [n, 17, 2], conf [n, 17], x_d, x_f, y [n, 17, 3] mm, action, height_px, fit [n].
 
         x_s is what the detector gives: the stored draw, or a fresh one if `rng` is given (of real detections: with fresh
-        joint dropout), or the clean projection. x_d and x_f are 0 where fit is False.
+        joint dropout), or the clean projection. x_d and x_f mean nothing where fit is False.
         """
         a = {k: np.array(v[self.rows[rows]]) for k, v in self.arrays.items()}
         a.setdefault("fit", np.ones(len(a["y"]), bool))
@@ -160,7 +176,7 @@ class Run:
         return dict(seed=self.seed, data=self.data, limit=self.limit, samples=self.samples())
 
     def samples(self) -> str:
-        """A name for the content of the data set: two preparations that differ in anything but versions have two."""
+        """A name for the data set by all that its meta.json says, but for the versions of libraries."""
         meta = {k: v for k, v in json.loads(Path(self.data, "meta.json").read_text()).items() if k != "versions"}
         return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -453,7 +469,7 @@ def stage_2(run: Run):
 def load_hipart(run: Run) -> HiPART:
     """Stages 1 and 2 of a run, frozen."""
     saved = {s: load_finished(run, f"stage{s}") for s in (1, 2)}
-    if saved[1]["run"].get("samples") != saved[2]["run"].get("samples"):
+    if len({s["run"].get("samples") for s in saved.values()} - {None}) > 1:  # None: made before this was kept
         stop(f"{run.path}: stage 2 was trained on other data than stage1.pt; train it again under another --name")
     model = HiPART(Config(**saved[2]["config"])).to(run.device)
     restore(model.msst, saved[1], run.path / "stage1.pt")
@@ -494,10 +510,10 @@ def train_regressor(run: Run) -> Regressor:
                lambda epoch: train.batches(c.batch_3, run.rng(4, epoch), prepare=in_frame), loss_of, validate)
 
 
-def densified_training_set(run: Run, model: HiPART, draw: int) -> tuple[np.ndarray, np.ndarray]:
+def densified_training_set(run: Run, model: HiPART, train: Split, draw: int) -> tuple[np.ndarray, np.ndarray]:
     """HiPART's own output on draw number `draw` of detections of the training set, made once and kept on disk:
     x [N, 161, 2] and conf [N, 17]. Stage 3 trains on what the model generates, not on ground truth."""
-    path, train = run.path / f"generated_{draw}.npy", run.split("train")
+    path = run.path / f"generated_{draw}.npy"
     if (not path.exists() or path.stat().st_mtime < (run.path / "stage2.pt").stat().st_mtime
             or len(np.load(path, mmap_mode="r", allow_pickle=False)) != train.n):
         beside, done = path.with_suffix(".tmp"), 0
@@ -536,7 +552,7 @@ def new_lifter(c: Config, name: str) -> nn.Module:
 def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
     """One lifter for one feed: the same network, schedule and number of steps for all of them. Plain MPJPE loss."""
     c, val, everything = run.config, run.split("val"), run.split("train")
-    train = run.split("train", fitted=name in NEED_FIT)
+    train = everything.with_fit() if name in NEED_FIT else everything
     epochs = max(1, round(c.epochs_3 * everything.steps(c.batch_3) / train.steps(c.batch_3)))  # as many steps for all
     clean = name.endswith("_clean")
     hipart = load_hipart(run) if name == "generated" else None
@@ -553,7 +569,7 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
     def batches(epoch):
         if name != "generated":
             return train.batches(c.batch_3, run.rng(3, seed, epoch), clean, prepare=fed)
-        x, conf = densified_training_set(run, hipart, epoch % c.draws_3)
+        x, conf = densified_training_set(run, hipart, train, epoch % c.draws_3)
 
         def stored(block, rows):
             return dict(y=block["y"], x=torch.from_numpy(x[rows]).to(run.device),

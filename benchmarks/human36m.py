@@ -3,7 +3,8 @@
     python benchmarks/human36m.py
 
 Human3.6M is licensed, so its size is made up: random motion of a made-up body of SMPL's size, in the files' own layouts, by
-the builder of tests/test_human36m.py. 209 sequences of 1860 frames, seen by 4 cameras, every fifth frame with a fit.
+the builder of tests/test_human36m.py. 210 sequences of 1860 frames, seen by 4 cameras, every fifth frame with a fit; S11's
+Directions is left out, as always.
 """
 
 import argparse
@@ -23,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=1860, help="frames of each of the 209 sequences")
+    parser.add_argument("--frames", type=int, default=1860, help="frames of each sequence")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()
     from conftest import smpl_content

@@ -554,9 +554,9 @@ def test_folders_are_searched_through_links_and_loops(tmp_path, capsys):
         P.check_folder(tmp_path / "nowhere", lambda p: None, {})
 
 
-def test_a_killed_preparation_is_cleared_away_and_a_failed_one_gives_back(tmp_path, monkeypatch):
-    (tmp_path / ".set.abcd1234/new").mkdir(parents=True)  # of one that was killed
-    (tmp_path / ".set.abc").mkdir()  # somebody else's
+def test_another_preparation_is_named_and_a_failed_one_gives_back(tmp_path, monkeypatch, capsys):
+    (tmp_path / ".set.abcd1234/new").mkdir(parents=True)  # of one that was killed, or still runs
+    (tmp_path / ".set.abc").mkdir()  # something else
     (tmp_path / "set").mkdir()
     (tmp_path / "set/meta.json").write_text("earlier")
     replace = P.os.replace
@@ -569,5 +569,6 @@ def test_a_killed_preparation_is_cleared_away_and_a_failed_one_gives_back(tmp_pa
     monkeypatch.setattr(P.os, "replace", fail)
     with pytest.raises(OSError, match="no space"), P.new_data_set(tmp_path / "set", overwrite=True) as folder:
         (folder / "meta.json").write_text("new")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".set.abc", "set"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".set.abc", ".set.abcd1234", "set"]
+    assert capsys.readouterr().out.count("belongs to another preparation") == 1
     assert (tmp_path / "set/meta.json").read_text() == "earlier"

@@ -7,6 +7,7 @@ import pytest
 from conftest import FUZZ, SMPL_JOINTS, SMPL_PARENTS, smpl_content, write_smpl_pkl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_smpl import rodrigues
 
 import mocap
 import prepare_data as P
@@ -254,13 +255,6 @@ def amass(v, style="smplh", fps=120.0, **other):
 def read_amass(tmp_path, model, content):
     np.savez(tmp_path / "a_poses.npz", **content)
     return mocap.read_amass(tmp_path / "a_poses.npz", model)
-
-
-def rodrigues(v):
-    angle = np.linalg.norm(v)
-    x, y, z = k = v / angle if angle else v
-    return np.cos(angle) * np.eye(3) + np.sin(angle) * np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) + (
-        1 - np.cos(angle)) * np.outer(k, k)
 
 
 def second_body(v, betas, trans):

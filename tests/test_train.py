@@ -820,8 +820,7 @@ def test_resuming_forgets_log_lines_that_have_no_checkpoint(tmp_path):
 def test_stages_of_other_data_are_refused(run, data, tmp_path, monkeypatch, capsys, stage, file):
     """A data set of the same name that was prepared again in another way; other versions of libraries do not count."""
     shutil.copytree(Path(run) / "runs", tmp_path / "runs")
-    for later in [f"stage{stage}.pt"] if stage == 2 else ["regressor.pt"]:
-        (tmp_path / "runs/tiny" / later).unlink()
+    (tmp_path / "runs/tiny" / ("stage2.pt" if stage == 2 else "regressor.pt")).unlink()
     shutil.copytree(data, tmp_path / "data")
     meta = json.loads((tmp_path / "data/meta.json").read_text())
     (tmp_path / "data/meta.json").write_text(json.dumps(meta | {"seed": 99}))
@@ -839,6 +838,6 @@ def test_a_generated_set_of_another_size_is_made_again(run, data, tmp_path):
     config = Config(**checkpoint(run, "stage2")["config"])
     some, whole = (train.Run(tmp_path / "runs/tiny", config, torch.device("cpu"), data=data, limit=n) for n in (24, 0))
     model = train.load_hipart(whole)
-    assert len(train.densified_training_set(some, model, 0)[0]) == 24
-    x, conf = train.densified_training_set(whole, model, 0)
+    assert len(train.densified_training_set(some, model, some.split("train"), 0)[0]) == 24
+    x, conf = train.densified_training_set(whole, model, whole.split("train"), 0)
     assert len(x) == len(conf) == whole.split("train").n == 64
