@@ -89,6 +89,7 @@ class Config:
     batch_3: int = 256
     lr_3: float = 1e-3  # Adam, times 0.96 every 4 epochs
     cosine_3: bool = False  # warm-up and cosine decay instead
+    turn_3: float = 0.0  # training poses turn about the ray to the pelvis: standard deviation of the angle, rad (ours)
     draws_3: int = 25  # draws of detections that HiPART densifies for training: one for each epoch
     lambda_aux: float = 0.1  # rival (e): weight of the auxiliary loss on dense and fine points
     epochs_r: int = 50  # rival (d): the plain regressor

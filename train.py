@@ -37,6 +37,7 @@ from hipart import (
     SCALE,
     Config,
     HiPART,
+    J,
     MLPLifter,
     Regressor,
     SpatialLifter,
@@ -51,10 +52,10 @@ from prepare_data import detect, drop_joints, load
 # that a CPU can afford, and turn on what goes beyond the paper in HiARM (condition, soft). `paper` is Config() itself.
 SMALL = dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64, lr_1=2e-3, ema_decay=0.98,
              width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, lr_2=1e-3, condition="every", soft=True,
-             epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=4e-3, cosine_3=True)
+             epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=4e-3, cosine_3=True, turn_3=0.5)
 PRESETS = {
     "quick": SMALL | dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_r=45, epochs_3=8, draws_3=2),
-    "standard": SMALL | dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=24, draws_3=4),
+    "standard": SMALL | dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=36, draws_3=4),
     "paper": dict(),
 }
 FEEDS = {  # name: (what the lifter is fed with, the letter of the README's table)
@@ -67,6 +68,7 @@ FEEDS = {  # name: (what the lifter is fed with, the letter of the README's tabl
     "ground_truth_clean": "-  clean sparse + ground-truth dense + fine",
 }
 NEED_FIT = ("ground_truth", "auxiliary", "ground_truth_clean")  # their training needs true dense and fine points
+FOCAL = 2.29  # of all cameras here, in normalised image coordinates: Human3.6M's 1145 px on 1000 px images
 BLOCK = 8192  # samples read, detected and moved to the device at once
 
 
@@ -542,6 +544,17 @@ def feed(name: str, block: dict[str, Tensor], hipart: HiPART | None, regressor: 
     return torch.cat([block["x_s"], torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])], 1)
 
 
+def turned(x: Tensor, y: Tensor, conf: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """What a camera sees that is turned by angle [n] rad about its ray to the pelvis: x [n, P, 2] in normalised image
+    coordinates, y [n, 17, 3] mm. No point changes its distance, so this is exact, but for the lens' distortion."""
+    seen = torch.cat([x / FOCAL, torch.ones_like(x[..., :1])], -1)  # [n, P, 3] rays
+    pelvis = torch.cat([detected_pelvis(x[:, :J], conf) / FOCAL, torch.ones_like(x[:, :1, :1])], -1)  # [n, 1, 3]
+    axis = nn.functional.normalize(pelvis, dim=-1) * angle[:, None, None]
+    turn = torch.linalg.matrix_exp(torch.linalg.cross(axis, torch.eye(3).to(x)[None]))  # rows axis x e_i; for row vectors
+    seen = seen @ turn
+    return seen[..., :2] / seen[..., 2:] * FOCAL, y @ turn
+
+
 def new_lifter(c: Config, name: str) -> nn.Module:
     points = 17 if name in ("sparse", "sparse_clean", "auxiliary") else 161
     if c.lifter == "spatial":
@@ -561,33 +574,38 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
     model = new_lifter(c, name).to(run.device)
 
     def fed(block, rows=None):
-        out = dict(x=feed(name, block, hipart, regressor), y=block["y"], conf=block["conf"])
-        if name == "auxiliary":
-            out["all"] = torch.cat([block["x_s"], block["x_d"], block["x_f"]], 1)
-        return out
+        # (e) is given all points; its lifter reads the sparse ones, its auxiliary loss the others
+        x = feed("ground_truth" if name == "auxiliary" else name, block, hipart, regressor)
+        return dict(x=x, y=block["y"], conf=block["conf"])
+
+    def augmented(b):
+        n = len(b["x"])  # every other pose stays as it is: people are mostly upright
+        x, y = turned(b["x"], b["y"], b["conf"], (c.turn_3 * torch.randn(n) * torch.randint(2, (n,))).to(b["x"]))
+        return b | dict(x=x, y=y)
 
     def batches(epoch):
         if name != "generated":
-            return train.batches(c.batch_3, run.rng(3, seed, epoch), clean, prepare=fed)
+            return train.batches(c.batch_3, run.rng(3, seed, epoch), clean, prepare=lambda b, rows: augmented(fed(b)))
         x, conf = densified_training_set(run, hipart, train, epoch % c.draws_3)
 
         def stored(block, rows):
-            return dict(y=block["y"], x=torch.from_numpy(x[rows]).to(run.device),
-                        conf=torch.from_numpy(conf[rows]).to(run.device))
+            return augmented(dict(y=block["y"], x=torch.from_numpy(x[rows]).to(run.device),
+                                  conf=torch.from_numpy(conf[rows]).to(run.device)))
 
         return train.batches(c.batch_3, None, clean=True, prepare=stored)
 
     def auxiliary_target(b):
-        _, dense, fine, _ = lifting_features(b["all"], b["conf"])
+        _, dense, fine, _ = lifting_features(b["x"], b["conf"])
         dense, fine = (dense - model.mean_dense) / model.std_dense, (fine - model.mean_fine) / model.std_fine
         return torch.cat([dense.flatten(1), fine.flatten(1)], 1)
 
     def loss_of(b):
+        x = b["x"][:, : model.n_points]
         if name == "auxiliary":
-            y, guess = model(b["x"], b["conf"], with_auxiliary=True)
+            y, guess = model(x, b["conf"], with_auxiliary=True)
             extra = (guess - auxiliary_target(b)).abs().mean()
         else:
-            y, extra = model(b["x"], b["conf"]), 0.0
+            y, extra = model(x, b["conf"]), 0.0
         error = (y - b["y"]).norm(dim=-1).mean()
         return error / 100 + c.lambda_aux * extra, dict(mpjpe=error.detach()), None
 
@@ -596,13 +614,13 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
     def validate():
         errors = []
         for b in shown_val:
-            errors += [(model(x, conf) - y).norm(dim=-1).mean(-1) for x, conf, y in
+            errors += [(model(x[:, : model.n_points], conf) - y).norm(dim=-1).mean(-1) for x, conf, y in
                        zip(b["x"].split(1024), b["conf"].split(1024), b["y"].split(1024), strict=True)]
         return dict(mpjpe=torch.cat(errors).mean())
 
     rows = np.sort(torch.randperm(train.n)[:BLOCK].numpy())
     shown = fed(train.read(rows, run.rng(3, seed, 10**6), clean))
-    model.standardize(shown["all"] if name == "auxiliary" else shown["x"], shown["y"], shown["conf"])
+    model.standardize(shown["x"], shown["y"], shown["conf"])
     lr_at = warmup_cosine(500) if c.cosine_3 else lambda step, _: 0.96 ** (step // everything.steps(c.batch_3) // 4)
     return fit(run, f"stage3_{name}_{seed}", model, torch.optim.Adam(model.parameters(), lr=c.lr_3, fused=True), epochs,
                lr_at, train, c.batch_3, batches, loss_of, validate)

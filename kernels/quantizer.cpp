@@ -5,8 +5,8 @@
 // How a cheap screen can give an exact answer. For a row x and a code c, with both shifted by the same vector,
 //     |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c),
 // and |x|^2 is the same for all codes. A float32 product gives the bracket, the *score*, up to an error whose bound E we
-// can state (quantizer.h). So if score(a) - E(a) > score(b) + E(b), code a has lost, for certain. What is left, as a rule one group of 16
-// codes in 2048, is compared in float64 exactly as the contract says. A worse screen costs time, never the answer.
+// can state (quantizer.h). So if score(a) - E(a) > score(b) + E(b), code a has lost, for certain. What is left, as a rule two
+// codes of 2048, is compared in float64 exactly as the contract says. A worse screen costs time, never the answer.
 //
 // Where the bytes go: the codebook is packed once into *panels* of 16 codes, [panel][dimension][code], so that one step of
 // the inner loop reads 16 consecutive floats. A panel (8 KB at D = 128) and a block of 24 rows (12 KB) share the first cache.
@@ -46,6 +46,7 @@ using at::Tensor;
 constexpr int MR = 6, NR = 16;  // 6 x 16 accumulators fill 12 of the 16 AVX2 registers; 2 hold codes, 1 the row's value
 constexpr int ROWS = 4 * MR;    // rows per block
 constexpr int LANES = NR / 2;   // scores that a panel keeps of a row: code j or j + 8, whichever is nearer
+constexpr int64_t SPAN = 8;     // panels that are ruled out together
 
 // The contract knows no flushing of denormals, whatever this thread was told (torch.set_flush_denormal, -ffast-math).
 struct KeepDenormals {
@@ -109,22 +110,22 @@ struct View {
 template <class T>
 struct Codebook {
   int64_t K, D, panels;
-  Buffer<Wide<T>> raw;        // [panel][D][16] as given: what the certificate compares
+  Buffer<Wide<T>> rows, raw;  // [panel][16][D] and [panel][D][16] as given: the certificate compares two codes, or a panel
   Buffer<float> screen;       // [panel][D][16] shifted by `mean` and rounded to float32: what the screen multiplies
   std::vector<float> square;  // [panel][16] |c|^2 of those
   std::vector<float> norm;    // [panel] largest |c|
   std::vector<double> mean;   // any shift would do; this one makes the numbers small, hence their rounding errors
 
   explicit Codebook(const View<T>& codes)
-      : K(codes.rows), D(codes.columns), panels((K + NR - 1) / NR), raw(panels * D * NR),
+      : K(codes.rows), D(codes.columns), panels((K + NR - 1) / NR), rows(panels * D * NR), raw(panels * D * NR),
         screen(std::is_same_v<T, double> ? 0 : panels * D * NR), mean(D) {
     std::vector<char> finite(panels);
     in_parallel(panels, 8, [&](int64_t begin, int64_t end) {
-      std::vector<Wide<T>> row(D);
       for (int64_t p = begin; p < end; ++p) {
         finite[p] = true;
         for (int j = 0; j < NR; ++j) {  // the last panel is filled up with copies of the last code, which never win
-          finite[p] &= codes.load(std::min(p * NR + j, K - 1), row.data());
+          Wide<T>* row = &rows[(p * NR + j) * D];
+          finite[p] &= codes.load(std::min(p * NR + j, K - 1), row);
           for (int64_t d = 0; d < D; ++d) raw[(p * D + d) * NR + j] = row[d];
         }
       }
@@ -197,32 +198,39 @@ INLINE void screen_tile(const float* x, const float* c, int64_t D, const float* 
   }
 }
 
-// The contract's number for one row and the 16 codes of a panel; strict `<` keeps the lowest index.
-template <class W>
-INLINE void certify_panel(const W* x, const W* c, int64_t D, int64_t first, int64_t K, int64_t& idx, double& best) {
-  double s[NR] = {};
-  for (int64_t d = 0; d < D; ++d, c += NR) {
+// The contract's number for one row and N codes, `step` apart and starting with `first`; the lowest index wins a tie. In memory the
+// next dimension is `down` away, and the next code `across`.
+template <int N, class W>
+INLINE void certify(const W* x, const W* c, int64_t D, int64_t down, int64_t across, int step, int64_t first, int64_t K,
+                    int64_t& idx, double& best) {
+  double s[N] = {};
+  for (int64_t d = 0; d < D; ++d, c += down) {
 #pragma omp simd
-    for (int j = 0; j < NR; ++j) {
-      const double e = static_cast<double>(x[d]) - static_cast<double>(c[j]);
+    for (int j = 0; j < N; ++j) {
+      const double e = static_cast<double>(x[d]) - static_cast<double>(c[j * across]);
       s[j] += e * e;
     }
   }
-  for (int j = 0; j < NR && first + j < K; ++j)
-    if (idx < 0 || s[j] < best) idx = first + j, best = s[j];
+  for (int j = 0; j < N; ++j) {
+    const int64_t k = first + j * step;
+    if (k < K && (idx < 0 || s[j] < best || (s[j] == best && k < idx))) idx = k, best = s[j];
+  }
 }
 
 // One block of at most 24 rows: scratch memory and the search.
 template <class T>
 struct Block {
+  using W = Wide<T>;
   Buffer<Wide<T>> raw;  // [24][D]
   Buffer<float> tiles;  // [4][D][6] the rows as the screen reads them, shifted and rounded
   int64_t stride;       // of a row of scores: off the powers of two, which would put all rows into the same cache lines
   Buffer<float> score;  // [24][panels][8]
   Buffer<float> error;  // [panels]
+  Buffer<float> below;  // [panels / 8] a bound below all scores of a span
 
   Block(int64_t D, int64_t panels)
-      : raw(ROWS * D), tiles(ROWS * D), stride(panels * LANES + 2 * NR), score(ROWS * stride), error(panels) {}
+      : raw(ROWS * D), tiles(ROWS * D), stride(panels * LANES + 2 * NR), score(ROWS * stride), error(panels),
+        below((panels + SPAN - 1) / SPAN) {}
 
   template <bool FMA>
   INLINE void search(const Codebook<T>& codebook, int rows, int64_t* idx, double* distance) {
@@ -246,30 +254,37 @@ struct Block {
                          &score[row * stride + p * LANES], stride);
     for (int row = 0; row < rows; ++row) {
       const float* low = &score[row * stride];
-      float least[LANES], *E = error.data;
-      std::fill_n(least, LANES, INFINITY);
+      float limit = INFINITY, *E = error.data;
 #pragma omp simd
       for (int64_t p = 0; p < (everything ? 0 : panels); ++p) E[p] = bound(norm[row], codebook.norm[p]);
-      for (int64_t p = 0; p < panels && !everything; ++p) {
-#pragma omp simd
-        for (int j = 0; j < LANES; ++j) least[j] = std::min(least[j], low[p * LANES + j] + E[p]);
-      }
-      const float limit = *std::min_element(least, least + LANES);
-      idx[row] = -1;
-      for (int64_t first = 0; first < panels; first += 8) {  // eight panels are mostly ruled out at once
-        const int64_t last = std::min<int64_t>(first + 8, panels);
-        bool open = everything;
+      for (int64_t first = 0; first < panels; first += SPAN) {  // one look at every score: the limit, and what each span offers
+        const int64_t last = std::min(first + SPAN, panels);
+        float least[LANES], worst = everything ? INFINITY : 0;
         std::fill_n(least, LANES, INFINITY);
         for (int64_t p = first; p < last && !everything; ++p) {
-          open |= !(E[p] < INFINITY);  // or NaN
+          worst = E[p] <= worst ? worst : E[p] < INFINITY ? E[p] : INFINITY;  // NaN, too, is infinite
 #pragma omp simd
-          for (int j = 0; j < LANES; ++j) least[j] = std::min(least[j], low[p * LANES + j] - E[p]);
+          for (int j = 0; j < LANES; ++j) least[j] = std::min(least[j], low[p * LANES + j] + E[p]);
         }
-        if (!open && *std::min_element(least, least + LANES) > limit) continue;
-        for (int64_t p = first; p < last; ++p) {
-          bool mine = everything || !(E[p] < INFINITY);
-          for (int j = 0; j < LANES && !mine; ++j) mine = low[p * LANES + j] - E[p] <= limit;
-          if (mine) certify_panel(&raw[row * D], &codebook.raw[p * D * NR], D, p * NR, codebook.K, idx[row], distance[row]);
+        const float above = *std::min_element(least, least + LANES);
+        limit = std::min(limit, above);
+        below[first / SPAN] = worst < INFINITY ? above - 2 * worst : -INFINITY;
+      }
+      idx[row] = -1;
+      for (int64_t first = 0; first < panels; first += SPAN) {
+        if (below[first / SPAN] > limit) continue;  // most spans are ruled out at once
+        for (int64_t p = first; p < std::min(first + SPAN, panels); ++p) {
+          const W* x = &raw[row * D];
+          int open = everything || !(E[p] < INFINITY) ? LANES : 0;  // an infinite or unknown bound rules nothing out
+          for (int j = 0; j < LANES && open < LANES; ++j) open += low[p * LANES + j] - E[p] <= limit;
+          if (open > 2) {
+            certify<NR>(x, &codebook.raw[p * D * NR], D, NR, 1, 1, p * NR, codebook.K, idx[row], distance[row]);
+          } else {
+            for (int j = 0; j < LANES && open; ++j)
+              if (low[p * LANES + j] - E[p] <= limit)
+                certify<2>(x, &codebook.rows[(p * NR + j) * D], D, 1, LANES * D, LANES, p * NR + j, codebook.K, idx[row],
+                           distance[row]);
+          }
         }
       }
     }
@@ -469,6 +484,10 @@ void check_launch(int error) { TORCH_CHECK(error == 0, "a CUDA kernel of hipart 
 
 std::tuple<Tensor, Tensor> quantize_cuda(const Tensor& x, const Tensor& codebook) {
   const c10::cuda::CUDAGuard guard(x.device());
+  TORCH_CHECK_VALUE(x.dim() == 2 && codebook.dim() == 2 && x.size(1) == codebook.size(1) && codebook.numel() > 0 &&
+                        x.scalar_type() == codebook.scalar_type() && x.device() == codebook.device() &&
+                        codebook.size(0) <= INT32_MAX - 64,
+                    "hipart::quantize needs x [N, D] and codebook [K, D] on one GPU, with K below 2^31 - 64");
   Tensor idx = at::empty({x.size(0)}, x.options().dtype(at::kLong));
   Tensor distance = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
   const int64_t bytes = hipart::nearest_code_cuda_scratch(x.size(0), codebook.size(0), x.size(1));
@@ -481,6 +500,8 @@ std::tuple<Tensor, Tensor> quantize_cuda(const Tensor& x, const Tensor& codebook
 // A stable sort takes the place of the counting sort. A code outside [0, K) belongs to no segment and is not counted.
 std::tuple<Tensor, Tensor> code_statistics_cuda(const Tensor& x, const Tensor& idx, int64_t K) {
   const c10::cuda::CUDAGuard guard(x.device());
+  TORCH_CHECK_VALUE(x.dim() == 2 && idx.dim() == 1 && idx.size(0) == x.size(0) && idx.scalar_type() == at::kLong && K > 0 &&
+                        x.device() == idx.device(), "hipart::code_statistics needs x [N, D] and idx [N] int64 on one GPU");
   auto [sorted, order] = at::sort(idx, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   Tensor first = at::searchsorted(sorted, at::arange(K + 1, idx.options()));
   Tensor s = at::empty({K, x.size(1)}, x.options().dtype(at::kFloat));

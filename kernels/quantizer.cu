@@ -1,24 +1,45 @@
-// Nearest code and code statistics on the GPU. The contract, the screen and its bound are those of quantizer.cpp and
-// quantizer.h; here they become kernels. No torch header: `nvcc -arch=sm_90 -c quantizer.cu` checks this file alone.
+// Nearest code and code statistics on the GPU. The contract is that of quantizer.cpp, and so is the idea: a cheap screen with
+// a known error, then float64 for what the screen leaves open. No torch header: `nvcc -arch=sm_90 -c quantizer.cu` checks this
+// file alone. It needs tensor cores of compute capability 8.0 or newer.
 //
-// Where the bytes go. The screen is a matrix product, so it is built like one: a block of 256 threads holds 128 rows x 128
-// codes of scores in registers, 8 x 8 a thread, and streams both operands through 8 KB of shared memory, so each number
-// that is read serves 8 multiplications. Scores never leave the chip: of every 32 codes only the smallest is written, N x K / 32
-// floats, and rows are taken in chunks so that even those stay a few megabytes. The certificate then gives every row a warp
-// and every code of a surviving group a lane.
+// The screen multiplies in float16, on tensor cores, and adds up in float32. How far a rounded row x' is from x is measured
+// when it is packed, and so is |c - c'|; as x.c - x'.c' = (x - x').c + x'.(c - c'), the product is off by at most
+// |x - x'| |c| + |x'| |c - c'|. On normal data that leaves one code a row, rarely two or three.
+//
+// Where the bytes go. A tensor core takes 16 x 16 numbers of one operand from the registers of a warp, in an odd order:
+// lane 4 g + t holds, of rows g and g + 8, the columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. pack_kernel writes both operands in
+// just that order, so every load from then on is 16 bytes a lane, side by side. A warp keeps 32 rows (all of them in registers if
+// D <= 128) and sees tiles of 64 codes pass through shared memory. Of the scores each lane keeps two candidates of each of its
+// rows and a lower bound of all others: for each of its rows a block writes 128 bytes, whatever K is.
 
 #include "quantizer.h"
 
+#include <cfloat>
+#include <type_traits>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 namespace hipart {
 namespace {
 
-constexpr int TILE = 128, DEPTH = 8, THREADS = 256, GROUP = 32;
-constexpr int64_t SCRATCH = 64 << 20;  // bytes that a chunk of rows may take, unless 128 rows need more
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int GROUP = 16;                         // rows that are packed, and scaled, together
+constexpr int MT = 2, ROWS = MT * GROUP * WARPS;  // groups of rows that a warp holds; rows of a block
+constexpr int NG = 4, TILE = NG * GROUP;          // groups of codes in a tile; codes of a tile
+constexpr int WANTED_BLOCKS = 132, MOST_SPLITS = 16;  // of the screen: one for each multiprocessor of an H100
+constexpr int SEARCH_THREADS = 1024, SEARCH_BLOCKS = 264;
+constexpr int64_t SCRATCH = 64 << 20;             // bytes that a chunk of rows may take, unless 256 rows need more
 constexpr unsigned ALL = 0xffffffffu;
+
+// Of 16 packed rows: their largest norm, their largest |v - v'|, both in true units, and 1 / (their common power of two).
+struct Group { float norm, residual, unit; };
+
+// What a lane has seen of a row: a bound above the smallest score, two codes with bounds below their scores, and a bound below
+// the scores of all other codes.
+struct alignas(16) Slot { float limit, low1, low2, rest; int code1, code2, unused[2]; };
 
 __host__ __device__ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -32,9 +53,20 @@ __device__ auto at(const Matrix& m, int64_t row, int64_t column) {
   return wide(static_cast<const T*>(m.data)[row * m.row_stride + column * m.column_stride]);
 }
 
-__device__ bool finite(double v) { return v - v == 0; }
+template <class T>
+using Wide = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
 
-// mean [D] of the codes, and whether any of them is not finite. One block per dimension.
+__device__ bool finite(double v) { return v - v == 0; }
+__device__ double larger(double a, double b) { return a > b || a != a ? a : b; }  // NaN stays, unlike in fmax
+
+// One step of the contract's sum.
+__device__ double add_square(double s, double x, double c) {
+  const double e = __dsub_rn(x, c);
+  return __dadd_rn(s, __dmul_rn(e, e));
+}
+
+// mean [D] of the codes, and whether any of them is not finite. One block per dimension. Any shift would do; this one makes
+// the numbers small, hence their rounding errors.
 template <class T>
 __global__ void mean_kernel(Matrix codes, double* mean, int* bad) {
   __shared__ double sums[THREADS];
@@ -42,149 +74,304 @@ __global__ void mean_kernel(Matrix codes, double* mean, int* bad) {
   for (int64_t k = threadIdx.x; k < codes.rows; k += THREADS) {
     const double v = at<T>(codes, k, blockIdx.x);
     if (!finite(v)) atomicOr(bad, 1);
-    sum += v / codes.rows;
+    sum += v;
   }
   sums[threadIdx.x] = sum;
   for (int half = THREADS / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
   }
-  if (threadIdx.x == 0) mean[blockIdx.x] = sums[0];
+  if (threadIdx.x == 0) mean[blockIdx.x] = sums[0] / codes.rows;
 }
 
-// Rows first, first + 1, ... of m, shifted by `mean` and rounded: out [rows rounded up to TILE][D rounded up to DEPTH], with their
-// norms, and squared norms where wanted. Rows beyond the end repeat the last one; columns beyond are zero. A warp per row.
+// The codes as they were given, [D][codes], so that neighbouring threads read neighbouring codes.
 template <class T>
-__global__ void shift_kernel(Matrix m, int64_t first, int64_t rows, const double* mean, float* out, float* norm, float* square) {
-  const int64_t row = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32, width = round_up(m.columns, DEPTH);
-  const int lane = threadIdx.x % 32;
-  if (row >= round_up(rows, TILE)) return;
-  const int64_t from = first + (row < rows ? row : rows - 1);
-  double sum = 0;
-  for (int64_t d = lane; d < width; d += 32) {
-    const double v = d < m.columns ? at<T>(m, from, d) - mean[d] : 0.0;
-    out[row * width + d] = float(v);
-    sum += v * v;
-  }
-  for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(ALL, sum, other);
-  if (lane == 0) {
-    norm[row] = float(sqrt(sum));
-    if (square) square[row] = float(sum);
-  }
+__global__ void transpose_kernel(Matrix codes, Wide<T>* raw, int64_t stride) {
+  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x, k = i % stride, d = i / stride;
+  if (k < codes.rows && d < codes.columns) raw[i] = at<T>(codes, k, d);
 }
 
-// The codes as they were given, [group][D][32], so that the lanes of a warp read 32 codes' numbers from one line of memory.
+// Rows first, first + 1, ... of m, shifted by `mean`, scaled by a power of two and rounded to float16: out [groups][steps][lane]. A
+// warp per group. Rows beyond the end repeat the last one, with a square that never wins; columns beyond are zero.
 template <class T>
-__global__ void group_kernel(Matrix codes, float* raw) {
-  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x, D = codes.columns;
-  const int64_t k = i / (GROUP * D) * GROUP + i % GROUP;
-  if (k < codes.rows) raw[i] = float(at<T>(codes, k, i / GROUP % D));
+__global__ void pack_kernel(Matrix m, int64_t first, int64_t rows, int64_t padded, int64_t steps, const double* mean, uint4* out,
+                            Group* groups, float* square) {
+  const int64_t group = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32, t = lane % 4;
+  if (group >= padded / GROUP) return;
+  int64_t row[2];
+  double norm[2] = {}, residual[2] = {}, most = 0;
+  for (int h = 0; h < 2; ++h) {
+    row[h] = group * GROUP + lane / 4 + 8 * h;
+    const int64_t from = first + (row[h] < rows ? row[h] : rows - 1);
+    for (int64_t d = t; d < m.columns; d += 4) most = fmax(most, fabs(double(at<T>(m, from, d)) - mean[d]));
+  }
+  for (int other = 16; other > 0; other /= 2) most = fmax(most, __shfl_xor_sync(ALL, most, other));
+  int exponent;
+  frexp(most, &exponent);  // the largest becomes 2^14 to 2^15: float16 ends at 2^16, and this leaves the small ones their bits
+  const double unit = ldexp(1.0, (exponent > -40 ? exponent : -40) - 15), scale = 1 / unit;  // both exact
+  for (int64_t step = 0; step < steps; ++step) {
+    unsigned word[4];
+    for (int i = 0; i < 4; ++i) {  // row g, the same 8 columns on, then both of row g + 8
+      const int h = i / 2;
+      const int64_t from = first + (row[h] < rows ? row[h] : rows - 1), d = 16 * step + 2 * t + i % 2 * 8;
+      word[i] = 0;
+      for (int j = 0; j < 2 && d + j < m.columns; ++j) {
+        const double v = (double(at<T>(m, from, d + j)) - mean[d + j]) * scale;
+        const __half rounded = __float2half_rn(float(v));
+        const double lost = v - __half2float(rounded);
+        norm[h] += v * v, residual[h] += lost * lost;
+        word[i] |= unsigned(__half_as_ushort(rounded)) << (16 * j);
+      }
+    }
+    out[(group * steps + step) * 32 + lane] = make_uint4(word[0], word[1], word[2], word[3]);
+  }
+  for (int h = 0; h < 2; ++h) {
+    for (int other = 1; other < 4; other *= 2)
+      norm[h] += __shfl_xor_sync(ALL, norm[h], other), residual[h] += __shfl_xor_sync(ALL, residual[h], other);
+    if (square && t == 0) square[row[h]] = row[h] < rows ? float(norm[h] * unit * unit) : FLT_MAX;
+  }
+  double largest = larger(norm[0], norm[1]), worst = larger(residual[0], residual[1]);
+  for (int other = 4; other < 32; other *= 2) {
+    largest = larger(largest, __shfl_xor_sync(ALL, largest, other));
+    worst = larger(worst, __shfl_xor_sync(ALL, worst, other));
+  }
+  if (lane == 0) groups[group] = {float(sqrt(largest) * unit), float(sqrt(worst) * unit), float(unit)};
 }
 
-// The largest norm among the 32 codes of each group.
-__global__ void group_norm_kernel(const float* norm, float* largest, int64_t groups) {
-  const int64_t g = int64_t(blockIdx.x) * THREADS + threadIdx.x;
-  if (g >= groups) return;
-  float m = 0;
-  for (int j = 0; j < GROUP; ++j) m = norm[g * GROUP + j] > m ? norm[g * GROUP + j] : m;
-  largest[g] = m;
+// d += a b: 16 x 8 scores. Lane 4 g + t holds those of rows g (d[0], d[1]) and g + 8, codes 2 t and 2 t + 1.
+__device__ void multiply_add(float (&d)[4], uint4 a, unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// Scores of 128 rows against the code tiles blockIdx.y, blockIdx.y + gridDim.y, ...; low [rows][groups] gets the minimum of
-// every 32. Splitting the codes over gridDim.y keeps all multiprocessors busy when rows are few.
-__global__ void __launch_bounds__(THREADS) screen_kernel(const float* x, const float* c, const float* square, int64_t width,
-                                                         int64_t codes, float* low) {
-  __shared__ float xs[DEPTH][TILE + 4], cs[DEPTH][TILE + 4];  // + 4: the transposing stores meet fewer bank conflicts
-  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;     // codes 4 tx.. and 64 + 4 tx.., rows 4 ty.. and 64 + 4 ty..
-  const int load_row = threadIdx.x / 2, load_at = threadIdx.x % 2 * 4;
-  const int64_t groups = codes / GROUP;
-  const float* x_from = x + (int64_t(blockIdx.x) * TILE + load_row) * width + load_at;
-  for (int64_t tile = blockIdx.y; tile < codes / TILE; tile += gridDim.y) {
-    const float* c_from = c + (tile * TILE + load_row) * width + load_at;
-    float acc[8][8] = {};
-    for (int64_t d = 0; d < width; d += DEPTH) {
-      const float4 xv = *reinterpret_cast<const float4*>(x_from + d), cv = *reinterpret_cast<const float4*>(c_from + d);
-      __syncthreads();  // all have read the step before
-      xs[load_at][load_row] = xv.x, xs[load_at + 1][load_row] = xv.y;
-      xs[load_at + 2][load_row] = xv.z, xs[load_at + 3][load_row] = xv.w;
-      cs[load_at][load_row] = cv.x, cs[load_at + 1][load_row] = cv.y;
-      cs[load_at + 2][load_row] = cv.z, cs[load_at + 3][load_row] = cv.w;
-      __syncthreads();
+// What a tile of codes brings: its operands for STEPS x 16 dimensions, and what turns products into scores.
+template <int STEPS>
+struct alignas(16) Stage { uint4 codes[NG][STEPS][32]; float square[TILE]; Group groups[NG]; };
+
+// Scores of 256 rows against the tiles blockIdx.y, blockIdx.y + gridDim.y, ...: splitting the codes keeps all multiprocessors
+// busy when rows are few. The next tile is on its way into shared memory while this one is multiplied.
+template <int STEPS>
+__global__ void __launch_bounds__(THREADS) screen_kernel(const uint4* x, const Group* x_groups, const uint4* c,
+                                                         const Group* c_groups, const float* square, int steps, int tiles,
+                                                         Bound bound, Slot* slots) {
+  __shared__ Stage<STEPS> stages[2];
+  const int lane = threadIdx.x % 32, t = lane % 4, parts = steps / STEPS;
+  const int64_t x_group = (int64_t(blockIdx.x) * WARPS + threadIdx.x / 32) * MT;
+  auto copy = [](void* to, const void* from, int bytes, int first_thread) {
+    const int at = 16 * (int(threadIdx.x) - first_thread);
+    if (at >= 0 && at < bytes) __pipeline_memcpy_async(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, 16);
+  };
+  auto fetch = [&](Stage<STEPS>& stage, int64_t tile, int part) {
+    for (int i = threadIdx.x; i < NG * STEPS * 32; i += THREADS) {
+      const int g = i / (STEPS * 32), s = i / 32 % STEPS;
+      __pipeline_memcpy_async(&stage.codes[g][s][i % 32], &c[((tile * NG + g) * steps + part * STEPS + s) * 32 + i % 32], 16);
+    }
+    copy(stage.square, square + tile * TILE, sizeof(stage.square), 0);
+    copy(stage.groups, c_groups + tile * NG, sizeof(stage.groups), 32);
+    __pipeline_commit();
+  };
+  uint4 a[MT][STEPS];
+  float acc[MT][2 * NG][4];
+  Group mine[MT];
+  Slot seen[MT][2];
 #pragma unroll
-      for (int k = 0; k < DEPTH; ++k) {
-        float a[8], b[8];
+  for (int m = 0; m < MT; ++m) {
+    mine[m] = x_groups[x_group + m];
+    for (int h = 0; h < 2; ++h) seen[m][h] = {INFINITY, INFINITY, INFINITY, INFINITY, 0, 0, {}};
+  }
+  int now = 0, part = 0;
+  fetch(stages[0], blockIdx.y, 0);
+  for (int tile = blockIdx.y; tile < tiles; now ^= 1) {
+    const Stage<STEPS>& stage = stages[now];
+    const int next_part = part + 1 < parts ? part + 1 : 0, next_tile = next_part ? tile : tile + int(gridDim.y);
+    __pipeline_wait_prior(0);
+    __syncthreads();  // this stage is filled, and all have left the other one
+    if (next_tile < tiles) fetch(stages[now ^ 1], next_tile, next_part);
+    if (parts > 1 || tile == int(blockIdx.y)) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          a[i] = xs[k][4 * ty + i], a[4 + i] = xs[k][64 + 4 * ty + i];
-          b[i] = cs[k][4 * tx + i], b[4 + i] = cs[k][64 + 4 * tx + i];
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) {
+          const uint4 v = x[((x_group + m) * steps + part * STEPS + s) * 32 + lane];
+          a[m][s] = make_uint4(v.x, v.z, v.y, v.w);  // packed for the other operand, which wants it 8 columns first
+        }
+    }
+    if (part == 0) {
+#pragma unroll
+      for (int m = 0; m < MT; ++m)
+#pragma unroll
+        for (int n = 0; n < 2 * NG; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[m][n][i] = 0;
+    }
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s)
+#pragma unroll
+      for (int g = 0; g < NG; ++g) {
+        const uint4 b = stage.codes[g][s][lane];  // two operands of 8 codes
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+          multiply_add(acc[m][2 * g], a[m][s], b.x, b.y);
+          multiply_add(acc[m][2 * g + 1], a[m][s], b.z, b.w);
+        }
+      }
+    const int first_code = tile * TILE;
+    part = next_part, tile = next_tile;
+    if (part) continue;
+    float C = 0, lost = 0;
+#pragma unroll
+    for (int g = 0; g < NG; ++g) C = fmaxf(C, stage.groups[g].norm), lost = fmaxf(lost, stage.groups[g].residual);
+    const float2* squares = reinterpret_cast<const float2*>(stage.square + 2 * t);
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      const float X = mine[m].norm, gone = mine[m].residual;
+      const float E = bound(X, C) + 2 * (gone * C + (X + gone) * lost);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        // The 16 scores of this row that this lane holds: the smallest and the next. The last 4 bits of a score say whose it is.
+        float best = INFINITY, next = INFINITY;
+#pragma unroll
+        for (int n = 0; n < 2 * NG; ++n) {
+          const float2 sq = squares[4 * n];
+          const float scale = -2 * mine[m].unit * stage.groups[n / 2].unit;
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float score = fmaf(scale, acc[m][n][2 * h + j], j ? sq.y : sq.x);
+            const float marked = __int_as_float((__float_as_int(score) & ~15) | (2 * n + j));
+            next = fminf(next, fmaxf(best, marked)), best = fminf(best, marked);
+          }
+        }
+        const int e = __float_as_int(best) & 15, code = first_code + e / 2 * 8 + 2 * t + e % 2;
+        const float low = E < INFINITY ? best - E : -INFINITY;  // an infinite or unknown bound rules nothing out
+        Slot& s = seen[m][h];
+        s.limit = fminf(s.limit, best + E);
+        s.rest = fminf(s.rest, E < INFINITY ? next - E : -INFINITY);
+        if (low < s.low1) {
+          s.rest = fminf(s.rest, s.low2);
+          s.low2 = s.low1, s.code2 = s.code1, s.low1 = low, s.code1 = code;
+        } else if (low < s.low2) {
+          s.rest = fminf(s.rest, s.low2);
+          s.low2 = low, s.code2 = code;
+        } else {
+          s.rest = fminf(s.rest, low);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = (x_group + m) * GROUP + lane / 4 + 8 * h;
+      slots[(row * gridDim.y + blockIdx.y) * 4 + t] = seen[m][h];
+    }
+}
+
+// A lane per row: the contract's number for every candidate that the screen could not rule out. The sum is sequential, so a lane
+// has a row to itself; its warp reads rows and codes together, and hands them out through shared memory. Rows for which
+// more than the candidates are open go to search_kernel.
+template <class T>
+__global__ void __launch_bounds__(32) certify_kernel(Matrix x, Matrix codes, int64_t first, int64_t rows, const Slot* slots,
+                                                     int n_slots, const int* bad, int64_t* idx, double* distance, int* open,
+                                                     int* n_open) {
+  constexpr int BATCH = 16;
+  __shared__ float xs[32][33], cs[32][33];
+  const int lane = threadIdx.x;
+  const int64_t from = int64_t(blockIdx.x) * 32, row = from + lane, K = codes.rows, D = codes.columns;
+  const Slot* mine = slots + (row < rows ? row : rows - 1) * n_slots;
+  float limit = INFINITY, rest = INFINITY;
+  for (int s = 0; s < n_slots; ++s) limit = fminf(limit, mine[s].limit), rest = fminf(rest, mine[s].rest);
+  int64_t winner = K;
+  double best = INFINITY;
+  for (int next = 0;;) {
+    int k = -1;
+    for (; next < 2 * n_slots && k < 0; ++next) {
+      const Slot& s = mine[next / 2];
+      const int code = next % 2 ? s.code2 : s.code1;
+      if (!((next % 2 ? s.low2 : s.low1) > limit) && code < K) k = code;  // `not >`: NaN rules nothing out
+    }
+    if (!__any_sync(ALL, k >= 0)) break;
+    double sum = 0;
+    for (int64_t start = 0; start < D; start += 32) {
+#pragma unroll
+      for (int some = 0; some < 32; some += BATCH) {  // all loads of a batch are under way before the first is needed
+        float x_some[BATCH], c_some[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+          const int theirs = __shfl_sync(ALL, k, some + i);
+          const bool wanted = theirs >= 0 && start + lane < D;
+          x_some[i] = wanted ? at<T>(x, first + (from + some + i < rows ? from + some + i : rows - 1), start + lane) : 0;
+          c_some[i] = wanted ? at<T>(codes, theirs, start + lane) : 0;
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-#pragma unroll
-          for (int j = 0; j < 8; ++j) acc[i][j] = fmaf(a[i], b[j], acc[i][j]);
+        for (int i = 0; i < BATCH; ++i) xs[some + i][lane] = x_some[i], cs[some + i][lane] = c_some[i];
       }
+      __syncwarp();
+      for (int d = 0; d < 32 && start + d < D; ++d) sum = add_square(sum, xs[lane][d], cs[lane][d]);
+      __syncwarp();
     }
-    // Eight neighbouring lanes hold 32 consecutive codes of the lower half of the tile, and 32 of the upper.
-    const float* sq = square + tile * TILE + 4 * tx;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float m = INFINITY;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) m = fminf(m, sq[64 * half + j] - 2 * acc[i][4 * half + j]);
-#pragma unroll
-        for (int other = 1; other < 8; other *= 2) m = fminf(m, __shfl_xor_sync(ALL, m, other));
-        const int64_t row = int64_t(blockIdx.x) * TILE + (i < 4 ? 0 : 64) + 4 * ty + i % 4;
-        if (tx % 8 == 0) low[row * groups + tile * (TILE / GROUP) + 2 * half + tx / 8] = m;
-      }
+    if (k >= 0 && (sum < best || (sum == best && k < winner))) winner = k, best = sum;
+  }
+  if (row >= rows) return;
+  if (*bad) {
+    idx[first + row] = K, distance[first + row] = NAN;
+  } else if (!(rest > limit)) {
+    open[atomicAdd(n_open, 1)] = int(row);
+  } else {
+    idx[first + row] = winner, distance[first + row] = best;
   }
 }
 
-// A warp per row: which groups may hold the winner, then the contract's number for each of their codes, one a lane.
-// Without a screen (float64) all groups are compared.
+// A block per row: the contract's number for every code. For float64, which has no screen, and for the few rows that the screen
+// leaves open: the rows `open`, or all if that is null.
 template <class T>
-__global__ void certify_kernel(Matrix x, Matrix codes, const float* raw, int64_t first, int64_t rows, const float* low,
-                               const float* norm, const float* largest, Bound bound, const int* bad, int64_t* idx,
-                               double* distance) {
-  const int64_t row = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / 32;
-  const int64_t groups = round_up(codes.rows, TILE) / GROUP, D = codes.columns;
-  const int lane = threadIdx.x % 32;
-  if (row >= rows) return;
-  bool unusable = *bad;
-  for (int64_t d = lane; d < D; d += 32) unusable |= !finite(at<T>(x, first + row, d));
-  if (__any_sync(ALL, unusable)) {
-    if (lane == 0) idx[first + row] = codes.rows, distance[first + row] = NAN;
-    return;
-  }
-  float limit = INFINITY;
-  for (int64_t g = lane; low && g < groups; g += 32) limit = fminf(limit, low[row * groups + g] + bound(norm[row], largest[g]));
-  for (int other = 16; other > 0; other /= 2) limit = fminf(limit, __shfl_xor_sync(ALL, limit, other));
-  int64_t winner = codes.rows;
-  double best = INFINITY;
-  for (int64_t start = 0; start < groups; start += 32) {
-    const int64_t mine = start + lane;  // `not >`: NaN rules nothing out
-    const bool open = mine < groups && !(low && low[row * groups + mine] - bound(norm[row], largest[mine]) > limit);
-    for (unsigned left = __ballot_sync(ALL, open); left; left &= left - 1) {
-      const int64_t k = (start + __ffs(left) - 1) * GROUP + lane;
-      if (k >= codes.rows) continue;
-      double s = 0;
-      for (int64_t d = 0; d < D; ++d) {
-        double c;
-        if constexpr (sizeof(T) < sizeof(double)) c = raw[(k / GROUP * D + d) * GROUP + lane];
-        else c = at<T>(codes, k, d);
-        const double e = __dsub_rn(at<T>(x, first + row, d), c);
-        s = __dadd_rn(s, __dmul_rn(e, e));
+__global__ void __launch_bounds__(SEARCH_THREADS) search_kernel(Matrix x, Matrix codes, const Wide<T>* raw, int64_t stride,
+                                                                int64_t first, int64_t rows, const int* open, const int* n_open,
+                                                                const int* bad, int64_t* idx, double* distance) {
+  constexpr int BATCH = 64 / sizeof(Wide<T>);
+  __shared__ double best_of[SEARCH_THREADS / 32];
+  __shared__ int64_t winner_of[SEARCH_THREADS / 32];
+  __shared__ int unusable;
+  const int64_t n = open ? *n_open : rows, K = codes.rows, D = codes.columns;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
+    const int64_t row = first + (open ? open[i] : i);
+    int64_t winner = K;
+    double best = INFINITY;
+    auto take = [&](double s, int64_t k) {
+      if (k < K && (winner == K || s < best || (s == best && k < winner))) winner = k, best = s;
+    };
+    if (threadIdx.x == 0) unusable = *bad;
+    __syncthreads();
+    for (int64_t d = threadIdx.x; d < D; d += SEARCH_THREADS)
+      if (!finite(at<T>(x, row, d))) unusable = 1;
+    for (int64_t k = threadIdx.x; k < K; k += SEARCH_THREADS) {
+      double sum = 0;
+      for (int64_t d = 0; d < D; d += BATCH) {
+        Wide<T> x_some[BATCH], c_some[BATCH];  // beyond the last dimension: 0 - 0, which adds nothing
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+          x_some[j] = d + j < D ? at<T>(x, row, d + j) : 0;
+          c_some[j] = d + j < D ? raw[(d + j) * stride + k] : 0;
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) sum = add_square(sum, x_some[j], c_some[j]);
       }
-      if (winner == codes.rows || s < best) winner = k, best = s;  // k grows: the lowest index stays
+      take(sum, k);
     }
+    for (int other = 16; other > 0; other /= 2) {
+      const double s = __shfl_xor_sync(ALL, best, other);
+      const int64_t k = __shfl_xor_sync(ALL, winner, other);
+      take(s, k);
+    }
+    if (lane == 0) best_of[warp] = best, winner_of[warp] = winner;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int w = 1; w < SEARCH_THREADS / 32; ++w) take(best_of[w], winner_of[w]);
+      idx[row] = unusable ? K : winner, distance[row] = unusable ? NAN : best;
+    }
+    __syncthreads();  // before the next row uses the same memory
   }
-  for (int other = 16; other > 0; other /= 2) {
-    const double s = __shfl_xor_sync(ALL, best, other);
-    const int64_t k = __shfl_xor_sync(ALL, winner, other);
-    if (k < codes.rows && (winner == codes.rows || s < best || (s == best && k < winner))) winner = k, best = s;
-  }
-  if (lane == 0) idx[first + row] = winner, distance[first + row] = best;
 }
 
 // s [K, D]: a block per code, a thread per dimension, rows in ascending order: no atomics, the same bits every time.
@@ -200,17 +387,21 @@ __global__ void segment_sums_kernel(Matrix x, const int64_t* order, const int64_
 
 // How the scratch memory is cut up; every piece starts on a multiple of 256 bytes.
 struct Scratch {
-  int64_t chunk, width, codes, groups, bytes = 0;
-  int64_t bad, mean, raw, c, c_norm, square, largest, x, x_norm, low;
+  int64_t chunk, part, steps, codes, splits, bytes = 0;
+  int64_t flags, mean, raw, c, c_groups, square, x, x_groups, slots, open;
 
-  Scratch(int64_t N, int64_t K, int64_t D)
-      : width(round_up(D, DEPTH)), codes(round_up(K, TILE)), groups(codes / GROUP) {
-    chunk = SCRATCH / (4 * (width + 1 + groups)) / TILE * TILE;
-    chunk = chunk < TILE ? TILE : chunk;
-    chunk = chunk < N ? chunk : round_up(N, TILE);
+  Scratch(int64_t N, int64_t K, int64_t D) : part(D > 64 ? 8 : 4), steps(round_up((D + 15) / 16, part)), codes(round_up(K, TILE)) {
+    auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    const int64_t blocks = (N + ROWS - 1) / ROWS;
+    splits = least(least((WANTED_BLOCKS + blocks - 1) / (blocks ? blocks : 1), MOST_SPLITS), codes / TILE);
+    const int64_t per_row = 32 * steps + 4 * splits * int64_t(sizeof(Slot)) + 4;
+    chunk = least(SCRATCH / per_row / ROWS * ROWS, blocks * ROWS);
+    chunk = chunk < ROWS ? ROWS : chunk;
     auto take = [this](int64_t n) { const int64_t at = bytes; bytes += round_up(n, 256); return at; };
-    bad = take(4), mean = take(8 * D), raw = take(4 * codes * D), c = take(4 * codes * width), c_norm = take(4 * codes), square = take(4 * codes);
-    largest = take(4 * groups), x = take(4 * chunk * width), x_norm = take(4 * chunk), low = take(4 * chunk * groups);
+    flags = take(8), mean = take(8 * D), raw = take(8 * D * codes);
+    c = take(32 * steps * codes), c_groups = take(sizeof(Group) * codes / GROUP), square = take(4 * codes);
+    x = take(32 * steps * chunk), x_groups = take(sizeof(Group) * chunk / GROUP);
+    slots = take(4 * splits * sizeof(Slot) * chunk), open = take(4 * chunk);
   }
 };
 
@@ -219,32 +410,39 @@ unsigned blocks(int64_t n, int64_t per_block) { return unsigned((n + per_block -
 template <class T>
 void nearest_code(Matrix x, Matrix codes, char* memory, int64_t* idx, double* distance, cudaStream_t stream) {
   const Scratch at(x.rows, codes.rows, x.columns);
-  const bool screened = sizeof(T) < sizeof(double);
-  const Bound bound(x.columns);
-  auto floats = [memory](int64_t offset) { return reinterpret_cast<float*>(memory + offset); };
-  int* bad = reinterpret_cast<int*>(memory + at.bad);
-  double* mean = reinterpret_cast<double*>(memory + at.mean);
+  int *bad = reinterpret_cast<int*>(memory + at.flags), *n_open = bad + 1, *open = reinterpret_cast<int*>(memory + at.open);
+  auto* mean = reinterpret_cast<double*>(memory + at.mean);
+  auto* raw = reinterpret_cast<Wide<T>*>(memory + at.raw);
   cudaMemsetAsync(bad, 0, sizeof(int), stream);
   mean_kernel<T><<<unsigned(x.columns), THREADS, 0, stream>>>(codes, mean, bad);
-  if (screened) {
-    shift_kernel<T><<<blocks(at.codes * 32, THREADS), THREADS, 0, stream>>>(codes, 0, codes.rows, mean, floats(at.c),
-                                                                            floats(at.c_norm), floats(at.square));
-    group_kernel<T><<<blocks(at.codes * x.columns, THREADS), THREADS, 0, stream>>>(codes, floats(at.raw));
-    group_norm_kernel<<<blocks(at.groups, THREADS), THREADS, 0, stream>>>(floats(at.c_norm), floats(at.largest), at.groups);
-  }
-  for (int64_t first = 0; first < x.rows; first += at.chunk) {
-    const int64_t rows = x.rows - first < at.chunk ? x.rows - first : at.chunk, tiles = (rows + TILE - 1) / TILE;
-    if (screened) {
-      const int64_t most = at.codes / TILE, wanted = tiles < 256 ? (256 + tiles - 1) / tiles : 1;
-      const dim3 grid(unsigned(tiles), unsigned(wanted < most ? wanted : most));
-      shift_kernel<T><<<blocks(tiles * TILE * 32, THREADS), THREADS, 0, stream>>>(x, first, rows, mean, floats(at.x),
-                                                                                  floats(at.x_norm), nullptr);
-      screen_kernel<<<grid, THREADS, 0, stream>>>(floats(at.x), floats(at.c), floats(at.square), at.width, at.codes,
-                                                  floats(at.low));
+  transpose_kernel<T><<<blocks(at.codes * x.columns, THREADS), THREADS, 0, stream>>>(codes, raw, at.codes);
+  if constexpr (sizeof(T) == sizeof(double)) {  // float16 cannot screen float64
+    search_kernel<T><<<SEARCH_BLOCKS, SEARCH_THREADS, 0, stream>>>(x, codes, raw, at.codes, 0, x.rows, nullptr, nullptr, bad, idx,
+                                                                  distance);
+  } else {
+    const Bound bound(x.columns, 0x1p-23f);
+    auto *c = reinterpret_cast<uint4*>(memory + at.c), *xs = reinterpret_cast<uint4*>(memory + at.x);
+    auto *c_groups = reinterpret_cast<Group*>(memory + at.c_groups), *x_groups = reinterpret_cast<Group*>(memory + at.x_groups);
+    auto* square = reinterpret_cast<float*>(memory + at.square);
+    auto* slots = reinterpret_cast<Slot*>(memory + at.slots);
+    const int steps = int(at.steps), tiles = int(at.codes / TILE);
+    pack_kernel<T><<<blocks(at.codes / GROUP, WARPS), THREADS, 0, stream>>>(codes, 0, codes.rows, at.codes, steps, mean, c,
+                                                                           c_groups, square);
+    for (int64_t first = 0; first < x.rows; first += at.chunk) {
+      const int64_t rows = x.rows - first < at.chunk ? x.rows - first : at.chunk, padded = round_up(rows, ROWS);
+      const dim3 grid(unsigned(padded / ROWS), unsigned(at.splits));
+      cudaMemsetAsync(n_open, 0, sizeof(int), stream);
+      pack_kernel<T><<<blocks(padded / GROUP, WARPS), THREADS, 0, stream>>>(x, first, rows, padded, steps, mean, xs, x_groups,
+                                                                           nullptr);
+      if (at.part == 4)
+        screen_kernel<4><<<grid, THREADS, 0, stream>>>(xs, x_groups, c, c_groups, square, steps, tiles, bound, slots);
+      else
+        screen_kernel<8><<<grid, THREADS, 0, stream>>>(xs, x_groups, c, c_groups, square, steps, tiles, bound, slots);
+      certify_kernel<T><<<blocks(rows, 32), 32, 0, stream>>>(x, codes, first, rows, slots, int(4 * at.splits), bad, idx, distance,
+                                                             open, n_open);
+      search_kernel<T><<<SEARCH_BLOCKS, SEARCH_THREADS, 0, stream>>>(x, codes, raw, at.codes, first, rows, open, n_open, bad, idx,
+                                                                    distance);
     }
-    certify_kernel<T><<<blocks(rows * 32, THREADS), THREADS, 0, stream>>>(
-        x, codes, floats(at.raw), first, rows, screened ? floats(at.low) : nullptr, floats(at.x_norm), floats(at.largest), bound,
-        bad, idx, distance);
   }
 }
 

@@ -13,8 +13,10 @@
 namespace hipart {
 
 // How far a float32 score |c|^2 - 2 x.c may be from its true value, for a row of norm X and codes of norm at most C.
-//  - A float32 product of length D, summed in any order, is off by at most D 2^-24 X C. The score holds it twice, and the
-//    rounding of the inputs, of |c|^2, of the score and of this bound add a few 2^-24 of it. All that is taken twice.
+//  - A float32 product of length D, summed in any order, is off by at most D u X C, where u is the unit of rounding: 2^-24, or
+//    2^-23 in tensor cores, which truncate every term (at worst 1.25 D u X C off, then). The score holds it twice, and the rounding of the inputs, of |c|^2, of the score
+//    and of this bound add a few u of it. All that is taken twice. The 16 in it also pays for the index that the GPU's screen
+//    writes into the last 4 bits of a score.
 //  - The contract's own float64 sum rounds as well, which decides where a row is far from all codes.
 //  - Products and inputs below 2^-126 may be flushed to zero.
 // `4 * C * (X + C)` overflows before any score can: then the bound is infinite or NaN, and no code is ruled out. Data of
@@ -22,8 +24,8 @@ namespace hipart {
 struct Bound {
   float relative, far, tiny;
 
-  explicit Bound(int64_t D)
-      : relative(D < (1 << 21) ? (D + 16) * 0x1p-24f : INFINITY), far((D + 4) * 0x1p-50f), tiny(D * 0x1p-120f) {}
+  explicit Bound(int64_t D, float u = 0x1p-24f)
+      : relative(D < (1 << 21) ? (D + 16) * u : INFINITY), far((D + 4) * 0x1p-50f), tiny(D * 0x1p-120f) {}
 
   HIPART_BOTH float operator()(float X, float C) const {
     return relative * (4 * C * (X + C)) + far * (X * X) + tiny * (1 + X + C);

@@ -22,7 +22,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct float4 { float x, y, z, w; };
+struct float2 { float x, y; };
+struct uint4 { unsigned x, y, z, w; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 using cudaStream_t = void*;
 enum { cudaSuccess = 0 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -35,6 +37,16 @@ inline float __half2float(__half h) {
   const float size = exponent == 31 ? INFINITY : exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(1.f * fraction, -24);
   return h.bits & 0x8000 ? -size : size;
 }
+inline __half __float2half_rn(float f) {  // of finite values below 65504; NaN and infinity become infinity
+  int exponent;
+  const float size = std::fabs(f);
+  std::frexp(size, &exponent);
+  const int unit = std::isfinite(f) ? std::max(exponent - 11, -24) : 0;
+  const double n = std::nearbyint(std::ldexp(double(size), -unit));  // in units of the last place, ties to even
+  const int bits = !std::isfinite(f) ? 0x7c00 : n < 1024 ? int(n) : ((unit + 25) << 10) + int(n) - 1024;
+  return {uint16_t(bits | (std::signbit(f) ? 0x8000 : 0))};
+}
+inline uint16_t __half_as_ushort(__half h) { return h.bits; }
 struct __nv_bfloat16 { uint16_t bits; };
 inline float __bfloat162float(__nv_bfloat16 b) {
   const uint32_t wide = uint32_t(b.bits) << 16;
@@ -46,7 +58,9 @@ inline float __bfloat162float(__nv_bfloat16 b) {
 inline double __dsub_rn(double a, double b) { return a - b; }  // compiled with -ffp-contract=off
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
-inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
+inline int atomicAdd(int* p, int v) { const int old = *p; *p += v; return old; }
+inline int __float_as_int(float f) { int i; std::memcpy(&i, &f, 4); return i; }
+inline float __int_as_float(int i) { float f; std::memcpy(&f, &i, 4); return f; }
 inline int atomicOr(int* p, int v) { const int old = *p; *p |= v; return old; }
 
 namespace emulator {
@@ -135,9 +149,46 @@ T exchange(T value, int from) {
   return value;
 }
 
+// mma.m16n8k16 with the operands' places as the PTX manual has them (Matrix Fragments for mma.m16n8k16). All terms are cut off
+// at 23 bits below the largest before they are added up: as coarse as tensor cores may be.
+inline unsigned operands[1024][6];
+inline void mma(float (&d)[4], uint4 a, unsigned b0, unsigned b1) {
+  const unsigned mine[6] = {a.x, a.y, a.z, a.w, b0, b1};
+  std::memcpy(operands[current], mine, sizeof(mine));
+  wait(2);
+  const int first = current / 32 * 32, lane = current % 32;
+  auto half = [](unsigned word, int i) { return __half2float({uint16_t(word >> 16 * i)}); };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double terms[17] = {d[i]}, largest = std::fabs(d[i]), sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      terms[k + 1] = double(half(operands[first + row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2)) *
+                     half(operands[first + column * 4 + k % 8 / 2][4 + k / 8], k % 2);
+      largest = std::max(largest, std::fabs(terms[k + 1]));
+    }
+    const double unit = largest > 0 ? std::ldexp(1, std::ilogb(largest) - 23) : 1;
+    for (double term : terms) sum += std::trunc(term / unit) * unit;
+    d[i] = static_cast<float>(std::trunc(sum / unit) * unit);
+  }
+  wait(2);
+}
+
+// What cp.async has been told to copy, and has not copied yet.
+struct Copy { void* to; const void* from; size_t n; };
+inline std::vector<Copy> pending[1024];
+
 }  // namespace emulator
 
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t n) { emulator::pending[emulator::current].push_back({to, from, n}); }
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(int) {
+  for (const auto& c : emulator::pending[emulator::current]) std::memcpy(c.to, c.from, c.n);
+  emulator::pending[emulator::current].clear();
+}
 inline void __syncthreads() { emulator::wait(1); }
+inline void __syncwarp() { emulator::wait(2); }
+template <class T>
+T __shfl_sync(unsigned, T value, int from) { return emulator::exchange(value, emulator::current / 32 * 32 + from); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) { return emulator::exchange(value, emulator::current ^ mask); }
 inline unsigned __ballot_sync(unsigned, bool vote) {

@@ -15,11 +15,23 @@ KERNELS = Path(__file__).parent.parent / "kernels"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 WRAPPERS = """
 using namespace hipart;
-extern "C" int search(const void* x, const void* c, int type, const int64_t* sizes, int64_t* idx, double* distance) {
+extern "C" int search(const void* x, const void* c, int type, const int64_t* sizes, int64_t* idx, double* distance,
+                      int64_t* left) {
   const int64_t N = sizes[0], K = sizes[1], D = sizes[2];
   std::vector<char> scratch(nearest_code_cuda_scratch(N, K, D), 0x7f);
-  return nearest_code_cuda({x, Type(type), N, D, sizes[3], sizes[4]}, {c, Type(type), K, D, sizes[5], sizes[6]},
-                           scratch.data(), idx, distance, nullptr);
+  const int error = nearest_code_cuda({x, Type(type), N, D, sizes[3], sizes[4]}, {c, Type(type), K, D, sizes[5], sizes[6]},
+                                      scratch.data(), idx, distance, nullptr);
+  const Scratch at(N, K, D);
+  const int64_t rows = (N - 1) % at.chunk + 1, each = 4 * at.splits;  // of the last chunk: rows left open, candidates
+  const Slot* slots = reinterpret_cast<Slot*>(scratch.data() + at.slots);
+  left[0] = reinterpret_cast<int*>(scratch.data() + at.flags)[1], left[1] = 0, left[2] = rows;
+  for (int64_t row = 0; row < rows; ++row) {
+    float limit = INFINITY;
+    for (int64_t s = 0; s < each; ++s) limit = std::min(limit, slots[row * each + s].limit);
+    for (int64_t s = 0; s < each; ++s)
+      left[1] += (slots[row * each + s].low1 <= limit) + (slots[row * each + s].low2 <= limit);
+  }
+  return error;
 }
 extern "C" int sums(const void* x, int type, const int64_t* sizes, const int64_t* order, const int64_t* first, int64_t K,
                     float* s) {
@@ -43,8 +55,12 @@ def emulated(tmp_path_factory):
     source, launches = re.subn(r"(\w+(?:<\w+>)?)<<<(.*?), (\w+), 0, \w+>>>\((.*?)\);",
                                r"emulator::launch(\2, \3, [&] { \1(\4); });", source, flags=re.DOTALL)
     assert launches >= 9 and "<<<" not in source
-    # small chunks of rows, and blocks that go through all codes, so that small inputs take every path
-    for there, here in (("SCRATCH = 64 << 20", "SCRATCH = 64 << 10"), ("tiles < 256 ? (256", "tiles < 1 ? (1")):
+    source, assembly = re.subn(r"asm volatile\(\"mma.*?\);", "emulator::mma(d, a, b0, b1);", source, flags=re.DOTALL)
+    assert assembly == 1 and "asm" not in source
+    # small chunks of rows, few splits of the codes, and few blocks, so that small inputs take every path
+    for there, here in (("SCRATCH = 64 << 20", "SCRATCH = 64 << 10"), ("SEARCH_BLOCKS = 264", "SEARCH_BLOCKS = 2"),
+                        ("SEARCH_THREADS = 1024", "SEARCH_THREADS = 64"),
+                        ("MOST_SPLITS = 16", "MOST_SPLITS = 2")):
         assert there in source
         source = source.replace(there, here)
     (folder / "emulated.cpp").write_text('#include "cuda_on_cpu.h"\n' + source + WRAPPERS)
@@ -57,10 +73,12 @@ def pointer(t):
     return ctypes.c_void_p(t.data_ptr())
 
 
-def search(library, x, c):
+def search(library, x, c, left=None):
+    left = torch.zeros(3, dtype=torch.int64) if left is None else left
     idx, distance = torch.full((len(x),), -7), torch.full((len(x),), -7.0, dtype=torch.float64)
     sizes = torch.tensor([len(x), len(c), x.shape[1], *x.stride(), *c.stride()])
-    assert library.search(pointer(x), pointer(c), TYPES[x.dtype], pointer(sizes), pointer(idx), pointer(distance)) == 0
+    assert library.search(pointer(x), pointer(c), TYPES[x.dtype], pointer(sizes), pointer(idx), pointer(distance),
+                          pointer(left)) == 0
     return idx, distance
 
 
@@ -90,9 +108,18 @@ def test_emulated_search_of_every_dtype_and_stride(emulated, dtype):
     np.testing.assert_array_equal(distance.numpy(), exact_distance(x[::2, 1:], c[idx][:, 1:]))
 
 
-def test_emulated_search_crosses_chunks_of_rows_and_tiles_of_codes(emulated):
-    x, c = torch.randn(300, 40), torch.randn(270, 40)  # chunks of 256 rows, tiles of 128 codes
+@pytest.mark.parametrize(("N", "K", "D"), [(300, 270, 40), (20, 140, 128), (20, 70, 150)])
+def test_emulated_search_crosses_chunks_of_rows_tiles_of_codes_and_parts_of_dimensions(emulated, N, K, D):
+    x, c = torch.randn(N, D), torch.randn(K, D)  # chunks of 256 rows, tiles of 64 codes, parts of 128 dimensions
     np.testing.assert_array_equal(search(emulated, x, c)[0].numpy(), brute_force(x, c))
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(0, 1), (1e3, 1), (0, 1e-9), (0, 1e9)])
+def test_emulated_screen_leaves_little_open(emulated, offset, scale):
+    left = torch.zeros(3, dtype=torch.int64)
+    search(emulated, (torch.randn(250, 64) + offset) * scale, (torch.randn(200, 64) + offset) * scale, left)
+    open_rows, candidates, rows = left.tolist()
+    assert rows == 250 and open_rows <= 0.03 * rows and rows <= candidates <= 1.1 * rows
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
