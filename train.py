@@ -579,7 +579,9 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
         return dict(x=x, y=block["y"], conf=block["conf"])
 
     def augmented(b):
-        n = len(b["x"])  # every other pose stays as it is: people are mostly upright
+        if not c.turn_3:
+            return b
+        n = len(b["x"])  # about every other pose stays as it is: people are mostly upright
         x, y = turned(b["x"], b["y"], b["conf"], (c.turn_3 * torch.randn(n) * torch.randint(2, (n,))).to(b["x"]))
         return b | dict(x=x, y=y)
 

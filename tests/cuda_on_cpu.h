@@ -2,6 +2,7 @@
 // GPU, the difference between code that compiles and code that has run. Slow, so for small sizes only. What it cannot show:
 // races between threads (fibers never interleave except at barriers and shuffles), memory limits, speed.
 #pragma once
+#include <csetjmp>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -66,13 +67,14 @@ inline int atomicOr(int* p, int v) { const int old = *p; *p |= v; return old; }
 namespace emulator {
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;  // only for the first entry: swapcontext asks the kernel each time, _longjmp does not
+  jmp_buf resume;
   std::vector<char> stack = std::vector<char>(64 << 10);
   int waits_for = 0;  // 0 nothing, 1 the block, 2 its warp
-  bool done = false;
+  bool started = false, done = false;
 };
 inline std::vector<Fiber>* fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int current;
 inline std::function<void()>* body;
 inline uint64_t slots[1024];  // what each thread offers to its warp
@@ -80,13 +82,20 @@ inline uint64_t slots[1024];  // what each thread offers to its warp
 inline void wait(int whom) {
   Fiber& me = (*fibers)[current];
   me.waits_for = whom;
-  swapcontext(&me.context, &scheduler);
+  if (!_setjmp(me.resume)) _longjmp(scheduler, 1);
 }
 
 inline void enter() {
   (*body)();
   (*fibers)[current].done = true;
-  swapcontext(&(*fibers)[current].context, &scheduler);
+  _longjmp(scheduler, 1);
+}
+
+[[gnu::noinline]] inline void go_on(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
 // All of [begin, end) wait for the same: let them go on. What some have left behind by returning would hang a GPU.
@@ -107,11 +116,11 @@ inline void run_block(int threads) {
   std::vector<Fiber> all(threads);
   fibers = &all;
   for (Fiber& f : all) {
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, enter, 0);
+    getcontext(&f.start);
+    f.start.uc_stack.ss_sp = f.stack.data();
+    f.start.uc_stack.ss_size = f.stack.size();
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, enter, 0);
   }
   for (;;) {
     bool ran = false, left = false;
@@ -119,7 +128,7 @@ inline void run_block(int threads) {
       left |= !all[current].done;
       if (all[current].done || all[current].waits_for) continue;
       threadIdx = dim3(current);
-      swapcontext(&scheduler, &all[current].context);
+      go_on(all[current]);
       ran = true;
     }
     if (!left) return;

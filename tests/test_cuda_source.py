@@ -40,12 +40,12 @@ extern "C" int sums(const void* x, int type, const int64_t* sizes, const int64_t
 """
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_nvcc_takes_it(architecture, tmp_path):
+def test_nvcc_takes_it(tmp_path):
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc here")
-    subprocess.run(["nvcc", "-std=c++17", f"-arch={architecture}", "-Werror", "all-warnings", "-c", KERNELS / "quantizer.cu",
-                    "-o", tmp_path / "quantizer.o"], check=True)
+    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
+    subprocess.run(["nvcc", "-std=c++17", *architectures, "--threads", "2", "-Werror", "all-warnings", "-c",
+                    KERNELS / "quantizer.cu", "-o", tmp_path / "quantizer.o"], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -57,14 +57,16 @@ def emulated(tmp_path_factory):
     assert launches >= 9 and "<<<" not in source
     source, assembly = re.subn(r"asm volatile\(\"mma.*?\);", "emulator::mma(d, a, b0, b1);", source, flags=re.DOTALL)
     assert assembly == 1 and "asm" not in source
-    # small chunks of rows, few splits of the codes, and few blocks, so that small inputs take every path
-    for there, here in (("SCRATCH = 64 << 20", "SCRATCH = 64 << 10"), ("SEARCH_BLOCKS = 264", "SEARCH_BLOCKS = 2"),
+    # small blocks and chunks of rows, few splits of the codes, and few blocks, so that small inputs take every path
+    for there, here in (("SCRATCH = 64 << 20", "SCRATCH = 64 << 10"), ("int THREADS = 256", "int THREADS = 64"),
+                        ("SEARCH_BLOCKS = 264", "SEARCH_BLOCKS = 2"),
                         ("SEARCH_THREADS = 1024", "SEARCH_THREADS = 64"),
                         ("MOST_SPLITS = 16", "MOST_SPLITS = 2")):
         assert there in source
         source = source.replace(there, here)
     (folder / "emulated.cpp").write_text('#include "cuda_on_cpu.h"\n' + source + WRAPPERS)
-    subprocess.run(["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{KERNELS}",
+    subprocess.run(["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC",
+                    "-U_FORTIFY_SOURCE", f"-I{KERNELS}",
                     f"-I{Path(__file__).parent}", folder / "emulated.cpp", "-o", folder / "emulated.so"], check=True)
     return ctypes.CDLL(folder / "emulated.so")
 
@@ -110,7 +112,7 @@ def test_emulated_search_of_every_dtype_and_stride(emulated, dtype):
 
 @pytest.mark.parametrize(("N", "K", "D"), [(300, 270, 40), (20, 140, 128), (20, 70, 150)])
 def test_emulated_search_crosses_chunks_of_rows_tiles_of_codes_and_parts_of_dimensions(emulated, N, K, D):
-    x, c = torch.randn(N, D), torch.randn(K, D)  # chunks of 256 rows, tiles of 64 codes, parts of 128 dimensions
+    x, c = torch.randn(N, D), torch.randn(K, D)  # chunks of 64 rows and more, tiles of 64 codes, parts of 128 dimensions
     np.testing.assert_array_equal(search(emulated, x, c)[0].numpy(), brute_force(x, c))
 
 
@@ -119,7 +121,7 @@ def test_emulated_screen_leaves_little_open(emulated, offset, scale):
     left = torch.zeros(3, dtype=torch.int64)
     search(emulated, (torch.randn(250, 64) + offset) * scale, (torch.randn(200, 64) + offset) * scale, left)
     open_rows, candidates, rows = left.tolist()
-    assert rows == 250 and open_rows <= 0.03 * rows and rows <= candidates <= 1.1 * rows
+    assert rows > 100 and open_rows <= 0.03 * rows and rows <= candidates <= 1.1 * rows  # of the last chunk
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train
 from hipart import MSST, Config, HiPART, Regressor, detected_pelvis
@@ -624,6 +626,32 @@ def test_every_lifter_trains_on_matching_points_and_poses(run, data, tmp_path, m
             torch.testing.assert_close(x[:, 17:], torch.cat(made, 1), rtol=1e-3, atol=1e-3)
         if feed == "ground_truth":
             torch.testing.assert_close(x[:, 65:], fine[rows])
+
+
+@given(seed=st.integers(0, 2**32 - 1), angle=st.floats(-math.pi, math.pi))
+def test_turned_is_what_a_camera_that_turns_about_its_ray_to_the_pelvis_sees(seed, angle):
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(3, 40, 3)) * 400 + [*rng.uniform(-600, 600, 2), 5000]  # camera frame, mm
+    y = points[:, :17] - points[:, :1]
+    seen = torch.tensor(points[..., :2] / points[..., 2:] * train.FOCAL)
+    x, turned = train.turned(seen, torch.tensor(y), torch.ones(3, 17), torch.full((3,), angle, dtype=torch.float64))
+    axis = points[:, 0] / np.linalg.norm(points[:, 0], axis=-1, keepdims=True)  # Rodrigues' formula, about the ray
+    a, c = axis[:, None], np.cos(angle)
+    expected = points * c + np.cross(a, points) * np.sin(angle) + a * np.sum(a * points, -1, keepdims=True) * (1 - c)
+    np.testing.assert_allclose(turned, expected[:, :17] - points[:, :1], atol=1e-8)
+    np.testing.assert_allclose(x, expected[..., :2] / expected[..., 2:] * train.FOCAL, atol=1e-10)
+    np.testing.assert_allclose(x[:, 0], seen[:, 0], atol=1e-12)  # the pelvis stays where it is
+
+
+def test_half_of_the_training_poses_are_turned(run, data, tmp_path, monkeypatch):
+    angles, turned = [], train.turned
+    monkeypatch.setattr(train, "turned", lambda x, y, conf, angle: angles.append(angle) or turned(x, y, conf, angle))
+    monkeypatch.setattr(train, "FEEDS", {"ground_truth": "the only one"})
+    begin(run, tmp_path, "stage1", "stage2")
+    main(monkeypatch, tmp_path, "--data", data, "--stage", 3, epochs_r=1, epochs_3=4, lifter="mlp", turn_3=0.5)
+    angle = torch.cat(angles)
+    assert len(angle) == 4 * len(raw(data, "train", "y"))  # training only, every pose in every epoch
+    assert 0.35 < float((angle == 0).float().mean()) < 0.65 and 0.3 < float(angle[angle != 0].std()) < 0.7
 
 
 def test_training_helps(run):
