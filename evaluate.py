@@ -269,7 +269,7 @@ def per_action(s: dict, cells) -> list[list[str]]:
 
 
 def lifting_tables(s: dict, seeds: int, kind: str, note: str, paper: dict[str, str]) -> str:
-    """3D errors of one split from its summary: all feeds, then the four that matter, per action."""
+    """3D errors of one split from its summary: on average, then per action."""
 
     def values(feed: str, average: str, metric: str = "mpjpe") -> list:
         return [s[f"{metric}/{feed}/{seed}"][average] for seed in range(seeds)]
@@ -287,7 +287,6 @@ def lifting_tables(s: dict, seeds: int, kind: str, note: str, paper: dict[str, s
         errors = [number(values(name, average, m)) for m in ("mpjpe", "pa_mpjpe") for average in ("actions", "frames")]
         occluded = ["-", "-"] if name.endswith("_clean") else [number(values(name, a)) for a in ("occluded", "clear")]
         rows.append([label, *errors, ratio(name), *occluded, paper.get(name, "-")])
-    four = list(FEEDS)[:4]
     return "\n\n".join([
         f"({kind}) Millimetres{f', mean ± standard deviation over {seeds} seeds' if seeds > 1 else ''}.",
         table(head, rows),
@@ -299,8 +298,8 @@ def lifting_tables(s: dict, seeds: int, kind: str, note: str, paper: dict[str, s
         "Human3.6M is 0.81.",
         *protocol_14(s, seeds),
         "MPJPE per action:",
-        table(["action", *(FEEDS[f] for f in four)],
-              per_action(s, lambda get: [number([get(f"mpjpe/{f}/{i}") for i in range(seeds)]) for f in four]))])
+        table(["action", *FEEDS.values()],
+              per_action(s, lambda get: [number([get(f"mpjpe/{f}/{i}") for i in range(seeds)]) for f in FEEDS]))])
 
 
 def protocol_14(s: dict, seeds: int) -> list[str]:
