@@ -124,6 +124,13 @@ def test_emulated_screen_leaves_little_open(emulated, offset, scale):
     assert rows > 100 and open_rows <= 0.03 * rows and rows <= candidates <= 1.1 * rows  # of the last chunk
 
 
+def test_emulated_screen_forgets_no_candidate_that_others_displace(emulated):
+    for _ in range(12):  # in whatever order the three come
+        near, x, c = torch.randn(16), 3e-3 * torch.randn(30, 16), 10 * torch.randn(384, 16).sign()
+        c[[5, 133, 261]] = near + 3e-3 * torch.randn(3, 16)  # one lane's, in three tiles; float16 cannot tell them apart
+        np.testing.assert_array_equal(search(emulated, near + x, c)[0].numpy(), brute_force(near + x, c))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_emulated_search_gives_no_usable_index_to_non_finite_input(emulated, value, dtype):
