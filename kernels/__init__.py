@@ -42,20 +42,20 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     TypeError on other dtypes. Non-finite values never give a usable index: ValueError from the twin and on the CPU; in
     CUDA code, where looking would stall the stream, index K, which every lookup refuses.
     """
-    return quantize_op(x, codebook)[0]
+    return quantize_op(x, codebook, False)[0]
 
 
 def quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`nearest_code`, the codes themselves, and the squared distances: idx [N] int64, codes [N, D], d [N] float64.
 
-    The distance is the contract's own number, which the search knows anyway.
+    The distance is the contract's own number.
     """
-    idx, distance = quantize_op(x, codebook)
+    idx, distance = quantize_op(x, codebook, True)
     return idx, codebook.detach()[idx], distance
 
 
-def quantize_op(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Checks, then the op: idx [N], d [N]."""
+def quantize_op(x: Tensor, codebook: Tensor, with_distance: bool) -> tuple[Tensor, Tensor]:
+    """Checks, then the op: idx [N], d [N] or [0]."""
     if (x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1] or not codebook.numel()
             or x.layout != torch.strided or codebook.layout != torch.strided):
         raise ValueError("nearest_code needs dense x [N, D] and codebook [K, D] with K, D >= 1, "
@@ -64,7 +64,7 @@ def quantize_op(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"nearest_code needs one floating dtype for both, found {_say(x)} and {_say(codebook)}")
     if x.device != codebook.device:
         raise ValueError(f"nearest_code needs both on one device, found {_say(x)} and {_say(codebook)}")
-    return torch.ops.hipart.quantize(x.detach(), codebook.detach())
+    return torch.ops.hipart.quantize(x.detach(), codebook.detach(), with_distance)
 
 
 def code_statistics(x: Tensor, idx: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def _say(t: Tensor) -> str:
 # The ops. The twin is registered for every device. Its first call builds and loads the compiled kernels, which register
 # themselves for CPU and CUDA tensors; from then on PyTorch's dispatcher goes straight to them.
 
-torch.library.define("hipart::quantize", "(Tensor x, Tensor codebook) -> (Tensor, Tensor)")
+torch.library.define("hipart::quantize", "(Tensor x, Tensor codebook, bool with_distance=True) -> (Tensor, Tensor)")
 torch.library.define("hipart::code_statistics", "(Tensor x, Tensor idx, int K) -> (Tensor, Tensor)")
 torch.library.define("hipart::ema_apply_", "(Tensor(a!) codebook, Tensor(b!) count, Tensor(c!) total, Tensor n, Tensor s, "
                      "Tensor? candidates, float decay, float eps, float restart_below) -> Tensor")
@@ -154,8 +154,8 @@ _dispatch("ema_apply_", reference.ema_apply_, ("cpp",))  # on a GPU a few launch
 
 
 @torch.library.register_fake("hipart::quantize")
-def _(x, codebook):
-    return x.new_empty(x.shape[:1], dtype=torch.int64), x.new_empty(x.shape[:1], dtype=torch.float64)
+def _(x, codebook, with_distance=True):
+    return x.new_empty(x.shape[:1], dtype=torch.int64), x.new_empty(x.shape[0] if with_distance else 0, dtype=torch.float64)
 
 
 @torch.library.register_fake("hipart::code_statistics")
@@ -213,9 +213,12 @@ def _build(kernel: str) -> Path:
     sources = [_HERE / "quantizer.cpp"] + [_HERE / "quantizer.cu"] * (kernel == "cuda")
     flags = _FLAGS + ["-DWITH_CUDA"] * (kernel == "cuda")
     machine = [platform.machine(), sys.version, torch.__version__, repr(flags)]
-    if kernel == "cuda":  # nvcc compiles for the GPUs that are here, unless the variable names others
-        machine += [os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
-                    *(repr(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count()))]
+    cuda_flags = ["-O3", "-lineinfo"]
+    if kernel == "cuda":  # for the GPUs that are here; the tensor cores of 9.0 are used as such by code for 9.0a alone
+        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        names = ["90a" if capability == (9, 0) else "{}{}".format(*capability) for capability in sorted(here)]
+        cuda_flags += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+        machine += cuda_flags
     inputs = b"".join([f.read_bytes() for f in (*sources, _HERE / "quantizer.h")] + [m.encode() for m in machine])
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     folder = root / f"hipart_{kernel}_{hashlib.sha256(inputs).hexdigest()[:16]}"
@@ -235,7 +238,7 @@ def _build(kernel: str) -> Path:
         except OSError:
             with tempfile.TemporaryDirectory(dir=folder) as beside:
                 built = cpp_extension.load("quantizer", [str(s) for s in sources], extra_cflags=flags,
-                                           extra_cuda_cflags=["-O3", "-lineinfo"], build_directory=beside,
+                                           extra_cuda_cflags=cuda_flags, build_directory=beside,
                                            is_python_module=False)
                 os.replace(built, binary)
     return folder

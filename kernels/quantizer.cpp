@@ -366,8 +366,8 @@ void quantize_typed(const Tensor& x_, const Tensor& codebook_, int64_t* idx, dou
   });
 }
 
-// x [N, D], codebook [K, D] -> idx [N], d64 [N]
-std::tuple<Tensor, Tensor> quantize_cpu(const Tensor& x, const Tensor& codebook) {
+// x [N, D], codebook [K, D] -> idx [N], d64 [N]; the screen and its certificate need the distance anyway
+std::tuple<Tensor, Tensor> quantize_cpu(const Tensor& x, const Tensor& codebook, bool with_distance) {
   TORCH_CHECK_VALUE(x.dim() == 2 && codebook.dim() == 2 && x.size(1) == codebook.size(1) && codebook.numel() > 0 &&
                         x.scalar_type() == codebook.scalar_type(), "hipart::quantize needs x [N, D] and codebook [K, D]");
   Tensor idx = at::empty({x.size(0)}, x.options().dtype(at::kLong));
@@ -381,7 +381,7 @@ std::tuple<Tensor, Tensor> quantize_cpu(const Tensor& x, const Tensor& codebook)
     case at::kBFloat16: quantize_typed<at::BFloat16>(x, codebook, i, d); break;
     default: TORCH_CHECK_TYPE(false, "nearest_code needs a floating dtype");
   }
-  return {idx, distance};
+  return {idx, with_distance ? distance : at::empty({0}, distance.options())};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -495,9 +495,7 @@ TORCH_LIBRARY_IMPL(hipart, CPU, m) {
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA: memory, stream and device come from PyTorch, the kernels from quantizer.cu. Nothing here waits for the GPU.
 
-#include <ATen/ops/arange.h>
-#include <ATen/ops/searchsorted.h>
-#include <ATen/ops/sort.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -505,41 +503,54 @@ namespace {
 
 using at::Tensor;
 
-hipart::Matrix matrix(const Tensor& t) {
-  const auto type = t.scalar_type() == at::kDouble ? hipart::Type::f64
-                    : t.scalar_type() == at::kHalf ? hipart::Type::f16
-                    : t.scalar_type() == at::kBFloat16 ? hipart::Type::bf16 : hipart::Type::f32;
-  return {t.const_data_ptr(), type, t.size(0), t.size(1), t.stride(0), t.stride(1)};
+// Row-major, and if `wide`, as quantizer.cu reads it: 16 bytes at a time. What does not lie like that is copied.
+Tensor laid_out(const Tensor& t, at::ScalarType type, bool wide) {
+  Tensor out = t.to(type).contiguous();
+  if (!wide) return out;
+  if (out.size(1) % 4) return at::constant_pad_nd(out, {0, 4 - out.size(1) % 4});  // zeros change no distance
+  return reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 ? out.clone() : out;
 }
 
 void check_launch(int error) { TORCH_CHECK(error == 0, "a CUDA kernel of hipart failed to start: error " + std::to_string(error)); }
 
-std::tuple<Tensor, Tensor> quantize_cuda(const Tensor& x, const Tensor& codebook) {
+template <class T>
+void search(const Tensor& x, const Tensor& codebook, Tensor& idx, double* distance) {
+  const int64_t N = x.size(0), K = codebook.size(0), D = x.size(1);
+  const int64_t bytes = sizeof(T) == sizeof(float) ? hipart::nearest_code_cuda_scratch(N, K, D) : 0;
+  Tensor scratch = at::empty({bytes}, x.options().dtype(at::kByte));
+  check_launch(hipart::nearest_code_cuda(x.const_data_ptr<T>(), codebook.const_data_ptr<T>(), N, K, D, scratch.mutable_data_ptr(),
+                                         idx.mutable_data_ptr<int64_t>(), distance, c10::cuda::getCurrentCUDAStream()));
+}
+
+std::tuple<Tensor, Tensor> quantize_cuda(const Tensor& x, const Tensor& codebook, bool with_distance) {
   const c10::cuda::CUDAGuard guard(x.device());
   TORCH_CHECK_VALUE(x.dim() == 2 && codebook.dim() == 2 && x.size(1) == codebook.size(1) && codebook.numel() > 0 &&
                         x.scalar_type() == codebook.scalar_type() && x.device() == codebook.device() &&
-                        codebook.size(0) <= INT32_MAX - 64,
-                    "hipart::quantize needs x [N, D] and codebook [K, D] on one GPU, with K below 2^31 - 64");
+                        codebook.size(0) <= INT32_MAX - 256,
+                    "hipart::quantize needs x [N, D] and codebook [K, D] on one GPU, with K below 2^31 - 256");
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;  // bfloat16 and float16 are widened exactly
   Tensor idx = at::empty({x.size(0)}, x.options().dtype(at::kLong));
-  Tensor distance = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
-  const int64_t bytes = hipart::nearest_code_cuda_scratch(x.size(0), codebook.size(0), x.size(1));
-  Tensor scratch = at::empty({bytes}, x.options().dtype(at::kByte));
-  check_launch(hipart::nearest_code_cuda(matrix(x), matrix(codebook), scratch.mutable_data_ptr(), idx.mutable_data_ptr<int64_t>(),
-                                         distance.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
+  Tensor distance = at::empty({with_distance ? x.size(0) : 0}, x.options().dtype(at::kDouble));
+  const Tensor rows = laid_out(x, type, true), codes = laid_out(codebook, type, true);
+  double* d = with_distance ? distance.mutable_data_ptr<double>() : nullptr;
+  if (type == at::kDouble)
+    search<double>(rows, codes, idx, d);
+  else
+    search<float>(rows, codes, idx, d);
   return {idx, distance};
 }
 
-// A stable sort takes the place of the counting sort. A code outside [0, K) belongs to no segment and is not counted.
+// A code outside [0, K) is not counted.
 std::tuple<Tensor, Tensor> code_statistics_cuda(const Tensor& x, const Tensor& idx, int64_t K) {
   const c10::cuda::CUDAGuard guard(x.device());
   TORCH_CHECK_VALUE(x.dim() == 2 && idx.dim() == 1 && idx.size(0) == x.size(0) && idx.scalar_type() == at::kLong && K > 0 &&
                         x.device() == idx.device(), "hipart::code_statistics needs x [N, D] and idx [N] int64 on one GPU");
-  auto [sorted, order] = at::sort(idx, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  Tensor first = at::searchsorted(sorted, at::arange(K + 1, idx.options()));
-  Tensor s = at::empty({K, x.size(1)}, x.options().dtype(at::kFloat));
-  check_launch(hipart::segment_sums_cuda(matrix(x), order.const_data_ptr<int64_t>(), first.const_data_ptr<int64_t>(), K,
-                                         s.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
-  return {first.slice(0, 1).sub(first.slice(0, 0, K)).to(at::kFloat), s};
+  const Tensor rows = laid_out(x, at::kFloat, false), index = idx.contiguous();
+  Tensor n = at::empty({K}, x.options().dtype(at::kFloat)), s = at::empty({K, x.size(1)}, x.options().dtype(at::kFloat));
+  check_launch(hipart::code_statistics_cuda(rows.const_data_ptr<float>(), index.const_data_ptr<int64_t>(), x.size(0), K, x.size(1),
+                                            n.mutable_data_ptr<float>(), s.mutable_data_ptr<float>(),
+                                            c10::cuda::getCurrentCUDAStream()));
+  return {n, s};
 }
 
 }  // namespace

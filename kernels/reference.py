@@ -22,7 +22,7 @@ _CHUNK = {"cpu": 1 << 19}
 
 
 @torch.no_grad()
-def quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, codebook: Tensor, with_distance: bool = True) -> tuple[Tensor, Tensor]:
     """Nearest code of every row and its squared distance: x [N, D], codebook [K, D] -> idx [N] int64, d [N] float64.
 
     Raises ValueError on non-finite values: an index that looks valid would be a silent error.
@@ -44,7 +44,7 @@ def quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         else:
             open_ = _screen(part - centre, c - centre)
         idx[start : start + rows], distance[start : start + rows] = _certify(part, c, open_)
-    return idx, distance
+    return idx, distance if with_distance else distance.new_empty(0)
 
 
 def _screen(x: Tensor, c: Tensor) -> Tensor:

@@ -17,7 +17,8 @@
 #define __device__
 #define __host__
 #define __shared__ static  // one block runs at a time
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
+#define __forceinline__
 
 struct dim3 {
   unsigned x, y, z;
@@ -30,7 +31,6 @@ using cudaStream_t = void*;
 enum { cudaSuccess = 0 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline int cudaGetLastError() { return cudaSuccess; }
-inline void cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t) { std::memset(p, value, n); }
 
 struct __half { uint16_t bits; };
 inline float __half2float(__half h) {
@@ -48,21 +48,12 @@ inline __half __float2half_rn(float f) {  // of finite values below 65504; NaN a
   return {uint16_t(bits | (std::signbit(f) ? 0x8000 : 0))};
 }
 inline uint16_t __half_as_ushort(__half h) { return h.bits; }
-struct __nv_bfloat16 { uint16_t bits; };
-inline float __bfloat162float(__nv_bfloat16 b) {
-  const uint32_t wide = uint32_t(b.bits) << 16;
-  float f;
-  std::memcpy(&f, &wide, 4);
-  return f;
-}
-
 inline double __dsub_rn(double a, double b) { return a - b; }  // compiled with -ffp-contract=off
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline int atomicAdd(int* p, int v) { const int old = *p; *p += v; return old; }
 inline int __float_as_int(float f) { int i; std::memcpy(&i, &f, 4); return i; }
 inline float __int_as_float(int i) { float f; std::memcpy(&f, &i, 4); return f; }
-inline int atomicOr(int* p, int v) { const int old = *p; *p |= v; return old; }
 
 namespace emulator {
 
@@ -200,13 +191,5 @@ template <class T>
 T __shfl_sync(unsigned, T value, int from) { return emulator::exchange(value, emulator::current / 32 * 32 + from); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) { return emulator::exchange(value, emulator::current ^ mask); }
-inline unsigned __ballot_sync(unsigned, bool vote) {
-  emulator::exchange(uint64_t(vote), emulator::current);
-  unsigned all = 0;
-  const int first = emulator::current / 32 * 32;
-  for (int i = 0; i < 32; ++i)
-    all |= unsigned(emulator::slots[first + i] & 1) << i;
-  emulator::wait(2);
-  return all;
-}
-inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+template <class T>
+T __shfl_up_sync(unsigned, T value, int by) { return emulator::exchange(value, std::max(emulator::current - by, emulator::current / 32 * 32)); }
