@@ -18,7 +18,9 @@ def main() -> None:
     K = 2001
     for device in devices:
         x, codebook = torch.randn(2503, 37) + 1000, torch.randn(K, 37) + 1000
-        codebook[1000:2000] = codebook[:1000]  # every one of these is a tie
+        codebook[:40] = codebook[0]  # forty ties,
+        codebook[1000:2000] = codebook[:1000]  # and every one of these another
+        x[:900] = codebook[0] + 0.01 * torch.randn(900, 37)  # more rows near them than the GPU's lists have room for
         expected_idx, expected_d = reference.quantize(x, codebook)
         idx, codes, d = quantize(x.to(device), codebook.to(device))
         n, s = code_statistics(x.to(device), idx, K)

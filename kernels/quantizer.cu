@@ -515,7 +515,7 @@ __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const 
       at = atomicAdd(&n_pairs, found);
       int end = at + found;
       if (end <= PAIRS) each([&](int k) { row_of[at] = mine, code_of[at++] = k; });
-      open = end > PAIRS;
+      for (open = end > PAIRS; at < PAIRS && open; ++at) code_of[at] = INT32_MAX;  // the list is full: nobody's
     }
     for (int other = 1; other < readers; other *= 2) open |= __shfl_xor_sync(ALL, int(open), other);
     found = all;

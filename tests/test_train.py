@@ -336,7 +336,7 @@ def test_the_learning_rate_of_stages_1_and_2_falls_to_zero(run):
         assert [r["steps"] for r in rows] == [4, 8, 12]
 
 
-def test_preset_paper_is_config_itself_and_the_others_are_configs():
+def test_preset_paper_is_config_but_for_the_epochs_of_stage_1_and_the_others_are_configs():
     built = {}
     for name, options in train.PRESETS.items():
         fields = {k: v for k, v in options.items() if k != "limit"}
@@ -344,7 +344,7 @@ def test_preset_paper_is_config_itself_and_the_others_are_configs():
         structure = {k: getattr(built[name], k) for k in ("decoder_blocks", "lsab_blocks", "cosine_local")}
         assert structure == {k: getattr(Config(), k) for k in structure}
         assert built[name].width % built[name].heads == 0
-    assert built.keys() == {"quick", "standard", "paper"} and built["paper"] == Config()
+    assert built.keys() == {"quick", "standard", "paper"} and built["paper"] == Config(epochs_1=40)
 
 
 def test_the_commands_of_the_docstring_parse():
