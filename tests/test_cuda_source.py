@@ -29,7 +29,7 @@ int search(const T* x, const T* c, const int64_t* sizes, int64_t* idx, double* d
       limit = std::min(limit, slots[s].limit), rest = std::min(rest, slots[s].rest);
     left[0] += !(rest > limit);
     for (int64_t s = row * each; s < (row + 1) * each; ++s)
-      for (int e = 0; e < ENTRIES; ++e) left[1] += slots[s].low[e] <= limit;
+      for (int e = 0; e < ENTRIES; ++e) left[1] += (slots[s].low[e] <= limit) + (slots[s].next[e] <= limit);
   }
   return error;
 }
@@ -134,25 +134,27 @@ def test_emulated_screen_leaves_little_open(emulated, offset, scale):
     assert rows > 100 and open_rows <= 0.03 * rows and rows <= candidates <= 1.1 * rows  # of the last chunk
 
 
-def test_emulated_screen_forgets_no_candidate_that_others_displace(emulated):
-    for _ in range(12):  # in whatever order the three come
-        near, x, c = torch.randn(16), 3e-3 * torch.randn(30, 16), 10 * torch.randn(384, 16).sign()
-        c[[5, 133, 261]] = near + 3e-3 * torch.randn(3, 16)  # one lane's, in three tiles; float16 cannot tell them apart
-        np.testing.assert_array_equal(search(emulated, near + x, c)[0].numpy(), brute_force(near + x, c))
+@pytest.mark.parametrize("near", [[5, 69, 133], [5, 12, 69, 76, 133], [*range(5, 640, 64)]], ids=["three", "pairs", "ten"])
+def test_emulated_screen_forgets_no_candidate_that_others_displace(emulated, near):
+    for _ in range(12):  # in whatever order they come
+        where, x, c = torch.randn(16), 3e-3 * torch.randn(30, 16), 10 * torch.randn(640, 16).sign()
+        c[near] = where + 3e-3 * torch.randn(len(near), 16)  # one lane's, in tiles of 64; float16 cannot tell them apart
+        np.testing.assert_array_equal(search(emulated, where + x, c)[0].numpy(), brute_force(where + x, c))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_emulated_search_gives_no_usable_index_to_non_finite_input(emulated, value, dtype):
-    x, c = torch.randn(9, 3, dtype=dtype), torch.randn(4, 3, dtype=dtype)
+@pytest.mark.parametrize("K", [4, 200])
+def test_emulated_search_gives_no_usable_index_to_non_finite_input(emulated, value, dtype, K):
+    x, c = torch.randn(9, 3, dtype=dtype), torch.randn(K, 3, dtype=dtype)
     expected = brute_force(x, c)
     x[5, 1] = value
     idx, distance = search(emulated, x, c)
-    assert idx[5] == 4 and distance[5].isnan()
+    assert idx[5] == K and distance[5].isnan()
     np.testing.assert_array_equal(np.delete(idx.numpy(), 5), np.delete(expected, 5))
-    c[2, 0] = value
+    x[5, 1], c[K - 2, 0] = 0, value
     idx, distance = search(emulated, x, c)
-    assert (idx == 4).all() and distance.isnan().all()
+    assert (idx == K).all() and distance.isnan().all()
 
 
 @pytest.mark.parametrize(("N", "K", "D"), [(700, 19, 131), (5, 3, 1), (0, 4, 7)])
