@@ -9,7 +9,7 @@
 // Where the bytes go. The codes are packed once, in the order in which tensor cores read them, and pass through shared memory
 // in tiles of 128. A warp keeps its 32 rows in registers (D <= 128; else rows, too, are packed, and come back for every 64
 // codes). Scores never leave the registers: of each of its rows, a lane keeps the most promising codes, and a lower bound of
-// all others: 192 bytes a row, whatever K is.
+// all others: 192 bytes a row and share of the codes (few rows: up to 16 shares), whatever K is.
 
 #include "quantizer.h"
 
@@ -33,6 +33,7 @@ constexpr int FINISHERS = 256;                    // threads of finish_kernel
 constexpr int CODES = 8, COLUMNS = 128, COUNTERS = 256;  // codes, dimensions and threads of a block of statistics_kernel
 constexpr int64_t CHUNK = 1 << 17;                // rows that are searched together: what is noted of them stays in cache
 constexpr float NEVER_WINS = FLT_MAX / 2;         // as a score; no product can take it to infinity where the bound is finite
+constexpr int64_t MOST_SCREENED = 1 << 20;        // dimensions; about here float32 sums stop to say anything
 constexpr unsigned ALL = 0xffffffffu;
 
 // Of packed rows: their largest norm, their largest |v - v'|, both in true units, and their common power of two.
@@ -561,8 +562,9 @@ __global__ void __launch_bounds__(COUNTERS) statistics_kernel(const float* x, co
   __shared__ float sums[CODES][COLUMNS];
   __shared__ int found_by[COUNTERS / 32], list[SPAN];  // of the rows of this span that have one of these codes: 8 row + code
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = threadIdx.x % COLUMNS, hand = threadIdx.x / COLUMNS;
-  const int64_t first_code = int64_t(blockIdx.x) * CODES, d = int64_t(blockIdx.y) * COLUMNS + column;
-  int count = 0;
+  const int64_t shares = (K + CODES - 1) / CODES, d = blockIdx.x / shares * COLUMNS + column;
+  const int64_t first_code = blockIdx.x % shares * CODES;
+  int64_t count = 0;
   for (int i = threadIdx.x; i < CODES * COLUMNS; i += COUNTERS) sums[i / COLUMNS][i % COLUMNS] = 0;
   for (int64_t start = 0; start < N; start += SPAN) {
     const int64_t mine = start + threadIdx.x * EACH;
@@ -600,7 +602,7 @@ __global__ void __launch_bounds__(COUNTERS) statistics_kernel(const float* x, co
       for (int i = 0; i < total; ++i) count += list[i] % CODES == threadIdx.x;
   }
   __syncthreads();
-  if (threadIdx.x < CODES && first_code + threadIdx.x < K && blockIdx.y == 0) n[first_code + threadIdx.x] = count;
+  if (threadIdx.x < CODES && first_code + threadIdx.x < K && d < COLUMNS) n[first_code + threadIdx.x] = count;
   for (int k = hand; k < CODES && first_code + k < K; k += HANDS)
     if (d < D) s[(first_code + k) * D + d] = sums[k][column];
 }
@@ -626,13 +628,25 @@ struct Scratch {
 
 unsigned blocks(int64_t n, int64_t per_block) { return unsigned((n + per_block - 1) / per_block); }
 
+// Without a screen.
+template <class T>
+int search_all(const T* x, const T* codes, int64_t N, int64_t K, int64_t D, int64_t* idx, double* distance, void* on) {
+  const auto stream = static_cast<cudaStream_t>(on);
+  for (int64_t first = 0; first < N; first += CHUNK) {
+    const int64_t rows = N - first < CHUNK ? N - first : CHUNK;
+    finish_kernel<T><<<blocks(rows, FINISHERS / 32), FINISHERS, 0, stream>>>(x, codes, first, rows, K, D, nullptr, 0, 32, idx,
+                                                                             distance);
+  }
+  return cudaGetLastError();
+}
+
 }  // namespace
 
-int64_t nearest_code_cuda_scratch(int64_t N, int64_t K, int64_t D) { return Scratch(N, K, D).bytes; }
+int64_t nearest_code_cuda_scratch(int64_t N, int64_t K, int64_t D) { return D < MOST_SCREENED ? Scratch(N, K, D).bytes : 0; }
 
 int nearest_code_cuda(const float* x, const float* codes, int64_t N, int64_t K, int64_t D, void* scratch, int64_t* idx,
                       double* distance, void* on) {
-  if (N == 0) return cudaSuccess;
+  if (N == 0 || D >= MOST_SCREENED) return search_all(x, codes, N, K, D, idx, distance, on);
   const Scratch at(N, K, D);
   char* memory = static_cast<char*>(scratch);
   auto *mean = reinterpret_cast<float*>(memory + at.mean), *square = reinterpret_cast<float*>(memory + at.square);
@@ -665,20 +679,13 @@ int nearest_code_cuda(const float* x, const float* codes, int64_t N, int64_t K, 
   return cudaGetLastError();
 }
 
-// float16 cannot screen float64.
 int nearest_code_cuda(const double* x, const double* codes, int64_t N, int64_t K, int64_t D, void*, int64_t* idx,
                       double* distance, void* on) {
-  const auto stream = static_cast<cudaStream_t>(on);
-  for (int64_t first = 0; first < N; first += CHUNK) {
-    const int64_t rows = N - first < CHUNK ? N - first : CHUNK;
-    finish_kernel<double><<<blocks(rows, FINISHERS / 32), FINISHERS, 0, stream>>>(x, codes, first, rows, K, D, nullptr, 0, 32, idx,
-                                                                                  distance);
-  }
-  return cudaGetLastError();
+  return search_all(x, codes, N, K, D, idx, distance, on);  // float16 cannot screen float64
 }
 
 int code_statistics_cuda(const float* x, const int64_t* idx, int64_t N, int64_t K, int64_t D, float* n, float* s, void* on) {
-  const dim3 grid(blocks(K, CODES), blocks(D, COLUMNS));
+  const unsigned grid = blocks(K, CODES) * blocks(D, COLUMNS);
   const auto stream = static_cast<cudaStream_t>(on);
   statistics_kernel<<<grid, COUNTERS, 0, stream>>>(x, idx, N, K, D, n, s);
   return cudaGetLastError();

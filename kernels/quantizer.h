@@ -15,7 +15,8 @@ namespace hipart {
 // How far a float32 score |c|^2 - 2 x.c may be from its true value, for a row of norm X and codes of norm at most C.
 //  - A float32 product of length D, summed in any order, is off by at most D u X C, where u is the unit of rounding: 2^-24, or
 //    2^-23 in tensor cores, which truncate every term (at worst 1.25 D u X C off, then). The score holds it twice, and the
-//    rounding of the inputs, of |c|^2, of the score and of this bound add a few u of it. All that is taken twice.
+//    rounding of the inputs, of |c|^2, of the score and of this bound add a few u of it. All that is taken twice (the products
+//    of tensor cores 1.6 times).
 //  - The contract's own float64 sum rounds as well, which decides where a row is far from all codes.
 //  - Products and inputs below 2^-126 may be flushed to zero.
 // `4 * C * (X + C)` overflows before any score can: then the bound is infinite or NaN, and no code is ruled out. Data of

@@ -23,7 +23,7 @@ int search(const T* x, const T* c, const int64_t* sizes, int64_t* idx, double* d
   const int64_t rows = (N - 1) % at.chunk + 1, each = 4 * at.splits;  // of the last chunk: rows left open, candidates
   const Slot* slots = reinterpret_cast<Slot*>(scratch.data() + at.slots);
   left[0] = left[1] = 0, left[2] = rows;
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < rows && !scratch.empty(); ++row) {
     float limit = INFINITY, rest = INFINITY;
     for (int64_t s = row * each; s < (row + 1) * each; ++s)
       limit = std::min(limit, slots[s].limit), rest = std::min(rest, slots[s].rest);
@@ -68,7 +68,7 @@ def emulated(tmp_path_factory):
     for there, here in (("int THREADS = 128", "int THREADS = 64"), ("int TILE = 128", "int TILE = 64"),
                         ("CHUNK = 1 << 17", "CHUNK = 128"), ("MOST_SPLITS = 16", "MOST_SPLITS = 2"),
                         ("FINISHERS = 256", "FINISHERS = 64"), ("PAIRS = 1024", "PAIRS = 48"),
-                        ("EACH = 16, SPAN", "EACH = 1, SPAN")):
+                        ("EACH = 16, SPAN", "EACH = 1, SPAN"), ("MOST_SCREENED = 1 << 20", "MOST_SCREENED = 200")):
         assert source.count(there) == 1, there
         source = source.replace(there, here)
     (folder / "emulated.cpp").write_text('#include "cuda_on_cpu.h"\n' + source + WRAPPERS)
@@ -89,8 +89,9 @@ def search(library, x, c, left=None, with_distance=True):
     x, c = (torch.nn.functional.pad(t, (0, -t.shape[1] % 4)).contiguous() for t in (x, c))
     assert x.data_ptr() % 16 == c.data_ptr() % 16 == 0
     call = library.search_f64 if x.dtype == torch.float64 else library.search_f32
-    assert call(pointer(x), pointer(c), pointer(torch.tensor([len(x), len(c), x.shape[1]])), pointer(idx),
-                pointer(distance) if with_distance else None, pointer(left)) == 0
+    sizes = torch.tensor([len(x), len(c), x.shape[1]])
+    assert call(pointer(x), pointer(c), pointer(sizes), pointer(idx), pointer(distance) if with_distance else None,
+                pointer(left)) == 0
     return (idx, distance) if with_distance else idx
 
 
@@ -120,9 +121,9 @@ def test_emulated_search_of_float64(emulated):
     np.testing.assert_array_equal(distance.numpy(), exact_distance(x, c[idx]))
 
 
-@pytest.mark.parametrize(("N", "K", "D"), [(300, 270, 40), (20, 140, 128), (20, 70, 150)])
+@pytest.mark.parametrize(("N", "K", "D"), [(300, 270, 40), (20, 140, 128), (20, 70, 150), (20, 70, 201)])
 def test_emulated_search_crosses_chunks_of_rows_tiles_of_codes_and_parts_of_dimensions(emulated, N, K, D):
-    x, c = torch.randn(N, D), torch.randn(K, D)  # chunks of 128 rows, tiles of 64 codes, parts of 128 dimensions
+    x, c = torch.randn(N, D), torch.randn(K, D)  # 128 rows, 64 codes, 128 dimensions, and no screen from 200 dimensions
     np.testing.assert_array_equal(search(emulated, x, c)[0].numpy(), brute_force(x, c))
 
 
@@ -165,12 +166,14 @@ def test_emulated_sums_run_over_ascending_rows(emulated, N, K, D):
     for row, k in zip(x, idx, strict=True):
         expected_n[k] += 1
         expected[k] += row
-    assert emulated.statistics(pointer(x), pointer(idx), pointer(torch.tensor([N, K, D])), pointer(n), pointer(s)) == 0
+    sizes = torch.tensor([N, K, D])
+    assert emulated.statistics(pointer(x), pointer(idx), pointer(sizes), pointer(n), pointer(s)) == 0
     assert torch.equal(n, expected_n) and torch.equal(s, expected)
 
 
 def test_emulated_sums_leave_out_codes_that_do_not_exist(emulated):
     x, idx = torch.ones(6, 3), torch.tensor([0, -1, 8, 9, 2**40, 1])
     n, s = torch.zeros(9), torch.zeros(9, 3)
-    assert emulated.statistics(pointer(x), pointer(idx), pointer(torch.tensor([6, 9, 3])), pointer(n), pointer(s)) == 0
+    sizes = torch.tensor([6, 9, 3])
+    assert emulated.statistics(pointer(x), pointer(idx), pointer(sizes), pointer(n), pointer(s)) == 0
     assert n.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 1] and torch.equal(s, n[:, None].expand(9, 3))
