@@ -1,6 +1,7 @@
 // Just enough of CUDA to run quantizer.cu on a CPU, one block at a time, every thread of it a fiber: for a machine without a
 // GPU, the difference between code that compiles and code that has run. Slow, so for small sizes only. What it cannot show:
-// races between threads (fibers never interleave except at barriers and shuffles), memory limits, speed.
+// races between threads (fibers never interleave except at barriers and shuffles), reads of what nobody has written, memory
+// limits, speed, and the instructions that only Hopper has.
 #pragma once
 #include <csetjmp>
 #include <ucontext.h>
@@ -192,4 +193,6 @@ T __shfl_sync(unsigned, T value, int from) { return emulator::exchange(value, em
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) { return emulator::exchange(value, emulator::current ^ mask); }
 template <class T>
-T __shfl_up_sync(unsigned, T value, int by) { return emulator::exchange(value, std::max(emulator::current - by, emulator::current / 32 * 32)); }
+T __shfl_up_sync(unsigned, T value, int by) {
+  return emulator::exchange(value, std::max(emulator::current - by, emulator::current / 32 * 32));
+}

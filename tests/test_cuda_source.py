@@ -1,4 +1,8 @@
-"""quantizer.cu without a GPU: nvcc takes it, and its kernels, run thread by thread on the CPU, keep the contract."""
+"""quantizer.cu without a GPU: nvcc takes it, and its kernels, run thread by thread on the CPU, keep the contract.
+
+What runs here is the path of older tensor cores (`mma.sync`). Hopper's (`wgmma`) shares all but the product itself, and
+only a GPU can run it: benchmarks/on_gpu.sh.
+"""
 
 import ctypes
 import re

@@ -334,7 +334,7 @@ def test_a_non_finite_row_far_down_is_named(search):
 
 def test_non_finite_input_on_cuda_gives_no_usable_index():
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here; tests/test_cuda_source.py runs the same kernels on the CPU")
+        pytest.skip("no CUDA device here; benchmarks/on_gpu.sh runs it where there is one")
     x, c = torch.randn(9, 3).cuda(), torch.randn(4, 3).cuda()
     x[5, 1] = float("nan")
     idx, d = torch.ops.hipart.quantize(x, c)
