@@ -45,6 +45,7 @@ N_BODIES = (45, 5, 10)  # for training, validation and testing; the unseen split
 UNSEEN_CLIPS = ("dance_b", "kick")  # whole clips that training never sees
 AIRBORNE_CLIPS = ("backflip", "jump", "run", "spinkick")  # the clip's root height counts; all others stand on the floor
 CLIP_STANDING_HEIGHT = 0.86  # m, of the root in the walk clip
+LEAP = 0.8  # m: every other training pose of an airborne clip is lifted by up to this much more
 IMAGE_SIZE = (1000, 1000)
 
 # Everything that detect() needs; lengths are fractions of the person's projected standing height.
@@ -691,15 +692,21 @@ def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, 
         pose = turn(pose, rng.uniform(-np.pi, np.pi, m))
         subject, camera = rng.choice(subjects, m), rng.integers(len(cameras), size=m)
         spot = rng.uniform(-400, 400, (m, 2))  # where in the room, mm
+        size, leap = np.ones(m), np.zeros(m)
+        if split == "train":
+            # Any body in the stature of any other, or a network would learn by heart how tall each of them is; and leaps of
+            # any height, as the tops of the clips' own may lie in the stretches that are held out.
+            size = bodies["stature"][rng.choice(subjects, m)] / bodies["stature"][subject]
+            leap = rng.uniform(0, LEAP, m) * (rng.random(m) < 0.5)
 
         transforms = segment_transforms(pose, align[subject], bodies["heads"][subject])
         points = np.empty((m, 161, 3))
         for s in np.unique(subject):
             points[subject == s] = pose_points(transforms[subject == s], tables[s])
-        points *= 1000  # m -> mm
+        points *= 1000 * size[:, None, None]  # m -> mm
         # Feet, or whatever is lowest, on the floor; in the air at the clip's height, scaled by the length of the legs.
         floor = -points[..., 2].min(1)
-        lift = np.maximum(pose[2] / CLIP_STANDING_HEIGHT * 1000 * hip_height[subject], floor)
+        lift = np.maximum(pose[2] / CLIP_STANDING_HEIGHT * 1000 * hip_height[subject] * size, floor) + 1000 * leap
         points += np.concatenate([spot, np.where(motion.airborne[clip], lift, floor)[:, None]], 1)[:, None]
 
         x, seen = np.empty((m, 161, 2)), np.empty((m, 161, 3))
@@ -714,7 +721,7 @@ def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, 
             good &= ~collides(seen[:, :17])
         batch = {
             "x_s": x[:, :17], "x_d": x[:, 17:65], "x_f": x[:, 65:], "y": seen[:, :17] - root[:, None], "root": root,
-            "height_px": focal * bodies["stature"][subject] * 1000 / root[:, 2],
+            "height_px": focal * bodies["stature"][subject] * size * 1000 / root[:, 2],
             "action": action, "subject": subject, "camera": camera,
         }  # fmt: skip
         parts.append({k: v[good].astype(ARRAYS[k][1]) for k, v in batch.items()})

@@ -53,7 +53,8 @@ from prepare_data import detect, drop_joints, load
 # one number: the paper's 20 epochs of stage 1 are for 38 times the samples of the default data.
 SMALL = dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64, lr_1=2e-3, ema_decay=0.98,
              width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, lr_2=1e-3, condition="every", soft=True,
-             epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=4e-3, cosine_3=True, turn_3=0.5)
+             epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=4e-3, weight_decay_3=0.05,
+             cosine_3=True, turn_3=0.5)
 PRESETS = {
     "quick": SMALL | dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_r=45, epochs_3=8, draws_3=2),
     "standard": SMALL | dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=36, draws_3=4),
@@ -625,8 +626,8 @@ def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
     shown = fed(train.read(rows, run.rng(3, seed, 10**6), clean))
     model.standardize(shown["x"], shown["y"], shown["conf"])
     lr_at = warmup_cosine(500) if c.cosine_3 else lambda step, _: 0.96 ** (step // everything.steps(c.batch_3) // 4)
-    return fit(run, f"stage3_{name}_{seed}", model, torch.optim.Adam(model.parameters(), lr=c.lr_3, fused=True), epochs,
-               lr_at, train, c.batch_3, batches, loss_of, validate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr_3, weight_decay=c.weight_decay_3, fused=True)
+    return fit(run, f"stage3_{name}_{seed}", model, optimizer, epochs, lr_at, train, c.batch_3, batches, loss_of, validate)
 
 
 def stage_3(run: Run, seeds: int) -> None:

@@ -379,8 +379,16 @@ def test_a_data_set_is_what_it_says(tiny_data, split):
     gap = np.linalg.norm(pairs[:, :, 0] - pairs[:, :, 1], axis=-1)
     way = np.linalg.norm(pairs - arrays["x_d"][:, :, None], axis=-1).sum(-1)
     assert (way < gap + 0.5).all()
-    height = [meta["cameras"][c]["f"][1] for c in arrays["camera"]] * np.array(meta["stature_mm"])[arrays["subject"]]
-    assert np.allclose(arrays["height_px"], height / arrays["root"][:, 2])
+    focal, stature = [meta["cameras"][c]["f"][1] for c in arrays["camera"]], np.array(meta["stature_mm"])
+    shown = arrays["height_px"] * arrays["root"][:, 2] / focal
+    if split == "train":  # any body in the stature of any other
+        stature = stature[meta["subjects"]["train"]]
+        assert np.allclose(np.abs(shown[:, None] - stature).min(1), 0, atol=0.1)
+        assert not np.allclose(shown, np.array(meta["stature_mm"])[arrays["subject"]], atol=1)
+        thigh = np.linalg.norm(arrays["y"][:, 2] - arrays["y"][:, 1], axis=-1) / shown
+        assert all(np.ptp(thigh[arrays["subject"] == body]) < 1e-4 for body in meta["subjects"]["train"])
+    else:
+        assert np.allclose(shown, stature[arrays["subject"]])
     allowed = {"train": {-1, 0, 2, 3}, "unseen": {1}}.get(split, {0, 2, 3})  # 1 is kick; -1 is a mixture of clips
     assert set(arrays["action"]) == allowed and meta["actions"] == ["jump", "kick", "punch", "walk"]
 
@@ -394,6 +402,17 @@ def test_bodies_stand_on_the_floor_and_leave_it_only_in_airborne_clips(tiny_data
             assert world[:, 2].min() > 400
         else:
             assert -50 < world[:, 2].min() < 150 and world[:, 2].max() < 2200
+
+
+def test_training_leaps_reach_higher_and_everything_else_stays_on_the_floor(tiny_data, monkeypatch):
+    arrays, meta = P.load("tiny", "train", tiny_data)
+    where = [meta["cameras"][c] for c in arrays["camera"]]
+    world = [(y + r - c["t"]) @ np.array(c["R"]) for y, r, c in zip(arrays["y"], arrays["root"], where, strict=True)]
+    lowest = np.array(world)[:, :, 2].min(1)
+    jump, walk = (lowest[arrays["action"] == meta["actions"].index(a)] for a in ("jump", "walk"))
+    assert len(jump) > 3 and len(walk) > 3 and walk.max() < 250
+    own = 900  # mm, at most: the clip's own half a metre for legs of any length, and the joints' way to the sole
+    assert (jump > 400).all() and own < jump.max() < own + 1000 * P.LEAP
 
 
 def test_bodies_of_the_splits_are_apart(tiny_data):
