@@ -82,13 +82,13 @@ class Config:
     weight_decay_2: float = 0.03
     warmup_2: int = 500
     # Stage 3: the lifter
-    lifter: str = "spatial"  # "spatial" (Fig. 11) or "mlp" (Martinez et al. 2017, for small machines)
+    lifter: str = "spatial"  # "spatial" (Fig. 11) or "mlp" (after Martinez et al. 2017, for small machines)
     lifter_width: int = 96
     lifter_blocks: int = 12
     epochs_3: int = 25
     batch_3: int = 256
-    lr_3: float = 1e-3  # Adam, times 0.96 every 4 epochs
-    weight_decay_3: float = 0.0  # AdamW, which is Adam at 0
+    lr_3: float = 1e-3  # AdamW, times 0.96 every 4 epochs
+    weight_decay_3: float = 0.0  # on all parameters; 0: Adam, as in the paper
     cosine_3: bool = False  # warm-up and cosine decay instead
     turn_3: float = 0.0  # training poses turn about the ray to the pelvis: standard deviation of the angle, rad (ours)
     draws_3: int = 25  # draws of detections that HiPART densifies for training: one for each epoch
@@ -645,9 +645,9 @@ class SpatialLifter(Lifter):
 
 
 class ResidualMLP(nn.Module):
-    """Martinez et al. 2017: linear, then residual blocks of two (linear, SiLU), then linear. Without their batch norm and
-    dropout: both are noise on a coordinate, and on fresh detections in every epoch they only cost accuracy. SiLU instead
-    of ReLU: what perspective does is smooth (README)."""
+    """After Martinez et al. 2017: linear, then residual blocks of two (linear, SiLU), then linear. Without their batch norm
+    and dropout: both are noise on a coordinate, and on fresh detections in every epoch they only cost accuracy. SiLU
+    instead of ReLU: what perspective does is smooth (README)."""
 
     def __init__(self, n_in: int, n_out: int, width: int, blocks: int):
         super().__init__()
@@ -667,7 +667,7 @@ class ResidualMLP(nn.Module):
 
 
 class MLPLifter(Lifter):
-    """The field's simple baseline (Martinez et al. 2017), for machines without a GPU. Same interface as SpatialLifter."""
+    """The field's simple baseline, after Martinez et al. 2017, for machines without a GPU. Interface of SpatialLifter."""
 
     def __init__(self, n_points: int = J + J_D + J_F, width: int = 1024, blocks: int = 2, auxiliary: bool = False):
         super().__init__(n_points, auxiliary)

@@ -844,6 +844,7 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
                            "assignment_mm": 1000 * levels["distance"]},
             "subjects": {s: subjects[s].tolist() for s in SPLITS}, "stature_mm": (1000 * bodies["stature"]).tolist(),
             "unseen_actions": list(unseen), "sources": sources, "seed": seed,
+            "training": {"leap_m": LEAP, "stature": "any training body's"},
         }  # fmt: skip
         with tqdm(total=sum(sizes.values()), desc=f"samples of {folder.name}", unit_scale=True) as bar:
             for split in SPLITS:

@@ -27,6 +27,7 @@ from hipart import (
     HiPART,
     MLPLifter,
     Regressor,
+    ResidualMLP,
     SpatialLifter,
     detected_pelvis,
     from_model_frame,
@@ -239,8 +240,8 @@ def test_config_is_the_papers():
                  ema_decay=0.99, epochs_1=20, batch_1=128, lr_1=1e-3, weight_decay_1=0.15, warmup_1=500, width=128,
                  heads=8, lsab_blocks=1, gcsab_blocks=12, ph_blocks=4, dropout=0.25, lambda_d=1.5, epochs_2=50,
                  batch_2=64, lr_2=5e-4, weight_decay_2=0.03, lifter="spatial", lifter_width=96, lifter_blocks=12,
-                 epochs_3=25, batch_3=256, lr_3=1e-3, condition="sos", soft=False,
-                 epochs_soft=0)  # fmt: skip
+                 epochs_3=25, batch_3=256, lr_3=1e-3, weight_decay_3=0.0, cosine_3=False, turn_3=0.0, condition="sos",
+                 soft=False, epochs_soft=0)  # fmt: skip
     config = dataclasses.asdict(Config())
     assert {k: config[k] for k in paper} == paper
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -965,6 +966,27 @@ def test_standardize_takes_the_training_sets_statistics(lifter_class):
     torch.testing.assert_close(lifter.mean_y, y.mean(0))
     assert len(torch.unique(lifter.std_y)) == 1  # one scale for all: the loss weighs millimetres alike
     assert lifter.mean_y.requires_grad is False and "mean_sparse" in lifter.state_dict()
+
+
+@torch.no_grad()
+def test_residual_mlp_against_numpy():
+    torch.manual_seed(0)
+    mlp = ResidualMLP(5, 3, 7, 2).double()
+    x = torch.randn(11, 5).double()
+    w = {k: v.numpy() for k, v in mlp.state_dict().items()}
+
+    def layer(h, name):
+        h = h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+        return h / (1 + np.exp(-h))  # SiLU
+
+    h = layer(x.numpy(), "first.0")
+    for b in range(2):
+        h = h + layer(layer(h, f"blocks.{b}.0.0"), f"blocks.{b}.1.0")
+    expected = h @ w["last.weight"].T + w["last.bias"]
+    np.testing.assert_allclose(mlp(x).numpy(), expected, rtol=1e-12)
+    y, hidden = mlp(x, with_hidden=True)
+    np.testing.assert_allclose(hidden.numpy(), h, rtol=1e-12)
+    assert torch.equal(y, mlp(x))
 
 
 @torch.no_grad()

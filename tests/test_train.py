@@ -28,7 +28,7 @@ HERE = Path(train.__file__).parent
 TINY = dict(D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_width=12, token_hidden=8, width=16,
             heads=2, mlp_ratio=2, gcsab_blocks=2, ph_blocks=1, dropout=0.1, lifter="spatial", lifter_width=12,
             lifter_blocks=2, warmup_free=6, epochs_1=3, batch_1=16, epochs_2=3, batch_2=16, epochs_3=2, batch_3=32,
-            draws_3=2, epochs_r=2, regressor_width=32)  # fmt: skip
+            weight_decay_3=0.05, draws_3=2, epochs_r=2, regressor_width=32)  # fmt: skip
 FEEDS = ("sparse", "generated", "regressor", "auxiliary", "ground_truth_clean")  # the whole chain below trains them all
 BAR = re.compile(r"^.*\d+/\d+ \[[^\]]*\]")  # a progress bar, which may stand before the message
 FLAGS = {a.dest: a.option_strings[0] for a in train.arguments()._actions}
@@ -269,6 +269,8 @@ def test_checkpoints_are_safe_to_load_and_complete(run):
         saved = checkpoint(run, name)  # weights_only=True
         assert saved.keys() >= {"model", "optimizer", "random", "config", "epoch", "step"}, name
         assert saved["config"] == expected and saved["epoch"] == n, name
+        decay = max(group["weight_decay"] for group in saved["optimizer"]["param_groups"])
+        assert decay == {"stage1": 0.15, "stage2": 0.03, "regressor": 0.01}.get(name, 0.05), name
         assert all(torch.isfinite(t).all() for t in saved["model"].values() if t.is_floating_point()), name
     assert not [p.name for p in (run / "runs" / "tiny").iterdir() if ".tmp" in p.name]
 
