@@ -4,21 +4,23 @@
 //
 // How a cheap screen can give an exact answer. For a row x and a code c, with both shifted by the same vector,
 //     |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c),
-// and |x|^2 is the same for all codes. A float32 product gives the bracket, the *score*, up to an error whose bound E we
-// can state (quantizer.h). So if score(a) - E(a) > score(b) + E(b), code a has lost, for certain. What is left, as a rule two
-// codes of 2048, is compared in float64 exactly as the contract says. A worse screen costs time, never the answer.
+// and |x|^2 is the same for all codes. A cheap product gives the bracket, the *score*, up to an error whose bound E we can
+// state. So if score(a) - E(a) > score(b) + E(b), code a has lost, for certain. What is left, as a rule eight codes of 2048, is
+// compared in float64 exactly as the contract says. A worse screen costs time, never the answer.
 //
-// Where the bytes go: the codebook is packed once into *panels* of 16 codes, [panel][dimension][code], so that one step of
-// the inner loop reads 16 consecutive floats. A panel (8 KB at D = 128) and a block of 24 rows (12 KB) share the first cache.
-// Of the N x K scores only the smaller of every two is stored, 24 x K / 2 floats per thread, which stay in the second: one
-// per panel would be fewer, but a minimum across a register costs more than the store.
+// The cheap product here is one of integers. Every row and every code is scaled to a length of 32767 and rounded toward zero,
+// which makes none longer: so each number fits into 16 bits, and no sum of products exceeds 2^30 (Cauchy and Schwarz), however
+// large D is. AVX2 multiplies and adds up 16 of them in one instruction, twice as many as of float32, and nothing is lost on the
+// way: all there is to bound is how far rounding has moved x, and how far c, and both are measured.
+//
+// Where the bytes go: the codebook is packed once into *panels* of 8 codes, [panel][pair of dimensions][code][2], so that one
+// step of the inner loop reads 32 bytes of each of two panels. These (4 KB at D = 128) and a block of 24 rows (6 KB) share the
+// first cache. Of the N x K scores only the smallest of each panel is kept, 3 K floats per thread, which stay in the second.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <string>
-
-#include "quantizer.h"
 
 // Messages are strings before they reach TORCH_CHECK: where a toolchain links a second libstdc++ into this library, a number
 // that goes through a stream ends in a crash instead of an error.
@@ -43,10 +45,10 @@ namespace {
 
 using at::Tensor;
 
-constexpr int MR = 6, NR = 16;  // 6 x 16 accumulators fill 12 of the 16 AVX2 registers; 2 hold codes, 1 the row's value
-constexpr int ROWS = 4 * MR;    // rows per block
-constexpr int LANES = NR / 2;   // scores that a panel keeps of a row: code j or j + 8, whichever is nearer
-constexpr int64_t SPAN = 8;     // panels that are ruled out together
+constexpr int NR = 8;                 // codes of a panel: their sums fill an AVX2 register
+constexpr int MR = 6;                 // rows that meet two panels at once: the sums take 12 of 16 registers
+constexpr int ROWS = 4 * MR;          // rows of a block
+constexpr double LENGTH = INT16_MAX;  // to which rows and codes are scaled
 
 // The contract knows no flushing of denormals, whatever this thread was told (torch.set_flush_denormal, -ffast-math).
 struct KeepDenormals {
@@ -65,12 +67,6 @@ void in_parallel(int64_t n, int64_t grain, const F& work) {
   });
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Input of any type and stride becomes contiguous rows of `Wide`: float, or double for float64 input.
-
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // Scratch memory that starts on a cache line and is not cleared first, unlike std::vector's.
 template <class T>
 struct Buffer {
@@ -82,164 +78,170 @@ struct Buffer {
   T& operator[](int64_t i) const { return data[i]; }
 };
 
-template <class T>
-struct View {
-  const T* data;
-  int64_t rows, columns, row_stride, column_stride;
-
-  explicit View(const Tensor& t)
-      : data(t.const_data_ptr<T>()), rows(t.size(0)), columns(t.size(1)), row_stride(t.stride(0)), column_stride(t.stride(1)) {}
-
-  // Copies a row and says whether all of it is finite: a sum of v - v is 0, or NaN if any v is infinite or NaN.
-  bool load(int64_t row, Wide<T>* out) const {
-    const T* from = data + row * row_stride;
-    if (column_stride == 1)
-      for (int64_t d = 0; d < columns; ++d) out[d] = static_cast<Wide<T>>(from[d]);
-    else
-      for (int64_t d = 0; d < columns; ++d) out[d] = static_cast<Wide<T>>(from[d * column_stride]);
-    Wide<T> zero = 0;
+template <class W>
+bool all_finite(const W* v, int64_t n) {
+  W zero = 0;  // a sum of v - v is NaN if any v is infinite or NaN
 #pragma omp simd reduction(+ : zero)
-    for (int64_t d = 0; d < columns; ++d) zero += out[d] - out[d];
-    return zero == 0;
-  }
-};
+  for (int64_t i = 0; i < n; ++i) zero += v[i] - v[i];
+  return zero == 0;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The codebook, packed
 
-template <class T>
-struct Codebook {
-  int64_t K, D, panels;
-  Buffer<Wide<T>> rows, raw;  // [panel][16][D] and [panel][D][16] as given: the certificate compares two codes, or a panel
-  Buffer<float> screen;       // [panel][D][16] shifted by `mean` and rounded to float32: what the screen multiplies
-  std::vector<float> square;  // [panel][16] |c|^2 of those
-  std::vector<float> norm;    // [panel] largest |c|
-  std::vector<double> mean;   // any shift would do; this one makes the numbers small, hence their rounding errors
+#define INLINE [[gnu::always_inline]] inline  // into one function for each instruction set: see `search_here`
 
-  explicit Codebook(const View<T>& codes)
-      : K(codes.rows), D(codes.columns), panels((K + NR - 1) / NR), rows(panels * D * NR), raw(panels * D * NR),
-        screen(std::is_same_v<T, double> ? 0 : panels * D * NR), mean(D) {
-    std::vector<char> finite(panels);
-    in_parallel(panels, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        finite[p] = true;
-        for (int j = 0; j < NR; ++j) {  // the last panel is filled up with copies of the last code, which never win
-          Wide<T>* row = &rows[(p * NR + j) * D];
-          finite[p] &= codes.load(std::min(p * NR + j, K - 1), row);
-          for (int64_t d = 0; d < D; ++d) raw[(p * D + d) * NR + j] = row[d];
-        }
-      }
-    });
-    TORCH_CHECK_VALUE(std::all_of(finite.begin(), finite.end(), [](char ok) { return ok; }),
-                      "codebook holds a non-finite value; nearest_code needs finite numbers");
-    if constexpr (!std::is_same_v<T, double>) prepare_screen();
+using Pair = int32_t __attribute__((may_alias));  // two int16, moved together
+
+struct Packed { double length, moved; };  // the vector's, and how far rounding has moved it
+
+INLINE Packed pack(const std::vector<double>& v, int16_t* out) {
+  double square = 0, lost = 0;
+#pragma omp simd reduction(+ : square)
+  for (size_t d = 0; d < v.size(); ++d) square += v[d] * v[d];
+  const double length = std::sqrt(square), scale = length > 0 ? LENGTH / length : 0;
+#pragma omp simd reduction(+ : lost)
+  for (size_t d = 0; d < v.size(); ++d) {
+    const double exact = v[d] * scale;
+    out[d] = static_cast<int16_t>(exact);
+    lost += (exact - out[d]) * (exact - out[d]);
   }
+  return {length, std::sqrt(lost) * (length / LENGTH)};
+}
 
-  void prepare_screen() {
-    const KeepDenormals guard;
-    for (int64_t p = 0; p < panels; ++p)
-      for (int64_t d = 0; d < D; ++d) {
-        double sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int j = 0; j < NR; ++j) sum += raw[(p * D + d) * NR + j];
-        mean[d] += sum / (panels * NR);
-      }
-    square.resize(panels * NR), norm.resize(panels);
+// W is float, or double for float64 input, which is not screened: integers of 16 bits do not tell enough of it apart.
+template <class W>
+struct Codebook {
+  static constexpr bool screened = !std::is_same_v<W, double>;
+  int64_t K, D, pairs, panels;
+  Buffer<W> raw;                     // [panel][D][8] as given: what the certificate compares
+  Buffer<int16_t> screen;            // [panel][pair][8][2] what the screen multiplies
+  std::vector<double> mean;          // of the codes. Any shift would do; this one makes the numbers small
+  double unit = 0;                   // the largest |c - mean|. What follows is measured in it, so that nothing overflows
+  std::vector<float> square, scale;  // [panel][8] |c - mean|^2, and what an integer of it counts
+  std::vector<float> length, moved;  // [panel] the largest |c - mean|, and how far rounding has moved them at most
+
+  Codebook(const W* codes, int64_t K, int64_t D)
+      : K(K), D(D), pairs((D + 1) / 2), panels((K + NR * NR - 1) / (NR * NR) * NR), raw(panels * NR * D),
+        screen(screened ? panels * NR * pairs * 2 : 0), mean(D), square(panels * NR), scale(panels * NR), length(panels),
+        moved(panels) {
+    TORCH_CHECK_VALUE(all_finite(codes, K * D), "codebook holds a non-finite value; nearest_code needs finite numbers");
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t d = 0; d < D; ++d) mean[d] += codes[k * D + d] * (1.0 / K);
+    std::vector<Packed> packed(panels * NR);
     in_parallel(panels, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        double sum[NR] = {};
-        for (int64_t d = 0; d < D; ++d)
-          for (int j = 0; j < NR; ++j) {
-            const double c = raw[(p * D + d) * NR + j] - mean[d];
-            screen[(p * D + d) * NR + j] = static_cast<float>(c);
-            sum[j] += c * c;
-          }
-        for (int j = 0; j < NR; ++j) square[p * NR + j] = static_cast<float>(sum[j]);
-        norm[p] = static_cast<float>(std::sqrt(*std::max_element(sum, sum + NR)));
+      std::vector<double> v(D);
+      std::vector<int16_t> rounded(pairs * 2);
+      for (int64_t k = begin * NR; k < end * NR; ++k) {
+        const int64_t p = k / NR, j = k % NR;
+        const W* code = codes + std::min(k, K - 1) * D;  // the last panels are filled up with copies of the last code
+        for (int64_t d = 0; d < D; ++d) raw[(p * D + d) * NR + j] = code[d], v[d] = code[d] - mean[d];
+        if (!screened) continue;
+        packed[k] = pack(v, rounded.data());
+        const auto *from = reinterpret_cast<const Pair*>(rounded.data());
+        auto *to = reinterpret_cast<Pair*>(screen.data) + p * pairs * NR + j;
+        for (int64_t d = 0; d < pairs; ++d) to[d * NR] = from[d];
       }
     });
+    for (const Packed& code : packed) unit = std::max(unit, code.length);
+    if (unit == 0) unit = 1;
+    for (int64_t k = 0; k < panels * NR; ++k) {
+      const auto c = static_cast<float>(packed[k].length / unit);
+      square[k] = c * c, scale[k] = static_cast<float>(packed[k].length / unit / LENGTH);
+      length[k / NR] = std::max(length[k / NR], c);
+      moved[k / NR] = std::max(moved[k / NR], static_cast<float>(packed[k].moved / unit));
+    }
   }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Screen and certificate. All that is marked so is inlined into one function per instruction set (see `search_here`).
+// Screen and certificate
 
-#define INLINE [[gnu::always_inline]] inline
+// How far the score of a row from a code of a panel may be from its true value, for a row of length X, which rounding has moved
+// by x, and codes of lengths up to C, moved by up to c. As both were shortened, x.c is off by at most x C + X c, and the score
+// holds it twice. Floating point rounds lengths, squares and the score, each to a few units of 2^-24 of C (X + C); and so
+// does the contract itself, which decides where a row is far from all codes. Products below 2^-126 may vanish. C (X + C)
+// times 4 overflows before any score can: the bound is infinite or NaN then, and rules nothing out.
+INLINE float error_bound(float X, float x, float C, float c, int64_t D) {
+  return 2 * (x * C + X * c) + 0x1p-22f * (4 * C * (X + C)) + (D + 4) * 0x1p-50f * (X * X) + 0x1p-90f;
+}
 
-INLINE float multiply_add(float a, float b, float c) {
-#ifdef __FP_FAST_FMAF
-  return __builtin_fmaf(a, b, c);
+// 6 rows [6][pairs][2], and what their integers count, against panels p and p + 1; of each row and panel, the smallest score:
+// low [6][panels].
+using Tile = void (*)(const int16_t* x, const float* scale, const Codebook<float>& codes, int64_t p, float* low);
+
+using Four = int32_t __attribute__((vector_size(16), may_alias));  // of pairs, or of sums; every processor has such registers
+
+INLINE Four multiply_pairs(Four a, Four b) {  // the sum of two products, four times
+#ifdef __SSE2__
+  return Four(_mm_madd_epi16(__m128i(a), __m128i(b)));
 #else
-  return a * b + c;
+  return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
 
-// Scores of 6 rows x [D][6] against one panel c [D][16]; for every row the smaller of every two, low [8].
-INLINE void screen_tile(const float* x, const float* c, int64_t D, const float* square, float* low, int64_t stride) {
-  float acc[MR][NR];
+void screen_tile(const int16_t* x, const float* scale, const Codebook<float>& codes, int64_t first, float* low) {
+  for (int64_t p = first; p < first + 2; ++p) {
+    const auto* c = reinterpret_cast<const Four*>(&codes.screen[p * codes.pairs * NR * 2]);
+    Four sum[MR][2] = {};
+    for (int64_t d = 0; d < codes.pairs; ++d, c += 2) {
 #pragma GCC unroll 6
-  for (int i = 0; i < MR; ++i) {
-#pragma omp simd
-    for (int j = 0; j < NR; ++j) acc[i][j] = 0;
-  }
-  for (int64_t d = 0; d < D; ++d, x += MR, c += NR) {
-#pragma GCC unroll 6
-    for (int i = 0; i < MR; ++i) {
-#pragma omp simd
-      for (int j = 0; j < NR; ++j) acc[i][j] = multiply_add(x[i], c[j], acc[i][j]);
+      for (int i = 0; i < MR; ++i) {
+        const Four xi = reinterpret_cast<const Pair*>(x)[i * codes.pairs + d] - Four{};
+        sum[i][0] += multiply_pairs(xi, c[0]);
+        sum[i][1] += multiply_pairs(xi, c[1]);
+      }
     }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < MR; ++i) {
-#pragma omp simd
-    for (int j = 0; j < LANES; ++j)
-      low[i * stride + j] = std::min(square[j] - 2 * acc[i][j], square[j + LANES] - 2 * acc[i][j + LANES]);
+    for (int i = 0; i < MR; ++i) {
+      float least = INFINITY;
+      for (int j = 0; j < NR; ++j) {
+        const auto product = static_cast<float>(sum[i][j / 4][j % 4]);
+        least = std::min(least, codes.square[p * NR + j] - scale[i] * codes.scale[p * NR + j] * product);
+      }
+      low[i * codes.panels + p - first] = least;
+    }
   }
 }
 
 #ifdef __x86_64__
-// The same with the accumulators in registers from the first step to the last: compilers leave those above in memory before and
-// after the loop, which costs a tenth.
-__attribute__((target("avx2,fma"), noinline)) void screen_tile_avx2(const float* x, const float* c, int64_t D, const float* square,
-                                                                    float* low, int64_t stride) {
-  __m256 acc[MR][2];
+#define AVX2 __attribute__((target("avx2,fma")))
+
+// The same with registers of 32 bytes, and both panels at once.
+AVX2 [[gnu::noinline]] void screen_tile_avx2(const int16_t* x, const float* scale, const Codebook<float>& codes, int64_t p,
+                                             float* low) {
+  const int64_t pairs = codes.pairs;
+  const auto* c = reinterpret_cast<const __m256i*>(&codes.screen[p * pairs * NR * 2]);
+  __m256i sum[MR][2];
 #pragma GCC unroll 6
-  for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
-  for (int64_t d = 0; d < D; ++d, x += MR, c += NR) {
-    const __m256 c0 = _mm256_loadu_ps(c), c1 = _mm256_loadu_ps(c + LANES);
+  for (int i = 0; i < MR; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
+  for (int64_t d = 0; d < pairs; ++d) {
+    const __m256i c0 = _mm256_load_si256(c + d), c1 = _mm256_load_si256(c + pairs + d);
 #pragma GCC unroll 6
     for (int i = 0; i < MR; ++i) {
-      const __m256 xi = _mm256_broadcast_ss(x + i);
-      acc[i][0] = _mm256_fmadd_ps(xi, c0, acc[i][0]);
-      acc[i][1] = _mm256_fmadd_ps(xi, c1, acc[i][1]);
+      const __m256i xi = _mm256_set1_epi32(reinterpret_cast<const Pair*>(x)[i * pairs + d]);
+      sum[i][0] = _mm256_add_epi32(sum[i][0], _mm256_madd_epi16(xi, c0));
+      sum[i][1] = _mm256_add_epi32(sum[i][1], _mm256_madd_epi16(xi, c1));
+      asm("" : "+x"(sum[i][0]), "+x"(sum[i][1]));  // else GCC multiplies all first, and runs out of registers
     }
   }
-  const __m256 two = _mm256_set1_ps(2), s0 = _mm256_loadu_ps(square), s1 = _mm256_loadu_ps(square + LANES);
+  const __m256 square0 = _mm256_loadu_ps(&codes.square[p * NR]), square1 = _mm256_loadu_ps(&codes.square[p * NR + NR]);
+  const __m256 scale0 = _mm256_loadu_ps(&codes.scale[p * NR]), scale1 = _mm256_loadu_ps(&codes.scale[p * NR + NR]);
 #pragma GCC unroll 6
-  for (int i = 0; i < MR; ++i)
-    _mm256_storeu_ps(low + i * stride, _mm256_min_ps(_mm256_fnmadd_ps(two, acc[i][0], s0), _mm256_fnmadd_ps(two, acc[i][1], s1)));
+  for (int i = 0; i < MR; ++i, low += codes.panels) {
+    const __m256 s = _mm256_set1_ps(scale[i]);
+    const __m256 a = _mm256_fnmadd_ps(_mm256_mul_ps(s, scale0), _mm256_cvtepi32_ps(sum[i][0]), square0);
+    const __m256 b = _mm256_fnmadd_ps(_mm256_mul_ps(s, scale1), _mm256_cvtepi32_ps(sum[i][1]), square1);
+    __m256 least = _mm256_min_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));  // 4 of a, 4 of b
+    least = _mm256_min_ps(least, _mm256_permute_ps(least, 0x4e));
+    least = _mm256_min_ps(least, _mm256_permute_ps(least, 0xb1));
+    low[0] = _mm256_cvtss_f32(least), low[1] = _mm_cvtss_f32(_mm256_extractf128_ps(least, 1));
+  }
 }
 #endif
 
-INLINE void take(double s, int64_t k, int64_t K, int64_t& idx, double& best) {
-  if (k < K && (idx < 0 || s < best || (s == best && k < idx))) idx = k, best = s;
-}
-
-// The contract's number for one row and two codes, each in one piece of memory.
+// The contract's number for a row and the 8 codes of a panel.
 template <class W>
-INLINE void certify_pair(const W* x, const W* a, const W* b, int64_t D, double& s, double& t) {
-  s = t = 0;
-  for (int64_t d = 0; d < D; ++d) {
-    const double e = static_cast<double>(x[d]) - static_cast<double>(a[d]);
-    const double f = static_cast<double>(x[d]) - static_cast<double>(b[d]);
-    s += e * e;
-    t += f * f;
-  }
-}
-
-// The same for the 16 codes of a panel.
-template <class W>
-INLINE void certify_panel(const W* x, const W* c, int64_t D, double* s) {
+INLINE void certify(const W* x, const W* c, int64_t D, double* s) {
   std::fill_n(s, NR, 0.0);
   for (int64_t d = 0; d < D; ++d, c += NR) {
 #pragma omp simd
@@ -250,77 +252,56 @@ INLINE void certify_panel(const W* x, const W* c, int64_t D, double* s) {
   }
 }
 
-// One block of at most 24 rows: scratch memory and the search.
-template <class T>
+// Scratch memory for a block of 24 rows, and the search.
+template <class W>
 struct Block {
-  Buffer<Wide<T>> raw;  // [24][D]
-  Buffer<float> tiles;  // [4][D][6] the rows as the screen reads them, shifted and rounded
-  int64_t stride;       // of a row of scores: off the powers of two, which would put all rows into the same cache lines
-  Buffer<float> score;  // [24][panels][8]
-  Buffer<float> error;  // [panels]
-  Buffer<float> below;  // [panels / 8] a bound below all scores of a span
+  const Codebook<W>& codebook;
+  Buffer<int16_t> packed;  // [24][pairs][2] the rows; what is in the last half of an odd pair meets a zero
+  Buffer<float> low;       // [24][panels] their smallest scores
+  std::vector<double> v;   // [D] a row without the mean
 
-  Block(int64_t D, int64_t panels)
-      : raw(ROWS * D), tiles(ROWS * D), stride(panels * LANES + 2 * NR), score(ROWS * stride), error(panels),
-        below((panels + SPAN - 1) / SPAN) {}
+  explicit Block(const Codebook<W>& codebook)
+      : codebook(codebook), packed(ROWS * codebook.pairs * 2), low(ROWS * codebook.panels), v(codebook.D) {}
 
-  template <auto Tile>
-  INLINE void search(const Codebook<T>& codebook, int rows, int64_t* idx, double* distance) {
-    constexpr bool everything = std::is_same_v<T, double>;  // float32 cannot screen float64
-    const int64_t D = codebook.D, panels = codebook.panels;
-    const hipart::Bound bound(D);
-    float norm[ROWS];
-    for (int row = 0; row < rows && !everything; ++row) {
-      float* tile = &tiles[row / MR * MR * D + row % MR];
-      double sum = 0;
-      for (int64_t d = 0; d < D; ++d) {
-        const double v = raw[row * D + d] - codebook.mean[d];
-        sum += v * v;
-        tile[d * MR] = static_cast<float>(v);
-      }
-      norm[row] = static_cast<float>(std::sqrt(sum));
+  // x [rows][D], rows at most 24 -> idx, distance [rows]
+  template <Tile tile>
+  INLINE void search(const W* x, int rows, int64_t* idx, double* distance) {
+    constexpr bool screened = Codebook<W>::screened;
+    const int64_t K = codebook.K, D = codebook.D, pairs = codebook.pairs, panels = codebook.panels;
+    float length[ROWS], moved[ROWS], scale[ROWS] = {};
+    for (int row = 0; row < rows && screened; ++row) {
+      for (int64_t d = 0; d < D; ++d) v[d] = x[row * D + d] - codebook.mean[d];
+      const auto [exact, lost] = pack(v, &packed[row * pairs * 2]);
+      length[row] = static_cast<float>(exact / codebook.unit), moved[row] = static_cast<float>(lost / codebook.unit);
+      scale[row] = static_cast<float>(2 * exact / codebook.unit / LENGTH);
     }
-    for (int64_t p = 0; p < panels && !everything; ++p)
-      for (int row = 0; row < rows; row += MR)
-        Tile(&tiles[row * D], &codebook.screen[p * D * NR], D, &codebook.square[p * NR],
-             &score[row * stride + p * LANES], stride);
+    if constexpr (screened)
+      for (int64_t p = 0; p < panels; p += 2)
+        for (int row = 0; row < rows; row += MR)
+          tile(&packed[row * pairs * 2], &scale[row], codebook, p, &low[row * panels + p]);
     for (int row = 0; row < rows; ++row) {
-      const float* low = &score[row * stride];
-      float limit = INFINITY, *E = error.data;
+      float limit[NR], *lowest = &low[row * panels];
+      std::fill_n(limit, NR, INFINITY);
+      for (int64_t p = 0; p < panels && screened; p += NR) {
 #pragma omp simd
-      for (int64_t p = 0; p < (everything ? 0 : panels); ++p) E[p] = bound(norm[row], codebook.norm[p]);
-      for (int64_t first = 0; first < panels; first += SPAN) {  // one look at every score: the limit, and what each span offers
-        const int64_t last = std::min(first + SPAN, panels);
-        float least[LANES], worst = everything ? INFINITY : 0;
-        std::fill_n(least, LANES, INFINITY);
-        for (int64_t p = first; p < last && !everything; ++p) {
-          worst = E[p] <= worst ? worst : E[p] < INFINITY ? E[p] : INFINITY;  // NaN, too, is infinite
-#pragma omp simd
-          for (int j = 0; j < LANES; ++j) least[j] = std::min(least[j], low[p * LANES + j] + E[p]);
+        for (int j = 0; j < NR; ++j) {
+          const float E = error_bound(length[row], moved[row], codebook.length[p + j], codebook.moved[p + j], D);
+          limit[j] = std::min(limit[j], lowest[p + j] + E);
+          lowest[p + j] -= E;
         }
-        const float above = *std::min_element(least, least + LANES);
-        limit = std::min(limit, above);
-        below[first / SPAN] = worst < INFINITY ? above - 2 * worst : -INFINITY;
       }
+      const float highest = *std::min_element(limit, limit + NR);  // no code whose score is certainly above can win
       idx[row] = -1;
-      for (int64_t first = 0; first < panels; first += SPAN) {
-        if (below[first / SPAN] > limit) continue;  // most spans are ruled out at once
-        for (int64_t p = first; p < std::min(first + SPAN, panels); ++p) {
-          const Wide<T>* x = &raw[row * D];
-          int open = everything || !(E[p] < INFINITY) ? LANES : 0;  // an infinite or unknown bound rules nothing out
-          for (int j = 0; j < LANES && open < LANES; ++j) open += low[p * LANES + j] - E[p] <= limit;
+      for (int64_t first = 0; first < panels; first += NR) {
+        int open = 0;
+#pragma omp simd reduction(| : open)
+        for (int j = 0; j < NR; ++j) open |= !(screened && lowest[first + j] > highest);  // NaN rules nothing out
+        for (int64_t p = first; p < first + NR && open; ++p) {
+          if (screened && lowest[p] > highest) continue;
           double s[NR];
-          if (open > 2) {
-            certify_panel(x, &codebook.raw[p * D * NR], D, s);
-            for (int j = 0; j < NR; ++j) take(s[j], p * NR + j, codebook.K, idx[row], distance[row]);
-          }
-          for (int j = 0; j < LANES && 0 < open && open <= 2; ++j) {
-            if (low[p * LANES + j] - E[p] > limit) continue;
-            const Wide<T>* c = &codebook.rows[(p * NR + j) * D];
-            certify_pair(x, c, c + LANES * D, D, s[0], s[1]);
-            take(s[0], p * NR + j, codebook.K, idx[row], distance[row]);
-            take(s[1], p * NR + j + LANES, codebook.K, idx[row], distance[row]);
-          }
+          certify(&x[row * D], &codebook.raw[p * D * NR], D, s);
+          for (int64_t k = p * NR; k < std::min((p + 1) * NR, K); ++k)
+            if (idx[row] < 0 || s[k % NR] < distance[row]) idx[row] = k, distance[row] = s[k % NR];
         }
       }
     }
@@ -328,40 +309,40 @@ struct Block {
 };
 
 // The same code for two instruction sets, chosen on the machine that runs it: a binary may be cached and copied.
-template <class T>
-void search_portable(Block<T>& block, const Codebook<T>& codebook, int rows, int64_t* idx, double* distance) {
-  block.template search<screen_tile>(codebook, rows, idx, distance);
+template <class W>
+void search_portable(Block<W>& block, const W* x, int rows, int64_t* idx, double* distance) {
+  block.template search<screen_tile>(x, rows, idx, distance);
 }
 
 #ifdef __x86_64__
-template <class T>
-__attribute__((target("avx2,fma"))) void search_avx2(Block<T>& block, const Codebook<T>& codebook, int rows, int64_t* idx,
-                                                     double* distance) {
-  block.template search<screen_tile_avx2>(codebook, rows, idx, distance);
+template <class W>
+AVX2 void search_avx2(Block<W>& block, const W* x, int rows, int64_t* idx, double* distance) {
+  block.template search<screen_tile_avx2>(x, rows, idx, distance);
 }
 #endif
 
-template <class T>
+template <class W>
 auto search_here() {
 #ifdef __x86_64__
-  if (!std::getenv("HIPART_PORTABLE") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &search_avx2<T>;
+  if (!std::getenv("HIPART_PORTABLE") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &search_avx2<W>;
 #endif
-  return &search_portable<T>;
+  return &search_portable<W>;
 }
 
-template <class T>
-void quantize_typed(const Tensor& x_, const Tensor& codebook_, int64_t* idx, double* distance) {
-  const View<T> x(x_);
-  const Codebook<T> codebook{View<T>(codebook_)};
-  const auto search = search_here<T>();
-  in_parallel((x.rows + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
-    Block<T> block(codebook.D, codebook.panels);
-    for (int64_t first = begin * ROWS; first < std::min(end * ROWS, x.rows); first += ROWS) {
-      const int rows = static_cast<int>(std::min<int64_t>(ROWS, x.rows - first));
-      for (int i = 0; i < rows; ++i)
-        TORCH_CHECK_VALUE(x.load(first + i, &block.raw[i * codebook.D]),
-                          "x holds a non-finite value in row " + std::to_string(first + i) + "; nearest_code needs finite numbers");
-      search(block, codebook, rows, idx + first, distance + first);
+template <class W>
+void search_all(const Tensor& rows, const Tensor& codes, int64_t* idx, double* distance) {
+  const int64_t N = rows.size(0), D = rows.size(1);
+  const W* x = rows.const_data_ptr<W>();
+  const Codebook<W> codebook(codes.const_data_ptr<W>(), codes.size(0), D);
+  const auto search = search_here<W>();
+  in_parallel((N + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
+    Block<W> block(codebook);
+    for (int64_t first = begin * ROWS; first < std::min(end * ROWS, N); first += ROWS) {
+      const int64_t last = std::min(first + ROWS, N);
+      for (int64_t row = first; row < last; ++row)
+        TORCH_CHECK_VALUE(all_finite(x + row * D, D),
+                          "x holds a non-finite value in row " + std::to_string(row) + "; nearest_code needs finite numbers");
+      search(block, x + first * D, static_cast<int>(last - first), idx + first, distance + first);
     }
   });
 }
@@ -370,17 +351,14 @@ void quantize_typed(const Tensor& x_, const Tensor& codebook_, int64_t* idx, dou
 std::tuple<Tensor, Tensor> quantize_cpu(const Tensor& x, const Tensor& codebook, bool with_distance) {
   TORCH_CHECK_VALUE(x.dim() == 2 && codebook.dim() == 2 && x.size(1) == codebook.size(1) && codebook.numel() > 0 &&
                         x.scalar_type() == codebook.scalar_type(), "hipart::quantize needs x [N, D] and codebook [K, D]");
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;  // bfloat16 and float16 are widened exactly
+  const Tensor rows = x.to(type).contiguous(), codes = codebook.to(type).contiguous();
   Tensor idx = at::empty({x.size(0)}, x.options().dtype(at::kLong));
   Tensor distance = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
-  auto *i = idx.mutable_data_ptr<int64_t>();
-  auto *d = distance.mutable_data_ptr<double>();
-  switch (x.scalar_type()) {
-    case at::kFloat: quantize_typed<float>(x, codebook, i, d); break;
-    case at::kDouble: quantize_typed<double>(x, codebook, i, d); break;
-    case at::kHalf: quantize_typed<at::Half>(x, codebook, i, d); break;
-    case at::kBFloat16: quantize_typed<at::BFloat16>(x, codebook, i, d); break;
-    default: TORCH_CHECK_TYPE(false, "nearest_code needs a floating dtype");
-  }
+  if (type == at::kDouble)
+    search_all<double>(rows, codes, idx.mutable_data_ptr<int64_t>(), distance.mutable_data_ptr<double>());
+  else
+    search_all<float>(rows, codes, idx.mutable_data_ptr<int64_t>(), distance.mutable_data_ptr<double>());
   return {idx, with_distance ? distance : at::empty({0}, distance.options())};
 }
 
@@ -388,53 +366,35 @@ std::tuple<Tensor, Tensor> quantize_cpu(const Tensor& x, const Tensor& codebook,
 // EMA codebook update. Every thread owns some of the codes, goes through all rows in order, and adds up those of its own: no
 // two threads write to one sum, and each sum runs over ascending rows, so any number of threads gives the same bits.
 
-template <class T>
-void sum_rows(const Tensor& x_, const std::vector<int64_t>& code, const std::vector<int64_t>& rows_before, float* s) {
-  const View<T> x(x_);
-  const int64_t D = x.columns, threads = at::get_num_threads();
-  in_parallel(threads, 1, [&](int64_t begin, int64_t end) {
-    auto share = [&](int64_t t) {  // the codes of thread t start where the codes before have their share of the rows
-      return std::lower_bound(rows_before.begin(), rows_before.end() - 1, x.rows * t / threads) - rows_before.begin();
-    };
-    const int64_t first = share(begin), last = end == threads ? static_cast<int64_t>(rows_before.size()) - 1 : share(end);
-    for (int64_t i = 0; i < x.rows; ++i) {
-      if (code[i] < first || code[i] >= last) continue;
-      const T* row = x.data + i * x.row_stride;
-      float* sum = s + code[i] * D;
-      if (x.column_stride == 1)
-        for (int64_t d = 0; d < D; ++d) sum[d] += static_cast<float>(row[d]);
-      else
-        for (int64_t d = 0; d < D; ++d) sum[d] += static_cast<float>(row[d * x.column_stride]);
-    }
-  });
-}
-
 // x [N, D], idx [N] -> n [K], s [K, D]
 std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& idx, int64_t K) {
-  const int64_t N = x.size(0);
-  TORCH_CHECK_VALUE(x.dim() == 2 && idx.dim() == 1 && idx.size(0) == N && idx.scalar_type() == at::kLong && K > 0,
+  TORCH_CHECK_VALUE(x.dim() == 2 && idx.dim() == 1 && idx.size(0) == x.size(0) && idx.scalar_type() == at::kLong && K > 0,
                     "hipart::code_statistics needs x [N, D] and idx [N] int64");
-  Tensor n = at::empty({K}, x.options().dtype(at::kFloat)), s = at::zeros({K, x.size(1)}, x.options().dtype(at::kFloat));
-  const int64_t *from = idx.const_data_ptr<int64_t>(), step = idx.stride(0);
-  std::vector<int64_t> code(N), rows_before(K + 1);
+  const Tensor rows = x.to(at::kFloat).contiguous(), codes = idx.contiguous();
+  const int64_t N = x.size(0), D = x.size(1), threads = at::get_num_threads();
+  Tensor n = at::empty({K}, rows.options()), s = at::zeros({K, D}, rows.options());
+  const auto *row = rows.const_data_ptr<float>();
+  const auto *code = codes.const_data_ptr<int64_t>();
+  auto *count = n.mutable_data_ptr<float>(), *sum = s.mutable_data_ptr<float>();
+  std::vector<int64_t> rows_before(K + 1);
   for (int64_t i = 0; i < N; ++i) {
-    code[i] = from[i * step];
     TORCH_CHECK_VALUE(code[i] >= 0 && code[i] < K, "code_statistics: idx must lie in [0, " + std::to_string(K) + "), found " +
                                                        std::to_string(code[i]) + " in row " + std::to_string(i));
     ++rows_before[code[i] + 1];
   }
   for (int64_t k = 0; k < K; ++k) {
-    n.mutable_data_ptr<float>()[k] = static_cast<float>(rows_before[k + 1]);
+    count[k] = static_cast<float>(rows_before[k + 1]);
     rows_before[k + 1] += rows_before[k];
   }
-  auto* sums = s.mutable_data_ptr<float>();
-  switch (x.scalar_type()) {
-    case at::kFloat: sum_rows<float>(x, code, rows_before, sums); break;
-    case at::kDouble: sum_rows<double>(x, code, rows_before, sums); break;
-    case at::kHalf: sum_rows<at::Half>(x, code, rows_before, sums); break;
-    case at::kBFloat16: sum_rows<at::BFloat16>(x, code, rows_before, sums); break;
-    default: TORCH_CHECK_TYPE(false, "code_statistics needs a floating dtype");
-  }
+  auto share = [&](int64_t t) {  // the codes of thread t start where the codes before have their share of the rows
+    return t == threads ? K : std::lower_bound(rows_before.begin(), rows_before.end() - 1, N * t / threads) - rows_before.begin();
+  };
+  in_parallel(threads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = share(begin), last = share(end);
+    for (int64_t i = 0; i < N; ++i)
+      if (code[i] >= first && code[i] < last)
+        for (int64_t d = 0; d < D; ++d) sum[code[i] * D + d] += row[i * D + d];
+  });
   return {n, s};
 }
 
@@ -498,6 +458,8 @@ TORCH_LIBRARY_IMPL(hipart, CPU, m) {
 #include <ATen/ops/constant_pad_nd.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include "quantizer.h"
 
 namespace {
 

@@ -14,6 +14,7 @@
 #include "quantizer.h"
 
 #include <cfloat>
+#include <cmath>
 
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
@@ -292,6 +293,25 @@ __device__ void arrived(float&) {}
 
 // Packed as one operand, wanted as the other: the middle words change places.
 __device__ uint4 as_rows(uint4 v) { return make_uint4(v.x, v.z, v.y, v.w); }
+
+// How far a float32 score |c|^2 - 2 x.c may be from its true value, for a row of norm X and codes of norm at most C, apart from
+// what rounding to float16 adds.
+//  - Tensor cores truncate every term: a product of length D, summed in any order, is off by at most 1.25 D u X C, u = 2^-23. The
+//    score holds it twice, and the marks in the scores, and the rounding of the inputs, of |c|^2, of the score and of this
+//    bound add some u of it. All that is taken 1.6 times.
+//  - The contract's own float64 sum rounds as well, which decides where a row is far from all codes.
+//  - Products and inputs below 2^-126 may be flushed to zero.
+// `4 * C * (X + C)` overflows before any score can: then the bound is infinite or NaN, and no code is ruled out. Data of
+// 1e19 and more, or of 1e-17 and less, are therefore compared in full: right, and slow.
+struct Bound {
+  float relative, far, tiny;
+
+  explicit Bound(int64_t D) : relative((D + TILE / 4 + 16) * 0x1p-23f), far((D + 4) * 0x1p-50f), tiny(D * 0x1p-120f) {}
+
+  __device__ float operator()(float X, float C) const {
+    return relative * (4 * C * (X + C)) + far * (X * X) + tiny * (1 + X + C);
+  }
+};
 
 struct Screen {
   const float *x, *mean, *square;
@@ -654,7 +674,7 @@ int nearest_code_cuda(const float* x, const float* codes, int64_t N, int64_t K, 
   auto *tiles = reinterpret_cast<Group*>(memory + at.tiles), *x_tiles = reinterpret_cast<Group*>(memory + at.x_tiles);
   auto* slots = reinterpret_cast<Slot*>(memory + at.slots);
   const int n_tiles = int(at.codes / TILE), n_slots = int(4 * at.splits);
-  const Bound bound(D + TILE / 4, 0x1p-23f);  // more by the marks in the scores
+  const Bound bound(D);
   const auto stream = static_cast<cudaStream_t>(on);
   int readers = 1;
   while (4 * readers < n_slots) readers *= 2;

@@ -137,10 +137,13 @@ def mixed_rows(rng, N, K, D):
 
 
 def products_underflow(rng, N, K, D):
-    """One row of ordinary size sets the scale; all the others are so small that float32 products of them are denormal."""
-    x, c = plain(rng, N, K, D)
-    x, c = x * 2.0 ** rng.uniform(-76, -66), c * 2.0 ** rng.uniform(-76, -66)
-    x[rng.integers(N)] = 1
+    """A row, or two codes, of ordinary size set the scale; float32 products of all the others are denormal. The codes are
+    opposite, so that their mean stays as small as the others."""
+    x, c = (a * 2.0 ** rng.uniform(-76, -60) for a in plain(rng, N, K, D))
+    if rng.random() < 0.5:
+        x[rng.integers(N)] = 1
+    else:
+        c[:2] = np.array([[1], [-1]])[:K]
     return x, c
 
 
@@ -186,9 +189,19 @@ def midpoints(rng, N, K, D):
     return (c[a] + c[b]) / 2, c
 
 
+def long_and_short(rng, N, K, D):
+    """Pairs of long codes 1e-4 apart among short ones, rows half-way between the two of a pair: an error bound that looks at
+    the wrong code of a group is too small."""
+    c, half = rng.standard_normal((K, D)), K // 3
+    c[half : 2 * half] = c[:half] + 1e-4 * rng.standard_normal((half, D))
+    c[2 * half :] *= 1e-3
+    a = rng.integers(max(1, half), size=N)
+    return (c[a] + c[a + half]) / 2, rng.permutation(c)
+
+
 KINDS = [plain, one_ulp, exact_ties, duplicates, offset_1e3, offset_1e6, only_codes_offset, scaled, scaled_together,
          denormals, mixed_columns, mixed_rows, products_underflow, one_huge_code, one_huge_row, largest_numbers, all_equal,
-         permutations, clusters, midpoints]
+         permutations, clusters, midpoints, long_and_short]
 SIZES = st.one_of(st.integers(1, 8), st.sampled_from([13, 31, 37, 61]))
 
 
@@ -209,6 +222,18 @@ def test_nearest_code_on_any_finite_floats(data, N, K, D):
     """hypothesis' own floats: signed zeros, subnormals, the largest numbers, integers, repeated values."""
     check(data.draw(hnp.arrays(np.float32, (N, D), elements=FLOATS)),
           data.draw(hnp.arrays(np.float32, (K, D), elements=FLOATS)))
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@EXAMPLES
+def test_rounding_at_its_worst(seed):
+    """Nothing but the screen's rounding tells these codes apart, all of it points along them, and all of it is the rows' (or
+    all the codes'): (2, 3, 6) has a length of 7, so 16-bit integers hold it exactly. Half the error bound would not do."""
+    axis, across = np.array([2.0, 3, 6]), np.array([3.0, -2, 0]) / 13**0.5
+    angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, (200, 1))
+    circle = np.cos(angle) * across + np.sin(angle) * np.cross(axis, across) / 7  # at right angles to the axis
+    check(circle, np.repeat([axis, -axis], 8, 0))
+    check([axis], np.concatenate([circle, -circle]))
 
 
 @pytest.mark.parametrize("N, K, D", [(3000, 701, 5), (257, 2048, 128), (1, 1, 1), (5, 1, 7), (7, 5, 1), (97, 131, 127)])
