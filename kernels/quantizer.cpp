@@ -10,11 +10,12 @@
 //
 // The cheap product here is one of integers. Every row and every code is scaled to a length of 32767 and rounded toward zero,
 // which makes none longer: so each number fits into 16 bits, and no sum of products exceeds 2^30 (Cauchy and Schwarz), however
-// large D is. AVX2 multiplies and adds up 16 of them in one instruction, twice as many as of float32, and nothing is lost on the
-// way: all there is to bound is how far rounding has moved x, and how far c, and both are measured.
+// large D is. One AVX2 instruction multiplies 16 of them and adds them in pairs, another adds these to the sums; of float32 it takes
+// 8 at a time. And sums of integers are exact: all there is to bound is how far rounding has moved x, and how far c, and both are
+// measured.
 //
 // Where the bytes go: the codebook is packed once into *panels* of 8 codes, [panel][pair of dimensions][code][2], so that one
-// step of the inner loop reads 32 bytes of each of two panels. These (4 KB at D = 128) and a block of 24 rows (6 KB) share the
+// step of the inner loop reads 32 bytes of each of two panels. Two panels (4 KB at D = 128) and a block of 24 rows (6 KB) share the
 // first cache. Of the N x K scores only the smallest of each panel is kept, 3 K floats per thread, which stay in the second.
 
 #include <ATen/ops/empty.h>
@@ -93,9 +94,10 @@ bool all_finite(const W* v, int64_t n) {
 
 using Pair = int32_t __attribute__((may_alias));  // two int16, moved together
 
-struct Packed { double length, moved; };  // the vector's, and how far rounding has moved it
+struct Rounded { double length, moved; };  // the vector's, and how far rounding has moved it
 
-INLINE Packed pack(const std::vector<double>& v, int16_t* out) {
+// A vector, scaled to LENGTH and rounded toward zero -> out.
+INLINE Rounded round_to_int16(const std::vector<double>& v, int16_t* out) {
   double square = 0, lost = 0;
 #pragma omp simd reduction(+ : square)
   for (size_t d = 0; d < v.size(); ++d) square += v[d] * v[d];
@@ -118,7 +120,7 @@ struct Codebook {
   Buffer<int16_t> screen;            // [panel][pair][8][2] what the screen multiplies
   std::vector<double> mean;          // of the codes. Any shift would do; this one makes the numbers small
   double unit = 0;                   // the largest |c - mean|. What follows is measured in it, so that nothing overflows
-  std::vector<float> square, scale;  // [panel][8] |c - mean|^2, and what an integer of it counts
+  std::vector<float> square, scale;  // [panel][8] |c - mean|^2, and what 1 in its integers stands for
   std::vector<float> length, moved;  // [panel] the largest |c - mean|, and how far rounding has moved them at most
 
   Codebook(const W* codes, int64_t K, int64_t D)
@@ -128,28 +130,28 @@ struct Codebook {
     TORCH_CHECK_VALUE(all_finite(codes, K * D), "codebook holds a non-finite value; nearest_code needs finite numbers");
     for (int64_t k = 0; k < K; ++k)
       for (int64_t d = 0; d < D; ++d) mean[d] += codes[k * D + d] * (1.0 / K);
-    std::vector<Packed> packed(panels * NR);
+    std::vector<Rounded> rounded(panels * NR);
     in_parallel(panels, 8, [&](int64_t begin, int64_t end) {
       std::vector<double> v(D);
-      std::vector<int16_t> rounded(pairs * 2);
+      std::vector<int16_t> whole(pairs * 2);
       for (int64_t k = begin * NR; k < end * NR; ++k) {
         const int64_t p = k / NR, j = k % NR;
         const W* code = codes + std::min(k, K - 1) * D;  // the last panels are filled up with copies of the last code
         for (int64_t d = 0; d < D; ++d) raw[(p * D + d) * NR + j] = code[d], v[d] = code[d] - mean[d];
         if (!screened) continue;
-        packed[k] = pack(v, rounded.data());
-        const auto *from = reinterpret_cast<const Pair*>(rounded.data());
+        rounded[k] = round_to_int16(v, whole.data());
+        const auto *from = reinterpret_cast<const Pair*>(whole.data());
         auto *to = reinterpret_cast<Pair*>(screen.data) + p * pairs * NR + j;
         for (int64_t d = 0; d < pairs; ++d) to[d * NR] = from[d];
       }
     });
-    for (const Packed& code : packed) unit = std::max(unit, code.length);
+    for (const Rounded& code : rounded) unit = std::max(unit, code.length);
     if (unit == 0) unit = 1;
     for (int64_t k = 0; k < panels * NR; ++k) {
-      const auto c = static_cast<float>(packed[k].length / unit);
-      square[k] = c * c, scale[k] = static_cast<float>(packed[k].length / unit / LENGTH);
+      const auto c = static_cast<float>(rounded[k].length / unit);
+      square[k] = c * c, scale[k] = static_cast<float>(rounded[k].length / unit / LENGTH);
       length[k / NR] = std::max(length[k / NR], c);
-      moved[k / NR] = std::max(moved[k / NR], static_cast<float>(packed[k].moved / unit));
+      moved[k / NR] = std::max(moved[k / NR], static_cast<float>(rounded[k].moved / unit));
     }
   }
 };
@@ -159,14 +161,14 @@ struct Codebook {
 
 // How far the score of a row from a code of a panel may be from its true value, for a row of length X, which rounding has moved
 // by x, and codes of lengths up to C, moved by up to c. As both were shortened, x.c is off by at most x C + X c, and the score
-// holds it twice. Floating point rounds lengths, squares and the score, each to a few units of 2^-24 of C (X + C); and so
-// does the contract itself, which decides where a row is far from all codes. Products below 2^-126 may vanish. C (X + C)
-// times 4 overflows before any score can: the bound is infinite or NaN then, and rules nothing out.
+// holds it twice. Floating point rounds lengths, squares and the score, each to a few times 2^-24 of C (X + C); and so
+// does the contract itself, which decides where a row is far from all codes. What underflow loses is below 2^-90. C is at most 1,
+// and X^2 overflows long before any score can: the bound is infinite or NaN then, and rules nothing out.
 INLINE float error_bound(float X, float x, float C, float c, int64_t D) {
-  return 2 * (x * C + X * c) + 0x1p-22f * (4 * C * (X + C)) + (D + 4) * 0x1p-50f * (X * X) + 0x1p-90f;
+  return 2 * (x * C + X * c) + 0x1p-18f * (C * (X + C)) + (D + 4) * 0x1p-50f * (X * X) + 0x1p-90f;
 }
 
-// 6 rows [6][pairs][2], and what their integers count, against panels p and p + 1; of each row and panel, the smallest score:
+// 6 rows [6][pairs][2], and twice what 1 in their integers stands for, against panels p and p + 1; of each row and panel, the smallest score:
 // low [6][panels].
 using Tile = void (*)(const int16_t* x, const float* scale, const Codebook<float>& codes, int64_t p, float* low);
 
@@ -256,12 +258,12 @@ INLINE void certify(const W* x, const W* c, int64_t D, double* s) {
 template <class W>
 struct Block {
   const Codebook<W>& codebook;
-  Buffer<int16_t> packed;  // [24][pairs][2] the rows; what is in the last half of an odd pair meets a zero
-  Buffer<float> low;       // [24][panels] their smallest scores
-  std::vector<double> v;   // [D] a row without the mean
+  std::vector<int16_t> whole;  // [24][pairs][2] the rows; zeros where there is none
+  std::vector<float> low;      // [24][panels] their smallest scores
+  std::vector<double> v;       // [D] a row without the mean
 
   explicit Block(const Codebook<W>& codebook)
-      : codebook(codebook), packed(ROWS * codebook.pairs * 2), low(ROWS * codebook.panels), v(codebook.D) {}
+      : codebook(codebook), whole(ROWS * codebook.pairs * 2), low(ROWS * codebook.panels), v(codebook.D) {}
 
   // x [rows][D], rows at most 24 -> idx, distance [rows]
   template <Tile tile>
@@ -271,14 +273,15 @@ struct Block {
     float length[ROWS], moved[ROWS], scale[ROWS] = {};
     for (int row = 0; row < rows && screened; ++row) {
       for (int64_t d = 0; d < D; ++d) v[d] = x[row * D + d] - codebook.mean[d];
-      const auto [exact, lost] = pack(v, &packed[row * pairs * 2]);
-      length[row] = static_cast<float>(exact / codebook.unit), moved[row] = static_cast<float>(lost / codebook.unit);
-      scale[row] = static_cast<float>(2 * exact / codebook.unit / LENGTH);
+      const Rounded rounded = round_to_int16(v, &whole[row * pairs * 2]);
+      length[row] = static_cast<float>(rounded.length / codebook.unit);
+      moved[row] = static_cast<float>(rounded.moved / codebook.unit);
+      scale[row] = static_cast<float>(2 * rounded.length / codebook.unit / LENGTH);
     }
     if constexpr (screened)
       for (int64_t p = 0; p < panels; p += 2)
         for (int row = 0; row < rows; row += MR)
-          tile(&packed[row * pairs * 2], &scale[row], codebook, p, &low[row * panels + p]);
+          tile(&whole[row * pairs * 2], &scale[row], codebook, p, &low[row * panels + p]);
     for (int row = 0; row < rows; ++row) {
       float limit[NR], *lowest = &low[row * panels];
       std::fill_n(limit, NR, INFINITY);
@@ -297,7 +300,7 @@ struct Block {
 #pragma omp simd reduction(| : open)
         for (int j = 0; j < NR; ++j) open |= !(screened && lowest[first + j] > highest);  // NaN rules nothing out
         for (int64_t p = first; p < first + NR && open; ++p) {
-          if (screened && lowest[p] > highest) continue;
+          if (p * NR >= K || (screened && lowest[p] > highest)) continue;
           double s[NR];
           certify(&x[row * D], &codebook.raw[p * D * NR], D, s);
           for (int64_t k = p * NR; k < std::min((p + 1) * NR, K); ++k)

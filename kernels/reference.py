@@ -10,8 +10,8 @@ to nearest, without fused multiply-add. The answer is the lowest index with the 
 
 How it stays fast: a matrix product in float64 *screens* the codes, a bound on its rounding error says which codes could
 still win, and only those few are compared as the contract says. Precision affects speed, never the answer. float64 input
-is compared as the contract says throughout, which is slow. A thread that flushes denormals (torch.set_flush_denormal)
-breaks the contract here, on numbers below 1e-38.
+is compared as the contract says throughout, which is slow. A thread that flushes denormals (torch.set_flush_denormal),
+or a worker that one has started, breaks the contract here, on numbers below 1e-38.
 """
 
 import torch
