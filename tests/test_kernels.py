@@ -236,6 +236,14 @@ def test_rounding_at_its_worst(seed):
     check([axis], np.concatenate([circle, -circle]))
 
 
+def test_rounding_of_the_score():
+    """In one dimension the screen's integers are exact as a rule. Codes one unit in the last place apart are told apart by
+    less than a float32 score holds; those opposite keep the mean at zero, so that nothing cancels before."""
+    for a in np.random.default_rng(0).uniform(0.5, 1, 200).astype(np.float32):
+        b = np.nextafter(a, np.float32(2))
+        check([[a], [b]], np.repeat([a, b, -a], [8, 8, 16])[:, None])
+
+
 @pytest.mark.parametrize("N, K, D", [(3000, 701, 5), (257, 2048, 128), (1, 1, 1), (5, 1, 7), (7, 5, 1), (97, 131, 127)])
 @pytest.mark.parametrize("kind", [plain, offset_1e3, one_ulp], ids=lambda kind: kind.__name__)
 def test_nearest_code_at_real_sizes(kind, N, K, D):
