@@ -11,6 +11,7 @@ straight-through estimator belongs to the model. This package knows nothing of p
 """
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -208,7 +209,10 @@ def _build(kernel: str) -> Path:
     """
     import fcntl
 
+    log = logging.getLogger("torch.utils.cpp_extension")
+    log.setLevel(logging.ERROR)  # on import it warns that there is no GPU, if it finds nvcc
     from torch.utils import cpp_extension
+    log.setLevel(logging.NOTSET)
 
     sources = [_HERE / "quantizer.cpp"] + [_HERE / "quantizer.cu"] * (kernel == "cuda")
     flags = _FLAGS + ["-DWITH_CUDA"] * (kernel == "cuda")
