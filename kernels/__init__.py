@@ -38,10 +38,11 @@ _CHOICES = ("auto", "reference", "cpp", "cuda")
 def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code of every row: x [N, D], codebook [K, D] -> idx [N] int64. Ties go to the lowest index.
 
-    Both tensors share one floating dtype and one device; N may be 0, K and D are at least 1; any strides. The answer is
-    the exact argmin of the contract in reference.py, the same bits from every backend. Raises ValueError on other shapes,
-    TypeError on other dtypes. Non-finite values never give a usable index: ValueError from the twin and on the CPU; in
-    CUDA code, where looking would stall the stream, index K, which every lookup refuses.
+    Both tensors share one floating dtype and one device; N may be 0, K and D are at least 1; any strides, though a copy is
+    made of strided, bfloat16 and float16 input. The answer is the exact argmin of the contract in reference.py, the same
+    bits from every backend. Raises ValueError on other shapes, TypeError on other dtypes. Non-finite values never give a
+    usable index: ValueError from the twin and on the CPU; in CUDA code, where looking would stall the stream, index K,
+    which every lookup refuses.
     """
     return quantize_op(x, codebook, False)[0]
 
