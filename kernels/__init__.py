@@ -211,9 +211,11 @@ def _build(kernel: str) -> Path:
     import fcntl
 
     log = logging.getLogger("torch.utils.cpp_extension")
+    level = log.level
     log.setLevel(logging.ERROR)  # on import it warns that there is no GPU, if it finds nvcc
     from torch.utils import cpp_extension
-    log.setLevel(logging.NOTSET)
+
+    log.setLevel(level)
 
     sources = [_HERE / "quantizer.cpp"] + [_HERE / "quantizer.cu"] * (kernel == "cuda")
     flags = _FLAGS + ["-DWITH_CUDA"] * (kernel == "cuda")
