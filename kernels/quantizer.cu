@@ -23,27 +23,26 @@
 namespace hipart {
 namespace {
 
-constexpr int THREADS = 128, WARPS = THREADS / 32;
-constexpr int GROUP = 16, MT = 2;                 // rows of an operand; operands that a warp of the screen holds
-constexpr int ROWS = MT * GROUP * WARPS;          // rows of a block of the screen
-constexpr int TILE = 128, HALF = 32;              // codes of a tile; codes that are multiplied together
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int GROUP = 16, ROWS = GROUP * WARPS;   // rows of an operand, which a warp of the screen holds; rows of a block
+constexpr int TILE = 256, STAGE = 64;             // codes of a tile; codes that are multiplied together
 constexpr int PACKERS = TILE / GROUP * 32;        // threads of pack_kernel
-constexpr int ENTRIES = 3;                        // codes that a lane remembers of a row
+constexpr int LIST = 8;                           // candidates that are kept of a row and share of the codes
 constexpr int WANTED_BLOCKS = 264, MOST_SPLITS = 16;  // of the screen: two for each multiprocessor of an H100
 constexpr int FINISHERS = 256;                    // threads of finish_kernel
 constexpr int CODES = 8, COLUMNS = 128, COUNTERS = 256;  // codes, dimensions and threads of a block of statistics_kernel
 constexpr int64_t CHUNK = 1 << 17;                // rows that are searched together: what is noted of them stays in cache
-constexpr float NEVER_WINS = FLT_MAX / 2;         // as a score; no product can take it to infinity where the bound is finite
+constexpr float MOST = 24576, BEHIND = -15000;    // no product less |c|^2 / 2 is larger; added to that of no code
 constexpr int64_t MOST_SCREENED = 1 << 20;        // dimensions; about here float32 sums stop to say anything
 constexpr unsigned ALL = 0xffffffffu;
 
-// Of packed rows: their largest norm, their largest |v - v'|, both in true units, and their common power of two.
-struct alignas(16) Group { float norm, residual, unit, unused; };
+// Of packed rows: their largest norm, their largest |v - v'|, both in true units, and their common power of two, and one over it.
+struct alignas(16) Group { float norm, residual, unit, inverse; };
 
-// What a lane has seen of a row. Of every tile it looks at 32 codes. Here are the best codes of its best tiles, with bounds
-// below their scores (low), and below those of its other codes of the same tile (next); a bound below the scores of all
-// other tiles (rest); and a bound above the smallest score (limit).
-struct alignas(16) Slot { float low[ENTRIES], next[ENTRIES]; int code[ENTRIES]; float rest, limit; };
+// The best code of a tile among the 64 that a lane looks at, with bounds below its score (low) and below those of the other 63
+// (next). It was no worse than the `limit` of its row then, a bound above the smallest score; found < 0: some did not fit.
+struct alignas(16) Candidate { float low, next; int code, unused; };
+struct alignas(8) Row { float limit; int found; };
 
 __host__ __device__ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 __device__ float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays, unlike in fmaxf
@@ -87,8 +86,8 @@ struct Nearest {
     if (d != d) d = -INFINITY, k = INT64_MAX;
     if (d < distance || (d == distance && k < code)) distance = d, code = k;
   }
-  __device__ void take_from_warp() {
-    for (int other = 16; other > 0; other /= 2) {
+  __device__ void take_from_lanes(int lanes) {
+    for (int other = 1; other < lanes; other *= 2) {
       const double d = __shfl_xor_sync(ALL, distance, other);
       const int64_t k = __shfl_xor_sync(ALL, code, other);
       take(d, k);
@@ -118,22 +117,35 @@ struct Reader {
   }
 };
 
-__device__ float largest_of(const float (&v)[8], float most) {
+__device__ void add_squares(const float (&v)[8], float (&sum)[2]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(v[i]));
-  return most;
+  for (int i = 0; i < 8; ++i) sum[i / 4] += v[i] * v[i];
 }
 
 __device__ float largest_of_warp(float most) {
-  for (int other = 16; other > 0; other /= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, other));
+  for (int other = 16; other > 0; other /= 2) most = larger(most, __shfl_xor_sync(ALL, most, other));
   return most;
 }
 
-// A power of two that takes the largest to between 2^14 and 2^15: float16 ends at 2^16, and this leaves small ones their bits.
-__device__ float unit_for(float most) {
-  int exponent;
-  frexpf(most, &exponent);
-  return ldexpf(1.f, (exponent > -40 ? exponent : -40) - 15);
+// The largest norm of a warp's 16 rows: four lanes hold a row.
+__device__ float largest_norm(float (&sum)[2]) {
+  for (int h = 0; h < 2; ++h)
+    for (int other = 1; other < 4; other *= 2) sum[h] += __shfl_xor_sync(ALL, sum[h], other);
+  return sqrtf(largest_of_warp(larger(sum[0], sum[1])));
+}
+
+// A power of two that takes a norm to between 2^6 and 2^7, so that a product of two rows is at most 2^14.
+__device__ float unit_for(float norm) {
+  int exponent = 0;
+  if (norm < INFINITY) frexpf(norm, &exponent);
+  return ldexpf(1.f, (exponent > -40 ? exponent : -40) - 7);
+}
+
+// Rows take no smaller a unit than any code, so that |c|^2 / 2, in units of both, is at most 2^13.
+__device__ float largest_unit(const Group* tiles, int n_tiles) {
+  float most = 0;
+  for (int i = threadIdx.x % 32; i < n_tiles; i += 32) most = fmaxf(most, tiles[i].unit);
+  return largest_of_warp(most);
 }
 
 // Rounds to float16 what a lane read, and adds up what that is and what it loses: for two rows.
@@ -169,28 +181,44 @@ struct Packer {
       worst = larger(worst, __shfl_xor_sync(ALL, worst, other));
     }
     const float more = unit * (1 + (D + 16) * 0x1p-23f), X = sqrtf(most) * more;
-    return {X, sqrtf(worst) * more + X * 0x1p-22f, unit, 0};
+    return {X, sqrtf(worst) * more + X * 0x1p-22f, unit, 1 / unit};
   }
 };
 
-// Where 16 packed codes of one step begin, in words of 4 bytes. Of 8 codes and 8 columns, 128 bytes lie together (a core
-// matrix of wgmma), then the other 8 columns, then the next 8 codes, the next step of this part, the next half of this stage,
-// the next part, the next stage.
-__device__ int64_t place_of_code(int64_t code, int64_t step, int64_t steps, int64_t part) {
-  const int64_t stage = code / (2 * HALF), half = code / HALF % 2;
-  return (((stage * (steps / part) + step / part) * 2 + half) * part + step % part) * (HALF * 8) + code % HALF * 8;
+// Four columns of an operand; with three of them, a number is the sum of what float16 can hold.
+__device__ unsigned bits_of(__half2 v) { return reinterpret_cast<unsigned&>(v); }
+__device__ uint2 columns(float a, float b, float c, float d) {
+  return make_uint2(bits_of(__floats2half2_rn(a, b)), bits_of(__floats2half2_rn(c, d)));
+}
+__device__ uint2 split(float v, float fourth) {
+  const float high = __half2float(__float2half_rn(v)), middle = __half2float(__float2half_rn(v - high));
+  return columns(high, middle, v - high - middle, fourth);
 }
 
-// A tile of rows per block, a warp per group: out [groups][steps][lane], or as place_of_code has it. For codes, `square` is
-// wanted, |c - mean|^2, and never wins beyond the last one; the mean [16 steps] is then made here, by every block, of 32
-// codes: any shift would do, this one makes the numbers small, hence their rounding errors.
+// Packed codes lie in records of 64 codes and `part` steps, as the screen has them in shared memory: of 8 codes and 8 columns,
+// 128 bytes lie together (a core matrix of wgmma), then the other 8 columns, then the next 8 codes, the next step. One step
+// more has 16 columns that no code has: what the screen adds to all products. Here is where 16 codes of a step begin, in
+// words of 4 bytes.
+__host__ __device__ int64_t words_of_record(int64_t part) { return STAGE * 8 * (part + 1); }
+__device__ int64_t place_of_codes(int64_t code, int64_t step, int64_t parts, int64_t part) {
+  return (code / STAGE * parts + step / part) * words_of_record(part) + (step % part * STAGE + code % STAGE) * 8;
+}
+__device__ void put(uint4 word, unsigned* to) {
+  const int lane = threadIdx.x % 32;
+  to[lane] = word.x, to[lane + 32] = word.y, to[lane + 64] = word.z, to[lane + 96] = word.w;
+}
+
+// A tile per block, a warp per group: rows go to out [groups][steps][lane], codes (these have no `code_tiles` yet) to records.
+// Codes beyond the last one repeat it, and stay behind it. The mean [16 steps] is made here, by every block of codes, of 32 codes: any shift
+// would do, this one makes the numbers small, hence their rounding errors.
 __global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t first, int64_t rows, int64_t D, int64_t steps,
-                                                       int64_t part, float* mean, uint4* out, Group* tiles, float* square) {
+                                                       int64_t part, float* mean, uint4* out, Group* tiles,
+                                                       const Group* code_tiles, int n_tiles) {
   constexpr int SAMPLE = 32, GROUPS = TILE / GROUP;
-  __shared__ float most_of[GROUPS];
+  __shared__ float norm_of[GROUPS];
   __shared__ Group group_of[GROUPS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (square) {
+  if (!code_tiles) {
     for (int64_t d = threadIdx.x; d < 16 * steps; d += PACKERS) {
       float sum = 0;
       if (d < D) {
@@ -203,32 +231,37 @@ __global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t f
   }
   const int64_t group = int64_t(blockIdx.x) * GROUPS + warp;
   const Reader reader(m, first + group * GROUP, first + rows, mean, D);
-  float v[8], most = 0;
-#pragma unroll 4
-  for (int64_t step = 0; step < steps; ++step) reader.read(step, v), most = largest_of(v, most);
-  most = largest_of_warp(most);
-  if (lane == 0) most_of[warp] = most;
+  float v[8], sum[2] = {};
+#pragma unroll 8
+  for (int64_t step = 0; step < steps; ++step) reader.read(step, v), add_squares(v, sum);
+  float norm = largest_norm(sum);
+  if (lane == 0) norm_of[warp] = norm;
   __syncthreads();
-  for (int i = 0; i < GROUPS; ++i) most = fmaxf(most, most_of[i]);
-  const float unit = unit_for(most), scale = 1 / unit;  // exact
+  for (int i = 0; i < GROUPS; ++i) norm = larger(norm, norm_of[i]);
+  const float unit = code_tiles ? fmaxf(unit_for(norm), largest_unit(code_tiles, n_tiles)) : unit_for(norm);
   Packer packer;
-#pragma unroll 4
+#pragma unroll 8
   for (int64_t step = 0; step < steps; ++step) {
     reader.read(step, v);
-    const uint4 word = packer.pack(v, scale);
-    if (square) {  // codes: as the screen wants them in shared memory
-      auto* to = reinterpret_cast<unsigned*>(out) + place_of_code(group * GROUP, step, steps, part);
-      to[lane] = word.x, to[lane + 32] = word.y, to[lane + 64] = word.z, to[lane + 96] = word.w;
-    } else {
+    const uint4 word = packer.pack(v, 1 / unit);  // exact
+    if (code_tiles) {
       out[(group * steps + step) * 32 + lane] = word;
+    } else {
+      put(word, reinterpret_cast<unsigned*>(out) + place_of_codes(group * GROUP, step, steps / part, part));
     }
   }
   packer.finish_rows();
-  if (square && lane % 4 == 0)
-    for (int h = 0; h < 2; ++h) {
-      const int64_t row = group * GROUP + lane / 4 + 8 * h;
-      square[row] = row < rows ? packer.norm[h] * unit * unit : NEVER_WINS;
+  if (!code_tiles) {
+    for (int64_t step = 0; step < steps; step += part) {
+      uint2 more[2] = {};
+      for (int h = 0; h < 2 && step == 0; ++h) {
+        const float behind = group * GROUP + lane / 4 + 8 * h < rows ? 0 : BEHIND;
+        more[h] = lane % 4 == 0 ? split(-packer.norm[h] / 2, behind) : lane % 4 == 1 ? columns(1, 1, 1, 0) : uint2{};
+      }
+      put(make_uint4(more[0].x, more[0].y, more[1].x, more[1].y),
+          reinterpret_cast<unsigned*>(out) + place_of_codes(group * GROUP, step, steps / part, part) + STAGE * 8 * part);
     }
+  }
   const Group mine = packer.group(unit, D);
   if (lane == 0) group_of[warp] = mine;
   __syncthreads();
@@ -242,9 +275,8 @@ __global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t f
   }
 }
 
-// d = a b, or d += a b: 16 x HALF scores of a warp. Lane 4 g + t holds those of rows g (d[n][0], d[n][1]) and g + 8, codes
-// 8 n + 2 t and 8 n + 2 t + 1. Tensor cores of compute capability 9.0 read the codes from shared memory by themselves, and work
-// on while the four warps that asked do something else, until these wait for them.
+// d += a b: 16 x STAGE scores of a warp. Lane 4 g + t holds those of rows g (d[n][0], d[n][1]) and g + 8, codes 8 n + 2 t and
+// 8 n + 2 t + 1. Tensor cores of compute capability 9.0 read the codes from shared memory by themselves, for four warps.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 struct Operand {  // the address, and how far it is to the next core matrix: 128 bytes along the columns, 256 along the codes
   uint64_t at;
@@ -252,22 +284,48 @@ struct Operand {  // the address, and how far it is to the next core matrix: 128
       : at((__cvta_generic_to_shared(codes) & 0x3ffff) >> 4 | uint64_t(128 >> 4) << 16 | uint64_t(256 >> 4) << 32) {}
 };
 
-__device__ void multiply_add(float (&d)[HALF / 8][4], uint4 a, Operand codes, int offset, bool add) {
-  static_assert(HALF == 32);
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, p, 1, 1, 0;}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-        "+f"(d[3][2]), "+f"(d[3][3])
+__device__ void multiply_add(float (&d)[STAGE / 8][4], uint4 a, Operand codes, int offset, bool add) {
+  static_assert(STAGE == 64);
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+        "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+        "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+        "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+        "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+        "+f"(d[7][2]), "+f"(d[7][3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(codes.at + offset), "r"(int(add)));
 }
-__device__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // what cp.async has written
 __device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ void await_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-__device__ void arrived(float& d) { asm volatile("" : "+f"(d)::"memory"); }  // nobody may read it before
+__device__ void await_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+__device__ void here(float& d) { asm volatile("" : "+f"(d)::"memory"); }  // what is done to it is done before, or after
+
+// The copy engine brings a record: one thread asks, and a barrier in shared memory has a phase that ends when all is there.
+__device__ unsigned address(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
+__device__ void prepare(uint64_t* gate) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.proxy.async.shared::cta;" ::"r"(address(gate)) : "memory");
+}
+template <int WORDS>
+__device__ void fetch(uint4* to, const uint4* from, uint64_t* gate) {
+  if (threadIdx.x != 0) return;
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%2], %3;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];"
+      :: "r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(address(gate)), "r"(WORDS * 16) : "memory");
+}
+// Rows that another block will want.
+__device__ void ahead(const float* from, int64_t floats) {
+  if (threadIdx.x == 0 && floats > 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(unsigned(floats * 4)));
+}
+__device__ void await(uint64_t* gate, int phase) {
+  asm volatile("{.reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra AGAIN;}"
+      :: "r"(address(gate)), "r"(phase) : "memory");
+}
 #else
 using Operand = const uint4*;
 
@@ -276,29 +334,36 @@ __device__ void mma(float (&d)[4], uint4 a, unsigned b0, unsigned b1) {
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-__device__ void multiply_add(float (&d)[HALF / 8][4], uint4 a, Operand codes, int offset, bool add) {
+__device__ void multiply_add(float (&d)[STAGE / 8][4], uint4 a, Operand codes, int offset, bool add) {
   const unsigned* b = reinterpret_cast<const unsigned*>(codes + offset) + threadIdx.x % 32;
 #pragma unroll
-  for (int n = 0; n < HALF / 8; ++n) {
+  for (int n = 0; n < STAGE / 8; ++n) {
     if (!add) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0;
     mma(d[n], a, b[64 * n], b[64 * n + 32]);
   }
 }
-__device__ void publish() {}
 __device__ void begin_products() {}
-__device__ void commit_products() {}
 __device__ void await_products() {}
-__device__ void arrived(float&) {}
+__device__ void here(float&) {}
+
+__device__ void prepare(uint64_t*) {}
+template <int WORDS>
+__device__ void fetch(uint4* to, const uint4* from, uint64_t*) {
+  for (int i = threadIdx.x; i < WORDS; i += THREADS) __pipeline_memcpy_async(&to[i], &from[i], 16);
+  __pipeline_commit();
+}
+__device__ void ahead(const float*, int64_t) {}
+__device__ void await(uint64_t*, int) { __pipeline_wait_prior(0); }
 #endif
 
 // Packed as one operand, wanted as the other: the middle words change places.
 __device__ uint4 as_rows(uint4 v) { return make_uint4(v.x, v.z, v.y, v.w); }
 
-// How far a float32 score |c|^2 - 2 x.c may be from its true value, for a row of norm X and codes of norm at most C, apart from
-// what rounding to float16 adds.
-//  - Tensor cores truncate every term: a product of length D, summed in any order, is off by at most 1.25 D u X C, u = 2^-23. The
-//    score holds it twice, and the marks in the scores, and the rounding of the inputs, of |c|^2, of the score and of this
-//    bound add some u of it. All that is taken 1.6 times.
+// How far a score |c|^2 - 2 x.c, taken in float32, may be from its true value, for a row of norm X and codes of norm at most
+// C, apart from what rounding to float16 adds, and the `offset` that is subtracted from all scores of the row.
+//  - Tensor cores truncate every term: a product of length D, summed in any order, is off by at most 1.25 D u X C, u = 2^-23.
+//    What the sum starts from, -|c|^2 / 2 and the offset, is added up with it, at most every fourth time. The score holds all
+//    that twice; the rounding of the inputs and of this bound add some u of it. All that is taken 1.6 times.
 //  - The contract's own float64 sum rounds as well, which decides where a row is far from all codes.
 //  - Products and inputs below 2^-126 may be flushed to zero.
 // `4 * C * (X + C)` overflows before any score can: then the bound is infinite or NaN, and no code is ruled out. Data of
@@ -306,7 +371,7 @@ __device__ uint4 as_rows(uint4 v) { return make_uint4(v.x, v.z, v.y, v.w); }
 struct Bound {
   float relative, far, tiny;
 
-  explicit Bound(int64_t D) : relative((D + TILE / 4 + 16) * 0x1p-23f), far((D + 4) * 0x1p-50f), tiny(D * 0x1p-120f) {}
+  explicit Bound(int64_t D) : relative((D + 16) * 0x1p-23f), far((D + 4) * 0x1p-50f), tiny(D * 0x1p-120f) {}
 
   __device__ float operator()(float X, float C) const {
     return relative * (4 * C * (X + C)) + far * (X * X) + tiny * (1 + X + C);
@@ -314,184 +379,176 @@ struct Bound {
 };
 
 struct Screen {
-  const float *x, *mean, *square;
+  const float *x, *mean;
   const uint4 *packed_x, *codes;
   const Group *x_tiles, *tiles;
-  int64_t first, rows, D;
-  int steps, n_tiles, unmarked;  // the last is a mask; one more constant in the code would be one more instruction
+  int64_t first, rows, all_rows, D;
+  int steps, n_tiles;
+  unsigned unmarked;  // a mask; one more constant in the code would be one more instruction
   Bound bound;
-  Slot* slots;
+  Candidate* lists;
+  Row* found;
 };
 
-// Scores of 128 rows against the tiles blockIdx.y, blockIdx.y + gridDim.y, ... Codes are multiplied 32 at a time (a half), into
-// two sets of registers: while tensor cores fill one, the arithmetic units look through the other. Two halves (a stage) are
-// in shared memory, and the next two on their way. WHOLE: D <= 16 STEPS; else the dimensions of a stage come in parts.
+constexpr int MARKS = TILE / 8;  // codes of a tile that a lane has in either half of a word: a mark takes 5 bits
+
+__device__ __half2 marked(__half2 v, unsigned unmarked, unsigned mark) {
+  const unsigned bits = (bits_of(v) & unmarked) | mark * 0x10001u;
+  return reinterpret_cast<const __half2&>(bits);
+}
+
+// In float16 a value keeps 11 bits, and 6 beside a mark: it is off by less than this.
+__device__ float blur(float value) { return fabsf(value) * (MARKS * 0x1p-10f) + 0x1p-12f; }
+
+// Scores of 128 rows against the tiles blockIdx.y, blockIdx.y + gridDim.y, ... 64 codes (a stage) are in shared memory, and
+// the next on their way. While tensor cores multiply for some of the 16 warps of a multiprocessor, others look through their
+// scores. WHOLE: D <= 16 STEPS; else the dimensions of a stage come in parts.
+//
+// What is looked through is x.c - |c|^2 / 2 - offset, in units of rows and codes: the larger, the nearer. The offset is the
+// best of the row so far, so that codes that matter come out near zero, where float16 has the finest steps; of the others it
+// is enough to know that they are far off. Two codes share a word: five instructions look at both.
 template <int STEPS, bool WHOLE>
 __global__ void __launch_bounds__(THREADS, 2) screen_kernel(Screen p) {
-  struct alignas(16) Side { float square[TILE]; Group tile; };
-  constexpr int NT = HALF / 8, HALVES = TILE / HALF;  // times 8 codes of a half; halves of a tile
-  constexpr int STAGE = 2 * HALF * STEPS * 2;         // words of 16 bytes
-  __shared__ uint4 codes[2][STAGE];
-  __shared__ Side sides[3];  // of the tile before, this one, the next
+  constexpr int NT = STAGE / 8, RECORD = STAGE * 2 * (STEPS + 1);  // times 8 codes of a stage; 16-byte words of a record
+  constexpr int STAGES = TILE / STAGE;
+  __shared__ __align__(128) uint4 codes[2][RECORD];
+  __shared__ uint64_t gates[2];
   const int lane = threadIdx.x % 32, t = lane % 4, warp = threadIdx.x / 32, parts = WHOLE ? 1 : p.steps / STEPS;
-  const int64_t row_0 = (int64_t(blockIdx.x) * WARPS + warp) * MT * GROUP;
-  auto fetch = [&](int stage, int side, int tile, int pair, int part) {
-    if (tile < p.n_tiles) {
-      const uint4* from = p.codes + ((int64_t(tile) * HALVES / 2 + pair) * parts + part) * STAGE;
-#pragma unroll
-      for (int i = threadIdx.x; i < STAGE; i += THREADS) __pipeline_memcpy_async(&codes[stage][i], &from[i], 16);
-      if (pair + part == 0 && threadIdx.x < TILE / 4)
-        __pipeline_memcpy_async(&sides[side].square[4 * threadIdx.x], &p.square[int64_t(tile) * TILE + 4 * threadIdx.x], 16);
-      if (pair + part == 0 && threadIdx.x == TILE / 4) __pipeline_memcpy_async(&sides[side].tile, &p.tiles[tile], 16);
-    }
-    __pipeline_commit();
+  const int64_t row_0 = int64_t(blockIdx.x) * ROWS + warp * GROUP, next_0 = p.first + (int64_t(blockIdx.x) + WANTED_BLOCKS) * ROWS;
+  auto bring = [&](int side, int tile, int stage, int part) {
+    if (tile < p.n_tiles)
+      fetch<RECORD>(codes[side], p.codes + ((int64_t(tile) * STAGES + stage) * parts + part) * RECORD, &gates[side]);
   };
-  fetch(0, 0, blockIdx.y, 0, 0);
-  for (int i = threadIdx.x; i < TILE; i += THREADS) sides[2].square[i] = NEVER_WINS;  // there is no tile before the first
-  if (threadIdx.x == 0) sides[2].tile = {};
+  if (threadIdx.x == 0) prepare(&gates[0]), prepare(&gates[1]);
+  bring(0, blockIdx.y, 0, 0);
 
-  uint4 a[MT][STEPS];
-  Group mine[MT];
-  float acc[2][MT][NT][4] = {}, best[MT][2], next[MT][2];
-  Slot seen[MT][2];
+  uint4 a[STEPS];
+  Group mine;
+  if constexpr (WHOLE) {
+    const float largest = largest_unit(p.tiles, p.n_tiles);
+    const Reader reader(p.x, p.first + row_0, p.first + p.rows, p.mean, p.D);
+    float v[STEPS][8], sum[2] = {};
 #pragma unroll
-  for (int m = 0; m < MT; ++m) {
-    if constexpr (WHOLE) {
-      const Reader reader(p.x, p.first + row_0 + m * GROUP, p.first + p.rows, p.mean, p.D);
-      float v[STEPS][8], most = 0;
+    for (int s = 0; s < STEPS; ++s) reader.read(s, v[s]);
 #pragma unroll
-      for (int s = 0; s < STEPS; ++s) reader.read(s, v[s]);
+    for (int s = 0; s < STEPS; ++s) add_squares(v[s], sum);
+    const float unit = fmaxf(unit_for(largest_norm(sum)), largest);
+    Packer packer;
 #pragma unroll
-      for (int s = 0; s < STEPS; ++s) most = largest_of(v[s], most);
-      const float unit = unit_for(largest_of_warp(most)), scale = 1 / unit;
-      Packer packer;
-#pragma unroll
-      for (int s = 0; s < STEPS; ++s) a[m][s] = as_rows(packer.pack(v[s], scale));
-      packer.finish_rows();
-      mine[m] = packer.group(unit, p.D);
-    } else {
-      mine[m] = p.x_tiles[(row_0 + m * GROUP) / TILE];
-    }
-    for (int h = 0; h < 2; ++h) {
-      best[m][h] = next[m][h] = INFINITY;
-      seen[m][h].rest = seen[m][h].limit = INFINITY;
-      for (int e = 0; e < ENTRIES; ++e) seen[m][h].low[e] = seen[m][h].next[e] = INFINITY, seen[m][h].code[e] = 0;
-    }
+    for (int s = 0; s < STEPS; ++s) a[s] = as_rows(packer.pack(v[s], 1 / unit));
+    packer.finish_rows();
+    mine = packer.group(unit, p.D);
+    ahead(p.x + next_0 * p.D, (next_0 + ROWS < p.all_rows ? ROWS : p.all_rows - next_0) * p.D);
+  } else {
+    mine = p.x_tiles[row_0 / TILE];
   }
+  uint4 extra;               // the columns that no row has
+  float acc[NT][4], offset[2], limit[2] = {INFINITY, INFINITY};
+  __half2 best[2], next[2];  // of this tile: two codes a word, each with its mark
+  int found[2] = {};
+  bool lost[2] = {};
 
-  // The scores of a half: the smallest of the tile so far, and the next. Their last 5 bits say whose they are.
-  auto look = [&](int half, const Side& side) {
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      const float scale = -2 * mine[m].unit * side.tile.unit;
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const float2 square = *reinterpret_cast<const float2*>(&side.square[(half * NT + n) * 8 + 2 * t]);
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float score = fmaf(scale, acc[half % 2][m][n][2 * h + j], j ? square.y : square.x);
-            const float marked = __int_as_float((__float_as_int(score) & p.unmarked) | ((half * NT + n) * 2 + j));
-            const float both = best[m][h] + marked;  // minus the smaller is the larger, on units that are not as busy
-            best[m][h] = fminf(best[m][h], marked);
-            next[m][h] = fminf(next[m][h], both - best[m][h]);
-          }
-      }
-    }
+  auto set_extra = [&](float ratio) {  // of the units of codes and rows
+    uint2 more[2];
+    for (int h = 0; h < 2; ++h) more[h] = t == 0 ? columns(ratio, ratio, ratio, 1) : t == 1 ? split(-offset[h], 0) : uint2{};
+    extra = as_rows(make_uint4(more[0].x, more[0].y, more[1].x, more[1].y));
   };
-  auto note = [&](int m, const Side& side, int tile) {  // a tile has been looked through
-    const float X = mine[m].norm, gone = mine[m].residual, C = side.tile.norm, lost = side.tile.residual;
-    const float E = p.bound(X, C) + 2 * (gone * C + (X + gone) * lost);
-    const bool usable = E < INFINITY;  // else it rules nothing out
+  auto set_offset = [&] {  // nothing is known before the first 64 codes: the best of them will do
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      Slot& s = seen[m][h];
-      const int mark = __float_as_int(best[m][h]) & (TILE / 4 - 1), code = tile * TILE + mark / 2 * 8 + 2 * t + mark % 2;
-      const float low = usable ? best[m][h] - E : -INFINITY, next_low = usable ? next[m][h] - E : -INFINITY;
-      s.limit = fminf(s.limit, usable ? best[m][h] + E : INFINITY);
-      s.rest = fminf(s.rest, fmaxf(low, s.low[ENTRIES - 1]));
-      bool before[ENTRIES];
+      offset[h] = acc[0][2 * h];
 #pragma unroll
-      for (int e = 0; e < ENTRIES; ++e) before[e] = low < s.low[e];
+      for (int n = 0; n < NT; ++n) offset[h] = fmaxf(offset[h], fmaxf(acc[n][2 * h], acc[n][2 * h + 1]));
+      for (int other = 1; other < 4; other *= 2) offset[h] = fmaxf(offset[h], __shfl_xor_sync(ALL, offset[h], other));
 #pragma unroll
-      for (int e = ENTRIES - 1; e > 0; --e) {
-        s.code[e] = before[e - 1] ? s.code[e - 1] : before[e] ? code : s.code[e];
-        s.next[e] = before[e - 1] ? s.next[e - 1] : before[e] ? next_low : s.next[e];
-        s.low[e] = fmaxf(s.low[e - 1], fminf(low, s.low[e]));
-      }
-      s.next[0] = before[0] ? next_low : s.next[0];
-      s.code[0] = before[0] ? code : s.code[0];
-      s.low[0] = fminf(low, s.low[0]);
-      best[m][h] = next[m][h] = INFINITY;
+      for (int n = 0; n < NT; ++n) acc[n][2 * h] -= offset[h], acc[n][2 * h + 1] -= offset[h];
     }
   };
-  auto look_through = [&](int half, const Side& side, int tile) {
-    look(half, side);
-    if (half == TILE / HALF - 1)
+  auto look = [&](int stage) {
 #pragma unroll
-      for (int m = 0; m < MT; ++m) note(m, side, tile);
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const __half2 value = marked(__floats2half2_rn(acc[n][2 * h], acc[n][2 * h + 1]), p.unmarked, stage * NT + n);
+        next[h] = __hmax2(next[h], __hmin2(best[h], value));
+        best[h] = __hmax2(best[h], value);
+      }
   };
-  auto multiply = [&](int stage, int half, bool fresh) {
-    const Operand operand(codes[stage]);
-    begin_products();
+  auto note = [&](int tile, const Group& of_tile, float scale) {  // a tile has been looked through
+    const float X = mine.norm, gone = mine.residual, C = of_tile.norm, lost_c = of_tile.residual;
+    const float error = p.bound(X, C) + 2 * (gone * C + (X + gone) * lost_c);
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s)
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-        multiply_add(acc[half % 2][m], a[m][s], operand, (half % 2 * STEPS + s) * HALF * 2, !(fresh && s == 0));
-    commit_products();
+    for (int h = 0; h < 2; ++h) {
+      const float2 b = __half22float2(best[h]), n = __half22float2(next[h]);
+      const bool odd = b.y > b.x;
+      const float v = odd ? b.y : b.x, w = fmaxf(odd ? b.x : b.y, fmaxf(n.x, n.y));
+      const int code = tile * TILE + (bits_of(best[h]) >> (odd ? 16 : 0)) % MARKS * 8 + 2 * t + odd;
+      const float E = error - p.bound.relative * scale * fabsf(offset[h]);
+      const bool usable = E < INFINITY && -scale < INFINITY;  // else it rules nothing out
+      const float low = usable ? scale * (v + blur(v) + offset[h]) - E : -INFINITY;
+      const float next_low = usable ? scale * (w + blur(w) + offset[h]) - E : -INFINITY;
+      limit[h] = fminf(limit[h], usable ? scale * (v - blur(v) + offset[h]) + E : INFINITY);
+      for (int other = 1; other < 4; other *= 2) limit[h] = fminf(limit[h], __shfl_xor_sync(ALL, limit[h], other));
+      const bool keep = !(low > limit[h]);
+      const unsigned keepers = __ballot_sync(ALL, keep) >> (lane - t) & 15;  // of the four lanes that share this row
+      if (keep) {
+        const int at = found[h] + __popc(keepers & ((1u << t) - 1));
+        const int64_t row = row_0 + lane / 4 + 8 * h;
+        Candidate* to = p.lists + (row * gridDim.y + blockIdx.y) * LIST + at % LIST;
+        lost[h] |= at >= LIST && !(to->low > limit[h]);  // what it replaces may be ruled out by now
+        *to = {low, next_low, code, 0};
+      }
+      found[h] += __popc(keepers);
+    }
   };
-  auto finish = [&](int half) {
-    await_products();
-#pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) arrived(acc[half % 2][m][n][i]);
-  };
-  int stage = 0, side = 0, before = INT32_MAX / TILE;
+  __syncthreads();
+  int turn = 0;
   for (int tile = blockIdx.y; tile < p.n_tiles; tile += gridDim.y) {
+    const Group of_tile = p.tiles[tile];
+    const float scale = -2 * mine.unit * of_tile.unit;  // a score is this times what is looked through, and the offset
+    for (int h = 0; h < 2; ++h) {
+      offset[h] = limit[h] < INFINITY ? fminf(fmaxf(-limit[h] / 2 * mine.inverse * of_tile.inverse, -MOST), MOST) : 0;
+      best[h] = next[h] = __floats2half2_rn(-65504, -65504);
+    }
+    set_extra(of_tile.unit * mine.inverse);
 #pragma unroll
-    for (int half = 0; half < HALVES; half += 2)
-      for (int part = 0; part < parts; ++part, stage ^= 1) {
-        const bool starts = part == 0, ends = part == parts - 1, done = ends && half == HALVES - 2;
-        __pipeline_wait_prior(0);
-        publish();
-        __syncthreads();  // this stage is filled, and all have left the other one
-        fetch(stage ^ 1, done ? (side + 1) % 3 : side, done ? tile + int(gridDim.y) : tile, done ? 0 : half / 2 + ends,
-              ends ? 0 : part + 1);
+    for (int stage = 0; stage < STAGES; ++stage) {
+      for (int part = 0; part < parts; ++part, ++turn) {
+        const bool ends = part == parts - 1, done = ends && stage == STAGES - 1;
+        const int side = WHOLE ? stage % 2 : turn % 2;
+        await(&gates[side], turn / 2 % 2);
+        __syncthreads();  // this side is filled, and all have left the other one
+        bring(side ^ 1, done ? tile + int(gridDim.y) : tile, (stage + ends) % STAGES, ends ? 0 : part + 1);
         if constexpr (!WHOLE)
 #pragma unroll
-          for (int m = 0; m < MT; ++m)
+          for (int s = 0; s < STEPS; ++s)
+            a[s] = as_rows(p.packed_x[(row_0 / GROUP * p.steps + part * STEPS + s) * 32 + lane]);
+        const Operand operand(codes[side]);
+        for (auto& d : acc) for (float& one : d) here(one);
+        begin_products();
+        multiply_add(acc, extra, operand, STEPS * STAGE * 2, part > 0);
 #pragma unroll
-            for (int s = 0; s < STEPS; ++s)
-              a[m][s] = as_rows(p.packed_x[((row_0 / GROUP + m) * p.steps + part * STEPS + s) * 32 + lane]);
-        multiply(stage, half, starts);
-        if (WHOLE || starts)
-          look_through((half + HALVES - 1) % HALVES, half ? sides[side] : sides[(side + 2) % 3], before);
-        finish(half);
-        multiply(stage, half + 1, starts);
-        if (WHOLE || ends) look_through(half, sides[side], tile);
-        finish(half + 1);
+        for (int s = 0; s < STEPS; ++s) multiply_add(acc, a[s], operand, s * STAGE * 2, true);
+        await_products();
+        for (auto& d : acc) for (float& one : d) here(one);
       }
-    before = tile, side = (side + 1) % 3;
-  }
-  look_through(HALVES - 1, sides[(side + 2) % 3], before);
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-    for (int h = 0; h < 2; ++h) {
-      const int64_t row = row_0 + m * GROUP + lane / 4 + 8 * h;
-      if (row < p.rows) p.slots[(row * gridDim.y + blockIdx.y) * 4 + t] = seen[m][h];
+      if (stage == 0 && tile == int(blockIdx.y)) set_offset(), set_extra(of_tile.unit * mine.inverse);
+      look(stage);
     }
+    note(tile, of_tile, scale);
+  }
+  for (int h = 0; h < 2; ++h) {
+    for (int other = 1; other < 4; other *= 2) lost[h] |= __shfl_xor_sync(ALL, int(lost[h]), other);
+    const int64_t row = row_0 + lane / 4 + 8 * h;
+    if (t == 0) p.found[row * gridDim.y + blockIdx.y] = {limit[h], lost[h] ? -1 : found[h] < LIST ? found[h] : LIST};
+  }
 }
 
 // What the screen has left. A row with one code is done. With a few: a thread evaluates each. If there may be others, too: the
 // block evaluates all codes. Without slots (float64) it does so for all rows. `readers` threads read the slots of a row.
 template <class T>
 __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const T* codes, int64_t first, int64_t rows, int64_t K,
-                                                              int64_t D, const Slot* slots, int n_slots, int readers,
+                                                              int64_t D, const Candidate* lists, const Row* of_rows, int shares, int readers,
                                                               int64_t* idx, double* distance) {
   constexpr int PAIRS = 1024;
   __shared__ int row_of[PAIRS], code_of[PAIRS], many[FINISHERS], n_pairs, n_many;
@@ -502,29 +559,26 @@ __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const 
   const bool leads = threadIdx.x % readers == 0 && row < rows;
   if (threadIdx.x == 0) n_pairs = n_many = 0;
   __syncthreads();
-  int found = 0, code = 0, at = 0;  // codes that are left, one of them
-  bool open = !slots;               // there are others
-  if (slots) {
-    const Slot* from = slots + (row < rows ? row : rows - 1) * n_slots;
-    float limit = INFINITY;
-#pragma unroll 4
-    for (int s = threadIdx.x % readers; s < n_slots; s += readers) limit = fminf(limit, from[s].limit);
+  int found = 0, all = 0, code = 0;  // codes that this thread has left, and the readers of this row together; one of them
+  int begin = 0, end = 0;            // where its own are in the list
+  bool open = !lists;                // there are others
+  if (lists) {
+    const int64_t share = (row < rows ? row : rows - 1) * shares + threadIdx.x % readers;
+    const Row seen = int(threadIdx.x) % readers < shares ? of_rows[share] : Row{INFINITY, 0};
+    float limit = seen.limit;
     for (int other = 1; other < readers; other *= 2) limit = fminf(limit, __shfl_xor_sync(ALL, limit, other));
+    open = seen.found < 0;
     auto each = [&](auto take) {  // take(code), for all that this thread cannot rule out; `not >`: NaN rules nothing out
-#pragma unroll 4
-      for (int s = threadIdx.x % readers; s < n_slots; s += readers) {
-        const Slot seen = from[s];
-        open |= !(seen.rest > limit);
-        for (int e = 0; e < ENTRIES; ++e)
-          if (!(seen.low[e] > limit)) {
-            take(seen.code[e]);
-            if (!(seen.next[e] > limit))  // others of this tile and lane
-              for (int i = 0; i < TILE / 4; ++i) take(seen.code[e] / TILE * TILE + i / 2 * 8 + s % 4 * 2 + i % 2);
-          }
+      for (int i = 0; i < seen.found; ++i) {
+        const Candidate it = lists[share * LIST + i];
+        if (it.low > limit) continue;
+        take(it.code);
+        if (!(it.next > limit))  // others of this tile and lane
+          for (int i = 0; i < TILE / 4; ++i) take(it.code / TILE * TILE + i / 2 * 8 + it.code % 8 / 2 * 2 + i % 2);
       }
     };
     each([&](int k) { ++found, code = k; });
-    int all = found;
+    all = found;
     for (int other = 1; other < readers; other *= 2) {
       const int their_code = __shfl_xor_sync(ALL, code, other), theirs = __shfl_xor_sync(ALL, all, other);
       code = all ? code : their_code, all += theirs;
@@ -533,13 +587,11 @@ __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const 
     if (all == 1 && !open) {
       if (leads) idx[first + row] = code;
     } else if (!open && row < rows) {
-      at = atomicAdd(&n_pairs, found);
-      int end = at + found;
-      if (end <= PAIRS) each([&](int k) { row_of[at] = mine, code_of[at++] = k; });
-      for (open = end > PAIRS; at < PAIRS && open; ++at) code_of[at] = INT32_MAX;  // the list is full: nobody's
+      begin = end = atomicAdd(&n_pairs, found);
+      if (begin + found <= PAIRS) each([&](int k) { row_of[end] = mine, code_of[end++] = k; });
+      for (open = begin + found > PAIRS; end < PAIRS && open; ++end) code_of[end] = INT32_MAX;  // the list is full: nobody's
     }
     for (int other = 1; other < readers; other *= 2) open |= __shfl_xor_sync(ALL, int(open), other);
-    found = all;
   }
   if (leads && open) many[atomicAdd(&n_many, 1)] = mine;
   __syncthreads();
@@ -547,17 +599,16 @@ __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const 
   for (int i = threadIdx.x; i < pairs; i += FINISHERS)
     distance_of[i] = code_of[i] < K ? distance64(x + (first + base + row_of[i]) * D, codes + code_of[i] * D, D) : INFINITY;
   __syncthreads();
-  if (leads && !open && found > 1) {
-    Nearest nearest;
-    for (int i = 0; i < pairs; ++i)
-      if (row_of[i] == mine && code_of[i] < K) nearest.take(distance_of[i], code_of[i]);
-    idx[first + row] = nearest.code < K ? nearest.code : K;
-  }
+  Nearest nearest;
+  for (int i = begin; i < end && !open; ++i)
+    if (code_of[i] < K) nearest.take(distance_of[i], code_of[i]);
+  nearest.take_from_lanes(readers);
+  if (leads && !open && all > 1) idx[first + row] = nearest.code < K ? nearest.code : K;
   for (int i = 0; i < n_many; ++i) {
     const int64_t my_row = first + base + many[i];
     Nearest nearest;
     for (int64_t k = threadIdx.x; k < K; k += FINISHERS) nearest.take(distance64(x + my_row * D, codes + k * D, D), k);
-    nearest.take_from_warp();
+    nearest.take_from_lanes(32);
     if (lane == 0) nearest_of[warp] = nearest;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -630,7 +681,7 @@ __global__ void __launch_bounds__(COUNTERS) statistics_kernel(const float* x, co
 // How the scratch memory is cut up; every piece starts on a multiple of 256 bytes.
 struct Scratch {
   int64_t chunk, part, steps, codes, splits, bytes = 0;
-  int64_t mean, c, tiles, square, x, x_tiles, slots;
+  int64_t mean, c, tiles, x, x_tiles, lists, found;
   bool whole;
 
   Scratch(int64_t N, int64_t K, int64_t D) {
@@ -639,10 +690,11 @@ struct Scratch {
     const int64_t blocks = (N + ROWS - 1) / ROWS;
     part = D > 64 ? 8 : 4, steps = round_up((D + 15) / 16, part), whole = steps == part, codes = round_up(K, TILE);
     splits = least(least(WANTED_BLOCKS / (blocks ? blocks : 1), MOST_SPLITS), codes / TILE), splits = splits ? splits : 1;
-    chunk = least(CHUNK, blocks * ROWS);
-    mean = take(4 * 16 * steps), c = take(32 * steps * codes), square = take(4 * codes);
+    chunk = least(CHUNK, round_up(N, TILE));
+    mean = take(4 * 16 * steps), c = take(4 * words_of_record(part) * (steps / part) * (codes / STAGE));
     tiles = take(sizeof(Group) * codes / TILE), x_tiles = take(sizeof(Group) * chunk / TILE);
-    x = take(whole ? 0 : 32 * steps * chunk), slots = take(4 * splits * sizeof(Slot) * chunk);
+    x = take(whole ? 0 : 32 * steps * chunk);
+    lists = take(splits * LIST * sizeof(Candidate) * chunk), found = take(splits * sizeof(Row) * chunk);
   }
 };
 
@@ -654,8 +706,8 @@ int search_all(const T* x, const T* codes, int64_t N, int64_t K, int64_t D, int6
   const auto stream = static_cast<cudaStream_t>(on);
   for (int64_t first = 0; first < N; first += CHUNK) {
     const int64_t rows = N - first < CHUNK ? N - first : CHUNK;
-    finish_kernel<T><<<blocks(rows, FINISHERS / 32), FINISHERS, 0, stream>>>(x, codes, first, rows, K, D, nullptr, 0, 32, idx,
-                                                                             distance);
+    finish_kernel<T><<<blocks(rows, FINISHERS / 32), FINISHERS, 0, stream>>>(x, codes, first, rows, K, D, nullptr, nullptr, 0, 32,
+                                                                             idx, distance);
   }
   return cudaGetLastError();
 }
@@ -669,32 +721,33 @@ int nearest_code_cuda(const float* x, const float* codes, int64_t N, int64_t K, 
   if (N == 0 || D >= MOST_SCREENED) return search_all(x, codes, N, K, D, idx, distance, on);
   const Scratch at(N, K, D);
   char* memory = static_cast<char*>(scratch);
-  auto *mean = reinterpret_cast<float*>(memory + at.mean), *square = reinterpret_cast<float*>(memory + at.square);
+  auto* mean = reinterpret_cast<float*>(memory + at.mean);
   auto *c = reinterpret_cast<uint4*>(memory + at.c), *packed_x = reinterpret_cast<uint4*>(memory + at.x);
   auto *tiles = reinterpret_cast<Group*>(memory + at.tiles), *x_tiles = reinterpret_cast<Group*>(memory + at.x_tiles);
-  auto* slots = reinterpret_cast<Slot*>(memory + at.slots);
-  const int n_tiles = int(at.codes / TILE), n_slots = int(4 * at.splits);
+  auto* lists = reinterpret_cast<Candidate*>(memory + at.lists);
+  auto* found = reinterpret_cast<Row*>(memory + at.found);
+  const int n_tiles = int(at.codes / TILE), shares = int(at.splits);
   const Bound bound(D);
   const auto stream = static_cast<cudaStream_t>(on);
   int readers = 1;
-  while (4 * readers < n_slots) readers *= 2;
-  pack_kernel<<<n_tiles, PACKERS, 0, stream>>>(codes, 0, K, D, at.steps, at.part, mean, c, tiles, square);
+  while (readers < shares) readers *= 2;
+  pack_kernel<<<n_tiles, PACKERS, 0, stream>>>(codes, 0, K, D, at.steps, at.part, mean, c, tiles, nullptr, 0);
   for (int64_t first = 0; first < N; first += at.chunk) {
     const int64_t rows = N - first < at.chunk ? N - first : at.chunk;
     const dim3 grid(blocks(rows, ROWS), unsigned(at.splits));
-    const Screen screen{x, mean, square, packed_x, c, x_tiles, tiles, first, rows, D, int(at.steps), n_tiles, ~(TILE / 4 - 1),
-                        bound, slots};
+    const Screen screen{x, mean, packed_x, c, x_tiles, tiles, first, rows, N, D, int(at.steps), n_tiles,
+                        ~(unsigned(MARKS - 1) * 0x10001u), bound, lists, found};
     if (at.whole && at.part == 4) {
       screen_kernel<4, true><<<grid, THREADS, 0, stream>>>(screen);
     } else if (at.whole) {
       screen_kernel<8, true><<<grid, THREADS, 0, stream>>>(screen);
     } else {
       pack_kernel<<<blocks(rows, TILE), PACKERS, 0, stream>>>(x, first, rows, D, at.steps, at.part, mean, packed_x, x_tiles,
-                                                              nullptr);
+                                                              tiles, n_tiles);
       screen_kernel<8, false><<<grid, THREADS, 0, stream>>>(screen);
     }
     finish_kernel<float><<<blocks(rows, FINISHERS / readers), FINISHERS, 0, stream>>>(
-        x, codes, first, rows, K, D, slots, n_slots, readers, idx, distance);
+        x, codes, first, rows, K, D, lists, found, shares, readers, idx, distance);
   }
   return cudaGetLastError();
 }

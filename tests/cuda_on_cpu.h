@@ -20,12 +20,15 @@
 #define __shared__ static  // one block runs at a time
 #define __launch_bounds__(...)
 #define __forceinline__
+#define __align__(n) __attribute__((aligned(n)))
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 struct float2 { float x, y; };
+struct uint2 { unsigned x, y; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct uint4 { unsigned x, y, z, w; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 using cudaStream_t = void*;
@@ -49,6 +52,17 @@ inline __half __float2half_rn(float f) {  // of finite values below 65504; NaN a
   return {uint16_t(bits | (std::signbit(f) ? 0x8000 : 0))};
 }
 inline uint16_t __half_as_ushort(__half h) { return h.bits; }
+struct __half2 { __half x, y; };
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  auto larger = [](__half a, __half b) { return __half2float(a) > __half2float(b) ? a : b; };
+  return {larger(a.x, b.x), larger(a.y, b.y)};
+}
+inline __half2 __hmin2(__half2 a, __half2 b) {
+  auto smaller = [](__half a, __half b) { return __half2float(a) < __half2float(b) ? a : b; };
+  return {smaller(a.x, b.x), smaller(a.y, b.y)};
+}
 inline double __dsub_rn(double a, double b) { return a - b; }  // compiled with -ffp-contract=off
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
@@ -192,6 +206,12 @@ template <class T>
 T __shfl_sync(unsigned, T value, int from) { return emulator::exchange(value, emulator::current / 32 * 32 + from); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) { return emulator::exchange(value, emulator::current ^ mask); }
+inline unsigned __ballot_sync(unsigned, bool flag) {
+  unsigned flags = 0;
+  for (int i = 0; i < 32; ++i) flags |= unsigned(emulator::exchange(flag, emulator::current / 32 * 32 + i)) << i;
+  return flags;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <class T>
 T __shfl_up_sync(unsigned, T value, int by) {
   return emulator::exchange(value, std::max(emulator::current - by, emulator::current / 32 * 32));

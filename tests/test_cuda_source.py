@@ -24,16 +24,18 @@ int search(const T* x, const T* c, const int64_t* sizes, int64_t* idx, double* d
   std::vector<char> scratch(nearest_code_cuda_scratch(N, K, D), 0x7f);
   const int error = nearest_code_cuda(x, c, N, K, D, scratch.data(), idx, distance, nullptr);
   const Scratch at(N, K, D);
-  const int64_t rows = (N - 1) % at.chunk + 1, each = 4 * at.splits;  // of the last chunk: rows left open, candidates
-  const Slot* slots = reinterpret_cast<Slot*>(scratch.data() + at.slots);
+  const int64_t rows = (N - 1) % at.chunk + 1;  // of the last chunk: rows left open, candidates
+  const auto* found = reinterpret_cast<Row*>(scratch.data() + at.found);
+  const auto* lists = reinterpret_cast<Candidate*>(scratch.data() + at.lists);
   left[0] = left[1] = 0, left[2] = rows;
-  for (int64_t row = 0; row < rows && !scratch.empty(); ++row) {
-    float limit = INFINITY, rest = INFINITY;
-    for (int64_t s = row * each; s < (row + 1) * each; ++s)
-      limit = std::min(limit, slots[s].limit), rest = std::min(rest, slots[s].rest);
-    left[0] += !(rest > limit);
-    for (int64_t s = row * each; s < (row + 1) * each; ++s)
-      for (int e = 0; e < ENTRIES; ++e) left[1] += (slots[s].low[e] <= limit) + (slots[s].next[e] <= limit);
+  for (int64_t row = 0; row < rows && !scratch.empty() && sizeof(T) == sizeof(float); ++row) {
+    float limit = INFINITY;
+    bool open = false;
+    for (int64_t s = row * at.splits; s < (row + 1) * at.splits; ++s) limit = std::min(limit, found[s].limit), open |= found[s].found < 0;
+    left[0] += open;
+    for (int64_t s = row * at.splits; s < (row + 1) * at.splits; ++s)
+      for (int i = 0; i < found[s].found; ++i)
+        left[1] += (lists[s * LIST + i].low <= limit) * (1 + (lists[s * LIST + i].next <= limit));
   }
   return error;
 }
@@ -69,7 +71,7 @@ def emulated(tmp_path_factory):
     source, assembly = re.subn(r"asm\(\"mma.*?\);", "emulator::mma(d, a, b0, b1);", source, flags=re.DOTALL)
     assert assembly == 1
     # small blocks and chunks of rows, few splits of the codes, short lists, so that small inputs take every path
-    for there, here in (("int THREADS = 128", "int THREADS = 64"), ("int TILE = 128", "int TILE = 64"),
+    for there, here in (("int THREADS = 256", "int THREADS = 64"), ("int TILE = 256", "int TILE = 128"),
                         ("CHUNK = 1 << 17", "CHUNK = 128"), ("MOST_SPLITS = 16", "MOST_SPLITS = 2"),
                         ("FINISHERS = 256", "FINISHERS = 64"), ("PAIRS = 1024", "PAIRS = 48"),
                         ("EACH = 16, SPAN", "EACH = 1, SPAN"), ("MOST_SCREENED = 1 << 20", "MOST_SCREENED = 200")):
