@@ -23,12 +23,13 @@
 namespace hipart {
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int THREADS = 512, WARPS = THREADS / 32;
 constexpr int GROUP = 16, ROWS = GROUP * WARPS;   // rows of an operand, which a warp of the screen holds; rows of a block
 constexpr int TILE = 256, STAGE = 64;             // codes of a tile; codes that are multiplied together
+constexpr int RING = 4;                           // records in shared memory: at work, or on their way
 constexpr int PACKERS = TILE / GROUP * 32;        // threads of pack_kernel
 constexpr int LIST = 8;                           // candidates that are kept of a row and share of the codes
-constexpr int WANTED_BLOCKS = 264, MOST_SPLITS = 16;  // of the screen: two for each multiprocessor of an H100
+constexpr int WANTED_BLOCKS = 132, MOST_SPLITS = 16;  // of the screen: one for each multiprocessor of an H100
 constexpr int FINISHERS = 256;                    // threads of finish_kernel
 constexpr int CODES = 8, COLUMNS = 128, COUNTERS = 256;  // codes, dimensions and threads of a block of statistics_kernel
 constexpr int64_t CHUNK = 1 << 17;                // rows that are searched together: what is noted of them stays in cache
@@ -46,6 +47,19 @@ struct alignas(8) Row { float limit; int found; };
 
 __host__ __device__ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 __device__ float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays, unlike in fmaxf
+
+// A kernel may start while the one before still runs (compute capability 9.0): it waits before it reads what that one writes,
+// or writes what that one reads.
+__device__ void let_next_start() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ void wait_for_previous() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // Row-major numbers are read 16 bytes at a time: D is a multiple of 4 here (zeros added to both sides change no distance).
 template <class T>
@@ -77,36 +91,21 @@ __device__ __forceinline__ double distance64(const T* x, const T* c, int64_t D) 
   return sum + probe;
 }
 
-// The smallest distance so far, the lowest code on ties. A NaN counts as minus infinity with no code: nothing beats it.
-struct Nearest {
-  double distance = INFINITY;
-  int64_t code = INT64_MAX;
-
-  __device__ void take(double d, int64_t k) {
-    if (d != d) d = -INFINITY, k = INT64_MAX;
-    if (d < distance || (d == distance && k < code)) distance = d, code = k;
-  }
-  __device__ void take_from_lanes(int lanes) {
-    for (int other = 1; other < lanes; other *= 2) {
-      const double d = __shfl_xor_sync(ALL, distance, other);
-      const int64_t k = __shfl_xor_sync(ALL, code, other);
-      take(d, k);
-    }
-  }
-};
+// Distances as integers of the same order, NaN before all others.
+__device__ unsigned long long rank(double d) { return d == d ? __double_as_longlong(d) + 1ull : 0; }
 
 // Rows g and g + 8 of 16, as lane 4 g + t of a packing warp sees them: of every 16 columns, four of each row, minus `mean`.
 // Which column goes to which place of an operand does not matter, as long as it is the same for both operands.
 struct Reader {
   const float *row[2], *mean;
-  int64_t D;
+  int D;
 
-  __device__ Reader(const float* x, int64_t first, int64_t rows, const float* mean, int64_t D) : mean(mean), D(D) {
+  __device__ Reader(const float* x, int64_t first, int64_t rows, const float* mean, int64_t D) : mean(mean), D(int(D)) {
     const int g = threadIdx.x % 32 / 4;  // rows beyond the end repeat the last one
     for (int h = 0; h < 2; ++h) row[h] = x + (first + g + 8 * h < rows ? first + g + 8 * h : rows - 1) * D;
   }
-  __device__ void read(int64_t step, float (&v)[8]) const {
-    const int64_t d = 16 * step + 4 * (threadIdx.x % 4);
+  __device__ void read(int step, float (&v)[8]) const {
+    const int d = 16 * step + 4 * (threadIdx.x % 4);
     const auto shift = *reinterpret_cast<const Vector<float>*>(mean + d);  // 0 beyond D
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -197,12 +196,8 @@ __device__ uint2 split(float v, float fourth) {
 
 // Packed codes lie in records of 64 codes and `part` steps, as the screen has them in shared memory: of 8 codes and 8 columns,
 // 128 bytes lie together (a core matrix of wgmma), then the other 8 columns, then the next 8 codes, the next step. One step
-// more has 16 columns that no code has: what the screen adds to all products. Here is where 16 codes of a step begin, in
-// words of 4 bytes.
-__host__ __device__ int64_t words_of_record(int64_t part) { return STAGE * 8 * (part + 1); }
-__device__ int64_t place_of_codes(int64_t code, int64_t step, int64_t parts, int64_t part) {
-  return (code / STAGE * parts + step / part) * words_of_record(part) + (step % part * STAGE + code % STAGE) * 8;
-}
+// more has 16 columns that no code has: what the screen adds to all products.
+__host__ __device__ constexpr int words_of_record(int part) { return STAGE * 8 * (part + 1); }
 __device__ void put(uint4 word, unsigned* to) {
   const int lane = threadIdx.x % 32;
   to[lane] = word.x, to[lane + 32] = word.y, to[lane + 64] = word.z, to[lane + 96] = word.w;
@@ -211,18 +206,19 @@ __device__ void put(uint4 word, unsigned* to) {
 // A tile per block, a warp per group: rows go to out [groups][steps][lane], codes (these have no `code_tiles` yet) to records.
 // Codes beyond the last one repeat it, and stay behind it. The mean [16 steps] is made here, by every block of codes, of 32 codes: any shift
 // would do, this one makes the numbers small, hence their rounding errors.
-__global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t first, int64_t rows, int64_t D, int64_t steps,
-                                                       int64_t part, float* mean, uint4* out, Group* tiles,
-                                                       const Group* code_tiles, int n_tiles) {
-  constexpr int SAMPLE = 32, GROUPS = TILE / GROUP;
+template <int PART>
+__global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t first, int64_t rows, int D, int steps, float* mean,
+                                                       uint4* out, Group* tiles, const Group* code_tiles, int n_tiles) {
+  constexpr int SAMPLE = 32, GROUPS = TILE / GROUP, KEPT = 8;
   __shared__ float norm_of[GROUPS];
   __shared__ Group group_of[GROUPS];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = steps / PART;
+  let_next_start();
   if (!code_tiles) {
-    for (int64_t d = threadIdx.x; d < 16 * steps; d += PACKERS) {
+    for (int d = threadIdx.x; d < 16 * steps; d += PACKERS) {
       float sum = 0;
       if (d < D) {
-#pragma unroll 32
+#pragma unroll
         for (int i = 0; i < SAMPLE; ++i) sum += m[rows * i / SAMPLE * D + d] / SAMPLE;
       }
       mean[d] = sum;
@@ -231,36 +227,42 @@ __global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t f
   }
   const int64_t group = int64_t(blockIdx.x) * GROUPS + warp;
   const Reader reader(m, first + group * GROUP, first + rows, mean, D);
-  float v[8], sum[2] = {};
-#pragma unroll 8
-  for (int64_t step = 0; step < steps; ++step) reader.read(step, v), add_squares(v, sum);
+  float kept[KEPT][8], v[8], sum[2] = {};
+#pragma unroll
+  for (int s = 0; s < KEPT; ++s)
+    if (s < steps) reader.read(s, kept[s]);
+#pragma unroll
+  for (int s = 0; s < KEPT; ++s)
+    if (s < steps) add_squares(kept[s], sum);
+  for (int s = KEPT; s < steps; ++s) reader.read(s, v), add_squares(v, sum);
   float norm = largest_norm(sum);
   if (lane == 0) norm_of[warp] = norm;
   __syncthreads();
   for (int i = 0; i < GROUPS; ++i) norm = larger(norm, norm_of[i]);
   const float unit = code_tiles ? fmaxf(unit_for(norm), largest_unit(code_tiles, n_tiles)) : unit_for(norm);
   Packer packer;
-#pragma unroll 8
-  for (int64_t step = 0; step < steps; ++step) {
-    reader.read(step, v);
+  unsigned* const record = reinterpret_cast<unsigned*>(out) + group * GROUP / STAGE * parts * words_of_record(PART) +
+                           group * GROUP % STAGE * 8;  // the first of these codes
+  auto pack = [&](int step, const float (&v)[8]) {
     const uint4 word = packer.pack(v, 1 / unit);  // exact
-    if (code_tiles) {
+    if (code_tiles)
       out[(group * steps + step) * 32 + lane] = word;
-    } else {
-      put(word, reinterpret_cast<unsigned*>(out) + place_of_codes(group * GROUP, step, steps / part, part));
-    }
-  }
+    else
+      put(word, record + step / PART * words_of_record(PART) + step % PART * STAGE * 8);
+  };
+#pragma unroll
+  for (int s = 0; s < KEPT; ++s)
+    if (s < steps) pack(s, kept[s]);
+  for (int s = KEPT; s < steps; ++s) reader.read(s, v), pack(s, v);
   packer.finish_rows();
-  if (!code_tiles) {
-    for (int64_t step = 0; step < steps; step += part) {
-      uint2 more[2] = {};
-      for (int h = 0; h < 2 && step == 0; ++h) {
-        const float behind = group * GROUP + lane / 4 + 8 * h < rows ? 0 : BEHIND;
-        more[h] = lane % 4 == 0 ? split(-packer.norm[h] / 2, behind) : lane % 4 == 1 ? columns(1, 1, 1, 0) : uint2{};
-      }
-      put(make_uint4(more[0].x, more[0].y, more[1].x, more[1].y),
-          reinterpret_cast<unsigned*>(out) + place_of_codes(group * GROUP, step, steps / part, part) + STAGE * 8 * part);
+  for (int step = 0; step < steps && !code_tiles; step += PART) {  // the columns that no code has, zeros but for the first part
+    uint2 more[2] = {};
+    for (int h = 0; h < 2 && step == 0; ++h) {
+      const float behind = group * GROUP + lane / 4 + 8 * h < rows ? 0 : BEHIND;
+      more[h] = lane % 4 == 0 ? split(-packer.norm[h] / 2, behind) : columns(lane % 4 == 1, 0, 0, 0);
     }
+    put(make_uint4(more[0].x, more[0].y, more[1].x, more[1].y),
+        record + step / PART * words_of_record(PART) + PART * STAGE * 8);
   }
   const Group mine = packer.group(unit, D);
   if (lane == 0) group_of[warp] = mine;
@@ -305,27 +307,48 @@ __device__ void await_products() {
 }
 __device__ void here(float& d) { asm volatile("" : "+f"(d)::"memory"); }  // what is done to it is done before, or after
 
-// The copy engine brings a record: one thread asks, and a barrier in shared memory has a phase that ends when all is there.
+// The copy engine brings records: one thread asks. A barrier in shared memory has phases: one ends when a record is there, one
+// when all warps have left it.
+constexpr bool COPIES_ROWS = true;
+struct Gates { uint64_t full[RING], empty[RING], rows_there, rows_left; };
 __device__ unsigned address(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
-__device__ void prepare(uint64_t* gate) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.proxy.async.shared::cta;" ::"r"(address(gate)) : "memory");
+__device__ void wait(const uint64_t& gate, int phase) {
+  asm volatile("{.reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra AGAIN;}"
+      :: "r"(address(&gate)), "r"(phase) : "memory");
 }
-template <int WORDS>
-__device__ void fetch(uint4* to, const uint4* from, uint64_t* gate) {
+__device__ void prepare(Gates& gates) {
   if (threadIdx.x != 0) return;
+  for (int i = 0; i < RING; ++i)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nmbarrier.init.shared::cta.b64 [%1], %2;"
+        :: "r"(address(&gates.full[i])), "r"(address(&gates.empty[i])), "n"(WARPS) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nmbarrier.init.shared::cta.b64 [%1], %2;"
+      :: "r"(address(&gates.rows_there)), "r"(address(&gates.rows_left)), "n"(WARPS) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ void copy(void* to, const void* from, unsigned bytes, const uint64_t& gate) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%2], %3;\n"
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];"
-      :: "r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(address(gate)), "r"(WORDS * 16) : "memory");
+      :: "r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(address(&gate)), "r"(bytes) : "memory");
 }
-// Rows that another block will want.
-__device__ void ahead(const float* from, int64_t floats) {
-  if (threadIdx.x == 0 && floats > 0)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(unsigned(floats * 4)));
+__device__ void arrive(const uint64_t& gate) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(&gate)) : "memory");
 }
-__device__ void await(uint64_t* gate, int phase) {
-  asm volatile("{.reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra AGAIN;}"
-      :: "r"(address(gate)), "r"(phase) : "memory");
+template <int WORDS>
+__device__ void fetch(uint4* to, const uint4* from, Gates& gates, int turn) {
+  if (WORDS == 0 || threadIdx.x != 0) return;
+  if (turn >= RING) wait(gates.empty[turn % RING], (turn / RING - 1) % 2);
+  copy(to, from, WORDS * 16, gates.full[turn % RING]);
 }
+__device__ void await(Gates& gates, int turn) { wait(gates.full[turn % RING], turn / RING % 2); }
+__device__ void leave(Gates& gates, int turn) { arrive(gates.empty[turn % RING]); }
+__device__ void fetch_rows(float* to, const float* from, int64_t rows, int64_t D, Gates& gates, int pass) {
+  if (threadIdx.x != 0) return;
+  if (pass > 0) wait(gates.rows_left, (pass - 1) % 2);
+  copy(to, from, unsigned((rows < ROWS ? rows : ROWS) * D * 4), gates.rows_there);
+}
+__device__ void await_rows(Gates& gates, int pass) { wait(gates.rows_there, pass % 2); }
+__device__ void leave_rows(Gates& gates) { arrive(gates.rows_left); }
 #else
 using Operand = const uint4*;
 
@@ -346,14 +369,22 @@ __device__ void begin_products() {}
 __device__ void await_products() {}
 __device__ void here(float&) {}
 
-__device__ void prepare(uint64_t*) {}
+constexpr bool COPIES_ROWS = false;
+struct Gates {};
+__device__ void prepare(Gates&) {}
 template <int WORDS>
-__device__ void fetch(uint4* to, const uint4* from, uint64_t*) {
+__device__ void fetch(uint4* to, const uint4* from, Gates&, int) {
   for (int i = threadIdx.x; i < WORDS; i += THREADS) __pipeline_memcpy_async(&to[i], &from[i], 16);
   __pipeline_commit();
 }
-__device__ void ahead(const float*, int64_t) {}
-__device__ void await(uint64_t*, int) { __pipeline_wait_prior(0); }
+__device__ void await(Gates&, int) {
+  __pipeline_wait_prior(RING - 2);
+  __syncthreads();  // all see this record, and all have left the one before
+}
+__device__ void leave(Gates&, int) {}
+__device__ void fetch_rows(float*, const float*, int64_t, int64_t, Gates&, int) {}
+__device__ void await_rows(Gates&, int) {}
+__device__ void leave_rows(Gates&) {}
 #endif
 
 // Packed as one operand, wanted as the other: the middle words change places.
@@ -382,8 +413,8 @@ struct Screen {
   const float *x, *mean;
   const uint4 *packed_x, *codes;
   const Group *x_tiles, *tiles;
-  int64_t first, rows, all_rows, D;
-  int steps, n_tiles;
+  int64_t first, rows, D;
+  int steps, n_tiles, n_blocks;
   unsigned unmarked;  // a mask; one more constant in the code would be one more instruction
   Bound bound;
   Candidate* lists;
@@ -408,61 +439,89 @@ __device__ float blur(float value) { return fabsf(value) * (MARKS * 0x1p-10f) + 
 // best of the row so far, so that codes that matter come out near zero, where float16 has the finest steps; of the others it
 // is enough to know that they are far off. Two codes share a word: five instructions look at both.
 template <int STEPS, bool WHOLE>
-__global__ void __launch_bounds__(THREADS, 2) screen_kernel(Screen p) {
-  constexpr int NT = STAGE / 8, RECORD = STAGE * 2 * (STEPS + 1);  // times 8 codes of a stage; 16-byte words of a record
-  constexpr int STAGES = TILE / STAGE;
-  __shared__ __align__(128) uint4 codes[2][RECORD];
-  __shared__ uint64_t gates[2];
+__global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
+  constexpr int NT = STAGE / 8, STAGES = TILE / STAGE, RECORD = STAGE * 2 * (STEPS + 1);  // 16-byte words of a record
+  extern __shared__ __align__(128) uint4 ring[];  // and the rows
+  __shared__ Gates gates;
+  float* const copied = reinterpret_cast<float*>(ring + RING * RECORD);
   const int lane = threadIdx.x % 32, t = lane % 4, warp = threadIdx.x / 32, parts = WHOLE ? 1 : p.steps / STEPS;
-  const int64_t row_0 = int64_t(blockIdx.x) * ROWS + warp * GROUP, next_0 = p.first + (int64_t(blockIdx.x) + WANTED_BLOCKS) * ROWS;
-  auto bring = [&](int side, int tile, int stage, int part) {
-    if (tile < p.n_tiles)
-      fetch<RECORD>(codes[side], p.codes + ((int64_t(tile) * STAGES + stage) * parts + part) * RECORD, &gates[side]);
+  int coming = blockIdx.y, record = 0, passes = (p.n_blocks - 1 - blockIdx.x) / gridDim.x;  // what is fetched next; left after
+  auto bring = [&](int turn) {
+    if (coming < p.n_tiles)
+      fetch<RECORD>(&ring[turn % RING * RECORD], p.codes + (int64_t(coming) * STAGES * parts + record) * RECORD, gates, turn);
+    else
+      fetch<0>(ring, p.codes, gates, turn);
+    if (++record < STAGES * parts) return;
+    record = 0, coming += gridDim.y;
+    if (coming >= p.n_tiles && passes-- > 0) coming = blockIdx.y;
   };
-  if (threadIdx.x == 0) prepare(&gates[0]), prepare(&gates[1]);
-  bring(0, blockIdx.y, 0, 0);
+  auto bring_rows = [&](int block, int pass) {
+    const int64_t from = int64_t(block) * ROWS;
+    if (WHOLE && block < p.n_blocks) fetch_rows(copied, p.x + (p.first + from) * p.D, p.rows - from, p.D, gates, pass);
+  };
+  let_next_start();
+  prepare(gates);
+  __syncthreads();
+  bring_rows(blockIdx.x, 0);
+  wait_for_previous();
+  for (int turn = 0; turn < RING - 1; ++turn) bring(turn);
+  const float largest = WHOLE ? largest_unit(p.tiles, p.n_tiles) : 0;
 
-  uint4 a[STEPS];
+  int turn = 0, pass = 0;
+  for (int block = blockIdx.x; block < p.n_blocks; block += gridDim.x, ++pass) {
+  const int64_t row_0 = int64_t(block) * ROWS + warp * GROUP;
+  uint4 a[STEPS], extra;  // the rows; the columns that no row has
   Group mine;
   if constexpr (WHOLE) {
-    const float largest = largest_unit(p.tiles, p.n_tiles);
-    const Reader reader(p.x, p.first + row_0, p.first + p.rows, p.mean, p.D);
+    const int64_t left = p.rows - int64_t(block) * ROWS;
+    const Reader reader = COPIES_ROWS ? Reader(copied, warp * GROUP, left < ROWS ? left : ROWS, p.mean, p.D)
+                                      : Reader(p.x, p.first + row_0, p.first + p.rows, p.mean, p.D);
     float v[STEPS][8], sum[2] = {};
+    await_rows(gates, pass);
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) reader.read(s, v[s]);
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) add_squares(v[s], sum);
+    leave_rows(gates);
     const float unit = fmaxf(unit_for(largest_norm(sum)), largest);
     Packer packer;
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) a[s] = as_rows(packer.pack(v[s], 1 / unit));
     packer.finish_rows();
     mine = packer.group(unit, p.D);
-    ahead(p.x + next_0 * p.D, (next_0 + ROWS < p.all_rows ? ROWS : p.all_rows - next_0) * p.D);
   } else {
     mine = p.x_tiles[row_0 / TILE];
   }
-  uint4 extra;               // the columns that no row has
   float acc[NT][4], offset[2], limit[2] = {INFINITY, INFINITY};
   __half2 best[2], next[2];  // of this tile: two codes a word, each with its mark
   int found[2] = {};
   bool lost[2] = {};
+  Candidate* lists[2];
+  for (int h = 0; h < 2; ++h) lists[h] = p.lists + ((row_0 + lane / 4 + 8 * h) * gridDim.y + blockIdx.y) * LIST;
 
-  auto set_extra = [&](float ratio) {  // of the units of codes and rows
+  auto aim = [&](const float (&at)[2], float ratio) {  // sets the offsets; `ratio` of the units of codes and rows
     uint2 more[2];
-    for (int h = 0; h < 2; ++h) more[h] = t == 0 ? columns(ratio, ratio, ratio, 1) : t == 1 ? split(-offset[h], 0) : uint2{};
-    extra = as_rows(make_uint4(more[0].x, more[0].y, more[1].x, more[1].y));
-  };
-  auto set_offset = [&] {  // nothing is known before the first 64 codes: the best of them will do
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      offset[h] = acc[0][2 * h];
-#pragma unroll
-      for (int n = 0; n < NT; ++n) offset[h] = fmaxf(offset[h], fmaxf(acc[n][2 * h], acc[n][2 * h + 1]));
-      for (int other = 1; other < 4; other *= 2) offset[h] = fmaxf(offset[h], __shfl_xor_sync(ALL, offset[h], other));
-#pragma unroll
-      for (int n = 0; n < NT; ++n) acc[n][2 * h] -= offset[h], acc[n][2 * h + 1] -= offset[h];
+      offset[h] = __half22float2(__floats2half2_rn(at[h], 0)).x;  // any number will do, so one of float16
+      more[h] = t == 0 ? columns(ratio, ratio, ratio, 1) : columns(t == 1 ? -offset[h] : 0, 0, 0, 0);
     }
+    extra = as_rows(make_uint4(more[0].x, more[0].y, more[1].x, more[1].y));
+  };
+  auto aim_at_best = [&](float ratio) {  // nothing is known before the first 64 codes: the best of them will do
+    float most[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      most[h] = acc[0][2 * h];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) most[h] = fmaxf(most[h], fmaxf(acc[n][2 * h], acc[n][2 * h + 1]));
+      for (int other = 1; other < 4; other *= 2) most[h] = fmaxf(most[h], __shfl_xor_sync(ALL, most[h], other));
+    }
+    aim(most, ratio);
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[n][i] -= offset[i / 2];
   };
   auto look = [&](int stage) {
 #pragma unroll
@@ -474,56 +533,46 @@ __global__ void __launch_bounds__(THREADS, 2) screen_kernel(Screen p) {
         best[h] = __hmax2(best[h], value);
       }
   };
-  auto note = [&](int tile, const Group& of_tile, float scale) {  // a tile has been looked through
-    const float X = mine.norm, gone = mine.residual, C = of_tile.norm, lost_c = of_tile.residual;
-    const float error = p.bound(X, C) + 2 * (gone * C + (X + gone) * lost_c);
+  auto note = [&](int tile, float scale, float error) {  // a tile has been looked through
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float2 b = __half22float2(best[h]), n = __half22float2(next[h]);
-      const bool odd = b.y > b.x;
-      const float v = odd ? b.y : b.x, w = fmaxf(odd ? b.x : b.y, fmaxf(n.x, n.y));
-      const int code = tile * TILE + (bits_of(best[h]) >> (odd ? 16 : 0)) % MARKS * 8 + 2 * t + odd;
-      const float E = error - p.bound.relative * scale * fabsf(offset[h]);
-      const bool usable = E < INFINITY && -scale < INFINITY;  // else it rules nothing out
-      const float low = usable ? scale * (v + blur(v) + offset[h]) - E : -INFINITY;
-      const float next_low = usable ? scale * (w + blur(w) + offset[h]) - E : -INFINITY;
-      limit[h] = fminf(limit[h], usable ? scale * (v - blur(v) + offset[h]) + E : INFINITY);
+      const float v = fmaxf(b.x, b.y), E = error - p.bound.relative * scale * fabsf(offset[h]);
+      const float low = scale * (v + blur(v) + offset[h]) - E;
+      limit[h] = fminf(limit[h], scale * (v - blur(v) + offset[h]) + E);
       for (int other = 1; other < 4; other *= 2) limit[h] = fminf(limit[h], __shfl_xor_sync(ALL, limit[h], other));
-      const bool keep = !(low > limit[h]);
+      const bool keep = !(low > limit[h]);  // NaN rules nothing out
       const unsigned keepers = __ballot_sync(ALL, keep) >> (lane - t) & 15;  // of the four lanes that share this row
       if (keep) {
-        const int at = found[h] + __popc(keepers & ((1u << t) - 1));
-        const int64_t row = row_0 + lane / 4 + 8 * h;
-        Candidate* to = p.lists + (row * gridDim.y + blockIdx.y) * LIST + at % LIST;
+        const int at = found[h] + __popc(keepers & ((1u << t) - 1)), odd = b.y > b.x;
+        const int code = tile * TILE + int(bits_of(best[h]) >> 16 * odd & (MARKS - 1)) * 8 + 2 * t + odd;
+        const float w = fmaxf(fminf(b.x, b.y), fmaxf(n.x, n.y));
+        Candidate* to = lists[h] + at % LIST;
         lost[h] |= at >= LIST && !(to->low > limit[h]);  // what it replaces may be ruled out by now
-        *to = {low, next_low, code, 0};
+        *to = {low, scale * (w + blur(w) + offset[h]) - E, code, 0};
       }
       found[h] += __popc(keepers);
     }
   };
-  __syncthreads();
-  int turn = 0;
   for (int tile = blockIdx.y; tile < p.n_tiles; tile += gridDim.y) {
     const Group of_tile = p.tiles[tile];
-    const float scale = -2 * mine.unit * of_tile.unit;  // a score is this times what is looked through, and the offset
+    const float scale = -2 * mine.unit * of_tile.unit;  // a score is this times what is looked through and the offset
+    const float ratio = of_tile.unit * mine.inverse, inverse = -0.5f * mine.inverse * of_tile.inverse;
+    float at[2];
     for (int h = 0; h < 2; ++h) {
-      offset[h] = limit[h] < INFINITY ? fminf(fmaxf(-limit[h] / 2 * mine.inverse * of_tile.inverse, -MOST), MOST) : 0;
+      at[h] = limit[h] < INFINITY ? fminf(fmaxf(limit[h] * inverse, -MOST), MOST) : 0;
       best[h] = next[h] = __floats2half2_rn(-65504, -65504);
     }
-    set_extra(of_tile.unit * mine.inverse);
+    aim(at, ratio);
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
       for (int part = 0; part < parts; ++part, ++turn) {
-        const bool ends = part == parts - 1, done = ends && stage == STAGES - 1;
-        const int side = WHOLE ? stage % 2 : turn % 2;
-        await(&gates[side], turn / 2 % 2);
-        __syncthreads();  // this side is filled, and all have left the other one
-        bring(side ^ 1, done ? tile + int(gridDim.y) : tile, (stage + ends) % STAGES, ends ? 0 : part + 1);
+        await(gates, turn);  // this record
         if constexpr (!WHOLE)
 #pragma unroll
           for (int s = 0; s < STEPS; ++s)
             a[s] = as_rows(p.packed_x[(row_0 / GROUP * p.steps + part * STEPS + s) * 32 + lane]);
-        const Operand operand(codes[side]);
+        const Operand operand(&ring[(WHOLE && STAGES % RING == 0 ? stage : turn) % RING * RECORD]);
         for (auto& d : acc) for (float& one : d) here(one);
         begin_products();
         multiply_add(acc, extra, operand, STEPS * STAGE * 2, part > 0);
@@ -531,16 +580,24 @@ __global__ void __launch_bounds__(THREADS, 2) screen_kernel(Screen p) {
         for (int s = 0; s < STEPS; ++s) multiply_add(acc, a[s], operand, s * STAGE * 2, true);
         await_products();
         for (auto& d : acc) for (float& one : d) here(one);
+        leave(gates, turn);
+        bring(turn + RING - 1);
       }
-      if (stage == 0 && tile == int(blockIdx.y)) set_offset(), set_extra(of_tile.unit * mine.inverse);
+      if (stage == 0 && tile == int(blockIdx.y)) {
+        aim_at_best(ratio);
+        bring_rows(block + gridDim.x, pass + 1);
+      }
       look(stage);
     }
-    note(tile, of_tile, scale);
+    const float X = mine.norm, gone = mine.residual, C = of_tile.norm, gone_c = of_tile.residual;
+    const float error = p.bound(X, C) + 2 * (gone * C + (X + gone) * gone_c);
+    note(tile, scale, -scale < INFINITY ? error : INFINITY);
   }
   for (int h = 0; h < 2; ++h) {
     for (int other = 1; other < 4; other *= 2) lost[h] |= __shfl_xor_sync(ALL, int(lost[h]), other);
     const int64_t row = row_0 + lane / 4 + 8 * h;
     if (t == 0) p.found[row * gridDim.y + blockIdx.y] = {limit[h], lost[h] ? -1 : found[h] < LIST ? found[h] : LIST};
+  }
   }
 }
 
@@ -551,16 +608,17 @@ __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const 
                                                               int64_t D, const Candidate* lists, const Row* of_rows, int shares, int readers,
                                                               int64_t* idx, double* distance) {
   constexpr int PAIRS = 1024;
-  __shared__ int row_of[PAIRS], code_of[PAIRS], many[FINISHERS], n_pairs, n_many;
-  __shared__ double distance_of[PAIRS];
-  __shared__ Nearest nearest_of[FINISHERS / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, mine = threadIdx.x / readers;  // of the rows of this block
+  __shared__ int row_of[PAIRS], code_of[PAIRS], winner[FINISHERS], many[FINISHERS], n_pairs, n_many;
+  __shared__ unsigned long long rank_of[PAIRS], least[FINISHERS];  // of pairs, of rows
+  const int mine = threadIdx.x / readers;                          // of the rows of this block
   const int64_t base = int64_t(blockIdx.x) * (FINISHERS / readers), row = base + mine;
   const bool leads = threadIdx.x % readers == 0 && row < rows;
+  let_next_start();
+  wait_for_previous();
   if (threadIdx.x == 0) n_pairs = n_many = 0;
+  least[threadIdx.x] = ~0ull, winner[threadIdx.x] = INT32_MAX;
   __syncthreads();
   int found = 0, all = 0, code = 0;  // codes that this thread has left, and the readers of this row together; one of them
-  int begin = 0, end = 0;            // where its own are in the list
   bool open = !lists;                // there are others
   if (lists) {
     const int64_t share = (row < rows ? row : rows - 1) * shares + threadIdx.x % readers;
@@ -587,39 +645,44 @@ __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const 
     if (all == 1 && !open) {
       if (leads) idx[first + row] = code;
     } else if (!open && row < rows) {
-      begin = end = atomicAdd(&n_pairs, found);
-      if (begin + found <= PAIRS) each([&](int k) { row_of[end] = mine, code_of[end++] = k; });
-      for (open = begin + found > PAIRS; end < PAIRS && open; ++end) code_of[end] = INT32_MAX;  // the list is full: nobody's
+      int at = atomicAdd(&n_pairs, found);
+      open = at + found > PAIRS;
+      if (!open) each([&](int k) { row_of[at] = mine, code_of[at++] = k; });
+      for (; at < PAIRS && open; ++at) code_of[at] = INT32_MAX;  // the list is full: nobody's
     }
     for (int other = 1; other < readers; other *= 2) open |= __shfl_xor_sync(ALL, int(open), other);
   }
   if (leads && open) many[atomicAdd(&n_many, 1)] = mine;
   __syncthreads();
   const int pairs = n_pairs < PAIRS ? n_pairs : PAIRS;
+  auto settle = [&](int r, unsigned long long value, int k) {  // ties go to the lowest code, NaN to none
+    if (value == least[r]) atomicMin(&winner[r], value ? k : -1);
+  };
   for (int i = threadIdx.x; i < pairs; i += FINISHERS)
-    distance_of[i] = code_of[i] < K ? distance64(x + (first + base + row_of[i]) * D, codes + code_of[i] * D, D) : INFINITY;
-  __syncthreads();
-  Nearest nearest;
-  for (int i = begin; i < end && !open; ++i)
-    if (code_of[i] < K) nearest.take(distance_of[i], code_of[i]);
-  nearest.take_from_lanes(readers);
-  if (leads && !open && all > 1) idx[first + row] = nearest.code < K ? nearest.code : K;
-  for (int i = 0; i < n_many; ++i) {
-    const int64_t my_row = first + base + many[i];
-    Nearest nearest;
-    for (int64_t k = threadIdx.x; k < K; k += FINISHERS) nearest.take(distance64(x + my_row * D, codes + k * D, D), k);
-    nearest.take_from_lanes(32);
-    if (lane == 0) nearest_of[warp] = nearest;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int w = 1; w < FINISHERS / 32; ++w) nearest.take(nearest_of[w].distance, nearest_of[w].code);
-      idx[my_row] = nearest.code < K ? nearest.code : K;
+    if (code_of[i] < K) {
+      rank_of[i] = rank(distance64(x + (first + base + row_of[i]) * D, codes + code_of[i] * D, D));
+      atomicMin(&least[row_of[i]], rank_of[i]);
     }
-    __syncthreads();  // before the next row uses the same memory
-  }
-  if (!distance) return;
   __syncthreads();
-  if (leads) {
+  for (int i = threadIdx.x; i < pairs; i += FINISHERS)
+    if (code_of[i] < K) settle(row_of[i], rank_of[i], code_of[i]);
+  __syncthreads();
+  for (int i = 0; i < n_many; ++i) {
+    if (threadIdx.x == 0) least[many[i]] = ~0ull, winner[many[i]] = INT32_MAX;  // some of it may have been in the list
+    __syncthreads();
+    unsigned long long value = ~0ull;
+    int nearest = INT32_MAX;
+    for (int64_t k = threadIdx.x; k < K; k += FINISHERS) {
+      const unsigned long long other = rank(distance64(x + (first + base + many[i]) * D, codes + k * D, D));
+      if (other < value) value = other, nearest = int(k);
+    }
+    atomicMin(&least[many[i]], value);
+    __syncthreads();
+    settle(many[i], value, nearest);
+  }
+  __syncthreads();
+  if (leads && (open || all > 1)) idx[first + row] = winner[mine] < 0 ? K : winner[mine];
+  if (leads && distance) {
     const int64_t k = idx[first + row];
     distance[first + row] = k < K ? distance64(x + (first + row) * D, codes + k * D, D) : NAN;
   }
@@ -680,7 +743,8 @@ __global__ void __launch_bounds__(COUNTERS) statistics_kernel(const float* x, co
 
 // How the scratch memory is cut up; every piece starts on a multiple of 256 bytes.
 struct Scratch {
-  int64_t chunk, part, steps, codes, splits, bytes = 0;
+  int64_t chunk, codes, splits, bytes = 0;
+  int part, steps;
   int64_t mean, c, tiles, x, x_tiles, lists, found;
   bool whole;
 
@@ -688,7 +752,7 @@ struct Scratch {
     auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
     auto take = [this](int64_t n) { const int64_t at = bytes; bytes += round_up(n, 256); return at; };
     const int64_t blocks = (N + ROWS - 1) / ROWS;
-    part = D > 64 ? 8 : 4, steps = round_up((D + 15) / 16, part), whole = steps == part, codes = round_up(K, TILE);
+    part = D > 64 ? 8 : 4, steps = int(round_up((D + 15) / 16, part)), whole = steps == part, codes = round_up(K, TILE);
     splits = least(least(WANTED_BLOCKS / (blocks ? blocks : 1), MOST_SPLITS), codes / TILE), splits = splits ? splits : 1;
     chunk = least(CHUNK, round_up(N, TILE));
     mean = take(4 * 16 * steps), c = take(4 * words_of_record(part) * (steps / part) * (codes / STAGE));
@@ -700,14 +764,25 @@ struct Scratch {
 
 unsigned blocks(int64_t n, int64_t per_block) { return unsigned((n + per_block - 1) / per_block); }
 
+// Starts a kernel, on compute capability 9.0 while the one before still runs: kernels that are started so wait for it.
+template <class... Parameters, class... Arguments>
+void start(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t bytes, void* stream, Arguments... arguments) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes;
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = early;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 // Without a screen.
 template <class T>
-int search_all(const T* x, const T* codes, int64_t N, int64_t K, int64_t D, int64_t* idx, double* distance, void* on) {
-  const auto stream = static_cast<cudaStream_t>(on);
+int search_all(const T* x, const T* codes, int64_t N, int64_t K, int64_t D, int64_t* idx, double* distance, void* stream) {
   for (int64_t first = 0; first < N; first += CHUNK) {
     const int64_t rows = N - first < CHUNK ? N - first : CHUNK;
-    finish_kernel<T><<<blocks(rows, FINISHERS / 32), FINISHERS, 0, stream>>>(x, codes, first, rows, K, D, nullptr, nullptr, 0, 32,
-                                                                             idx, distance);
+    start(false, finish_kernel<T>, blocks(rows, FINISHERS / 32), FINISHERS, 0, stream, x, codes, first, rows, K, D, nullptr, nullptr,
+          0, 32, idx, distance);
   }
   return cudaGetLastError();
 }
@@ -717,8 +792,8 @@ int search_all(const T* x, const T* codes, int64_t N, int64_t K, int64_t D, int6
 int64_t nearest_code_cuda_scratch(int64_t N, int64_t K, int64_t D) { return D < MOST_SCREENED ? Scratch(N, K, D).bytes : 0; }
 
 int nearest_code_cuda(const float* x, const float* codes, int64_t N, int64_t K, int64_t D, void* scratch, int64_t* idx,
-                      double* distance, void* on) {
-  if (N == 0 || D >= MOST_SCREENED) return search_all(x, codes, N, K, D, idx, distance, on);
+                      double* distance, void* stream) {
+  if (N == 0 || D >= MOST_SCREENED) return search_all(x, codes, N, K, D, idx, distance, stream);
   const Scratch at(N, K, D);
   char* memory = static_cast<char*>(scratch);
   auto* mean = reinterpret_cast<float*>(memory + at.mean);
@@ -728,26 +803,25 @@ int nearest_code_cuda(const float* x, const float* codes, int64_t N, int64_t K, 
   auto* found = reinterpret_cast<Row*>(memory + at.found);
   const int n_tiles = int(at.codes / TILE), shares = int(at.splits);
   const Bound bound(D);
-  const auto stream = static_cast<cudaStream_t>(on);
-  int readers = 1;
+  int readers = 1, device, hopper;
   while (readers < shares) readers *= 2;
-  pack_kernel<<<n_tiles, PACKERS, 0, stream>>>(codes, 0, K, D, at.steps, at.part, mean, c, tiles, nullptr, 0);
+  cudaGetDevice(&device), cudaDeviceGetAttribute(&hopper, cudaDevAttrComputeCapabilityMajor, device), hopper = hopper == 9;
+  const auto pack = at.part == 4 ? pack_kernel<4> : pack_kernel<8>;
+  const auto screen = at.part == 4 ? screen_kernel<4, true> : at.whole ? screen_kernel<8, true> : screen_kernel<8, false>;
+  const int64_t bytes = RING * 4 * words_of_record(at.part) + (at.whole && hopper ? ROWS * D * 4 : 0);
+  cudaFuncSetAttribute(screen, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  start(false, pack, n_tiles, PACKERS, 0, stream, codes, 0, K, int(D), at.steps, mean, c, tiles, nullptr, 0);
   for (int64_t first = 0; first < N; first += at.chunk) {
     const int64_t rows = N - first < at.chunk ? N - first : at.chunk;
-    const dim3 grid(blocks(rows, ROWS), unsigned(at.splits));
-    const Screen screen{x, mean, packed_x, c, x_tiles, tiles, first, rows, N, D, int(at.steps), n_tiles,
-                        ~(unsigned(MARKS - 1) * 0x10001u), bound, lists, found};
-    if (at.whole && at.part == 4) {
-      screen_kernel<4, true><<<grid, THREADS, 0, stream>>>(screen);
-    } else if (at.whole) {
-      screen_kernel<8, true><<<grid, THREADS, 0, stream>>>(screen);
-    } else {
-      pack_kernel<<<blocks(rows, TILE), PACKERS, 0, stream>>>(x, first, rows, D, at.steps, at.part, mean, packed_x, x_tiles,
-                                                              tiles, n_tiles);
-      screen_kernel<8, false><<<grid, THREADS, 0, stream>>>(screen);
-    }
-    finish_kernel<float><<<blocks(rows, FINISHERS / readers), FINISHERS, 0, stream>>>(
-        x, codes, first, rows, K, D, lists, found, shares, readers, idx, distance);
+    const unsigned n_blocks = blocks(rows, ROWS);
+    if (!at.whole)
+      start(false, pack, blocks(rows, TILE), PACKERS, 0, stream, x, first, rows, int(D), at.steps, mean, packed_x, x_tiles, tiles,
+            n_tiles);
+    start(hopper, screen, dim3(n_blocks < WANTED_BLOCKS ? n_blocks : WANTED_BLOCKS, shares), THREADS, bytes, stream,
+          Screen{x, mean, packed_x, c, x_tiles, tiles, first, rows, D, at.steps, n_tiles, int(n_blocks),
+                 ~(unsigned(MARKS - 1) * 0x10001u), bound, lists, found});
+    start(hopper, finish_kernel<float>, blocks(rows, FINISHERS / readers), FINISHERS, 0, stream, x, codes, first, rows, K, D, lists,
+          found, shares, readers, idx, distance);
   }
   return cudaGetLastError();
 }
@@ -758,9 +832,7 @@ int nearest_code_cuda(const double* x, const double* codes, int64_t N, int64_t K
 }
 
 int code_statistics_cuda(const float* x, const int64_t* idx, int64_t N, int64_t K, int64_t D, float* n, float* s, void* on) {
-  const unsigned grid = blocks(K, CODES) * blocks(D, COLUMNS);
-  const auto stream = static_cast<cudaStream_t>(on);
-  statistics_kernel<<<grid, COUNTERS, 0, stream>>>(x, idx, N, K, D, n, s);
+  start(false, statistics_kernel, blocks(K, CODES) * blocks(D, COLUMNS), COUNTERS, 0, on, x, idx, N, K, D, n, s);
   return cudaGetLastError();
 }
 

@@ -35,6 +35,22 @@ using cudaStream_t = void*;
 enum { cudaSuccess = 0 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline int cudaGetLastError() { return cudaSuccess; }
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor, cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  int id;
+  struct { int programmaticStreamSerializationAllowed; } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  int numAttrs;
+};
+template <class F>
+int cudaFuncSetAttribute(F, int, int) { return cudaSuccess; }
+inline int cudaGetDevice(int* device) { return *device = 0; }
+inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 8, cudaSuccess; }
 
 struct __half { uint16_t bits; };
 inline float __half2float(__half h) {
@@ -67,6 +83,9 @@ inline double __dsub_rn(double a, double b) { return a - b; }  // compiled with 
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline int atomicAdd(int* p, int v) { const int old = *p; *p += v; return old; }
+template <class T>
+T atomicMin(T* p, T v) { const T old = *p; *p = std::min(old, v); return old; }
+inline long long __double_as_longlong(double d) { long long i; std::memcpy(&i, &d, 8); return i; }
 inline int __float_as_int(float f) { int i; std::memcpy(&i, &f, 4); return i; }
 inline float __int_as_float(int i) { float f; std::memcpy(&f, &i, 4); return f; }
 
@@ -190,15 +209,21 @@ inline void mma(float (&d)[4], uint4 a, unsigned b0, unsigned b1) {
 
 // What cp.async has been told to copy, and has not copied yet.
 struct Copy { void* to; const void* from; size_t n; };
-inline std::vector<Copy> pending[1024];
+inline std::vector<std::vector<std::vector<Copy>>> pending(1024, {{}});  // thread by thread, group by group
 
 }  // namespace emulator
 
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t n) { emulator::pending[emulator::current].push_back({to, from, n}); }
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(int) {
-  for (const auto& c : emulator::pending[emulator::current]) std::memcpy(c.to, c.from, c.n);
-  emulator::pending[emulator::current].clear();
+template <class... Parameters, class... Arguments>
+int cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Parameters...), Arguments... arguments) {
+  emulator::launch(c->gridDim, c->blockDim.x, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t n) { emulator::pending[emulator::current].back().push_back({to, from, n}); }
+inline void __pipeline_commit() { emulator::pending[emulator::current].emplace_back(); }
+inline void __pipeline_wait_prior(int groups) {
+  auto& pending = emulator::pending[emulator::current];  // the last is not committed yet
+  for (; int(pending.size()) > groups + 1; pending.erase(pending.begin()))
+    for (const auto& c : pending.front()) std::memcpy(c.to, c.from, c.n);
 }
 inline void __syncthreads() { emulator::wait(1); }
 inline void __syncwarp() { emulator::wait(2); }
