@@ -4,12 +4,14 @@
 //
 // The screen multiplies in float16, on tensor cores, and adds up in float32. How far a rounded row x' is from x is measured
 // when it is packed, and so is |c - c'|; as x.c - x'.c' = (x - x').c + x'.(c - c'), the product is off by at most
-// |x - x'| |c| + |x'| |c - c'|. On normal data that leaves one code in 94 rows of 100, two or three in the others.
+// |x - x'| |c| + |x'| |c - c'|. To look through the scores then takes longer than to multiply, and it is worse than that: while
+// tensor cores run, the units that compare have half their rate (measured on an H100). So two scores share a word, in float16,
+// next to marks that say whose they are; see screen_kernel for why that loses little. On normal data 89 rows of 100 are left
+// with one code, the others with two or three.
 //
-// Where the bytes go. The codes are packed once, in the order in which tensor cores read them, and pass through shared memory
-// in tiles of 128. A warp keeps its 32 rows in registers (D <= 128; else rows, too, are packed, and come back for every 64
-// codes). Scores never leave the registers: of each of its rows, a lane keeps the most promising codes, and a lower bound of
-// all others: 192 bytes a row and share of the codes (few rows: up to 16 shares), whatever K is.
+// Where the bytes go. The codes are packed once, in the order in which tensor cores read them, and pass through shared memory,
+// 64 at a time. A warp keeps its 16 rows in registers (D <= 128; else rows, too, are packed, and come back for every 64 codes).
+// Scores never leave the registers: of each row, what may still be the best is noted, about three codes of 2048.
 
 #include "quantizer.h"
 
@@ -23,43 +25,31 @@
 namespace hipart {
 namespace {
 
-constexpr int THREADS = 512, WARPS = THREADS / 32;
-constexpr int GROUP = 16, ROWS = GROUP * WARPS;   // rows of an operand, which a warp of the screen holds; rows of a block
-constexpr int TILE = 256, STAGE = 64;             // codes of a tile; codes that are multiplied together
-constexpr int RING = 4;                           // records in shared memory: at work, or on their way
-constexpr int PACKERS = TILE / GROUP * 32;        // threads of pack_kernel
-constexpr int LIST = 8;                           // candidates that are kept of a row and share of the codes
+constexpr int THREADS = 512, WARPS = THREADS / 32;    // of a block of the screen
+constexpr int GROUP = 16, ROWS = GROUP * WARPS;       // rows of an operand, which a warp of the screen holds; rows of a block
+constexpr int TILE = 256, STAGE = 64;                 // codes of a tile; codes that are multiplied together
+constexpr int MARKS = TILE / 8;                       // codes of a tile that a lane has in either half of a word
+constexpr int RING = 4;                               // records of 64 codes in shared memory: at work, or on their way
 constexpr int WANTED_BLOCKS = 132, MOST_SPLITS = 16;  // of the screen: one for each multiprocessor of an H100
-constexpr int FINISHERS = 256;                    // threads of finish_kernel
+constexpr int LIST = 8;                               // candidates that are kept of a row and share of the codes
+constexpr int PACKERS = TILE / GROUP * 32;            // threads of pack_kernel
+constexpr int FINISHERS = 256;                        // threads of finish_kernel
 constexpr int CODES = 8, COLUMNS = 128, COUNTERS = 256;  // codes, dimensions and threads of a block of statistics_kernel
-constexpr int64_t CHUNK = 1 << 17;                // rows that are searched together: what is noted of them stays in cache
-constexpr float MOST = 24576, BEHIND = -15000;    // no product less |c|^2 / 2 is larger; added to that of no code
-constexpr int64_t MOST_SCREENED = 1 << 20;        // dimensions; about here float32 sums stop to say anything
+constexpr float MOST = 24576, BEHIND = -15000;           // x.c - |c|^2 / 2 is at most this, in units; added where there is no code
+constexpr int64_t CHUNK = 1 << 17;                       // rows that are searched together: what is noted of them stays in cache
+constexpr int64_t MOST_SCREENED = 1 << 20;               // dimensions; about here float32 sums stop to say anything
 constexpr unsigned ALL = 0xffffffffu;
 
-// Of packed rows: their largest norm, their largest |v - v'|, both in true units, and their common power of two, and one over it.
+// Of packed rows: their largest norm, their largest |v - v'|, both in true units; their unit, a power of two, and one over it.
 struct alignas(16) Group { float norm, residual, unit, inverse; };
 
 // The best code of a tile among the 64 that a lane looks at, with bounds below its score (low) and below those of the other 63
-// (next). It was no worse than the `limit` of its row then, a bound above the smallest score; found < 0: some did not fit.
+// (next). Of a row: a bound above its smallest score, and how many candidates were noted; -1 if some did not fit.
 struct alignas(16) Candidate { float low, next; int code, unused; };
 struct alignas(8) Row { float limit; int found; };
 
 __host__ __device__ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 __device__ float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays, unlike in fmaxf
-
-// A kernel may start while the one before still runs (compute capability 9.0): it waits before it reads what that one writes,
-// or writes what that one reads.
-__device__ void let_next_start() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ void wait_for_previous() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // Row-major numbers are read 16 bytes at a time: D is a multiple of 4 here (zeros added to both sides change no distance).
 template <class T>
@@ -91,7 +81,7 @@ __device__ __forceinline__ double distance64(const T* x, const T* c, int64_t D) 
   return sum + probe;
 }
 
-// Distances as integers of the same order, NaN before all others.
+// Distances as integers in the same order, NaN before all others.
 __device__ unsigned long long rank(double d) { return d == d ? __double_as_longlong(d) + 1ull : 0; }
 
 // Rows g and g + 8 of 16, as lane 4 g + t of a packing warp sees them: of every 16 columns, four of each row, minus `mean`.
@@ -194,26 +184,26 @@ __device__ uint2 split(float v, float fourth) {
   return columns(high, middle, v - high - middle, fourth);
 }
 
-// Packed codes lie in records of 64 codes and `part` steps, as the screen has them in shared memory: of 8 codes and 8 columns,
+// Packed codes lie in records of 64 codes and PART steps, as the screen has them in shared memory: of 8 codes and 8 columns,
 // 128 bytes lie together (a core matrix of wgmma), then the other 8 columns, then the next 8 codes, the next step. One step
-// more has 16 columns that no code has: what the screen adds to all products.
+// more has columns that no code has: |c|^2 / 2 and a place for the offset, which the product thus takes off by itself.
 __host__ __device__ constexpr int words_of_record(int part) { return STAGE * 8 * (part + 1); }
-__device__ void put(uint4 word, unsigned* to) {
+
+__device__ void put(uint4 word, unsigned* to) {  // 16 codes of a step
   const int lane = threadIdx.x % 32;
   to[lane] = word.x, to[lane + 32] = word.y, to[lane + 64] = word.z, to[lane + 96] = word.w;
 }
 
 // A tile per block, a warp per group: rows go to out [groups][steps][lane], codes (these have no `code_tiles` yet) to records.
-// Codes beyond the last one repeat it, and stay behind it. The mean [16 steps] is made here, by every block of codes, of 32 codes: any shift
-// would do, this one makes the numbers small, hence their rounding errors.
+// Codes beyond the last one repeat it, and stay behind it. The mean [16 steps] is made here, by every block of codes, of 32
+// codes: any shift would do, this one makes the numbers small, hence their rounding errors.
 template <int PART>
 __global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t first, int64_t rows, int D, int steps, float* mean,
                                                        uint4* out, Group* tiles, const Group* code_tiles, int n_tiles) {
-  constexpr int SAMPLE = 32, GROUPS = TILE / GROUP, KEPT = 8;
+  constexpr int SAMPLE = 32, GROUPS = TILE / GROUP, KEPT = 8;  // steps that stay in registers
   __shared__ float norm_of[GROUPS];
   __shared__ Group group_of[GROUPS];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = steps / PART;
-  let_next_start();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (!code_tiles) {
     for (int d = threadIdx.x; d < 16 * steps; d += PACKERS) {
       float sum = 0;
@@ -240,9 +230,9 @@ __global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t f
   __syncthreads();
   for (int i = 0; i < GROUPS; ++i) norm = larger(norm, norm_of[i]);
   const float unit = code_tiles ? fmaxf(unit_for(norm), largest_unit(code_tiles, n_tiles)) : unit_for(norm);
+  unsigned* const record = reinterpret_cast<unsigned*>(out) +  // the first of these codes
+                           group * GROUP / STAGE * (steps / PART) * words_of_record(PART) + group * GROUP % STAGE * 8;
   Packer packer;
-  unsigned* const record = reinterpret_cast<unsigned*>(out) + group * GROUP / STAGE * parts * words_of_record(PART) +
-                           group * GROUP % STAGE * 8;  // the first of these codes
   auto pack = [&](int step, const float (&v)[8]) {
     const uint4 word = packer.pack(v, 1 / unit);  // exact
     if (code_tiles)
@@ -255,7 +245,7 @@ __global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t f
     if (s < steps) pack(s, kept[s]);
   for (int s = KEPT; s < steps; ++s) reader.read(s, v), pack(s, v);
   packer.finish_rows();
-  for (int step = 0; step < steps && !code_tiles; step += PART) {  // the columns that no code has, zeros but for the first part
+  for (int step = 0; step < steps && !code_tiles; step += PART) {  // the columns that no code has: zeros but in the first part
     uint2 more[2] = {};
     for (int h = 0; h < 2 && step == 0; ++h) {
       const float behind = group * GROUP + lane / 4 + 8 * h < rows ? 0 : BEHIND;
@@ -277,8 +267,9 @@ __global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t f
   }
 }
 
-// d += a b: 16 x STAGE scores of a warp. Lane 4 g + t holds those of rows g (d[n][0], d[n][1]) and g + 8, codes 8 n + 2 t and
-// 8 n + 2 t + 1. Tensor cores of compute capability 9.0 read the codes from shared memory by themselves, for four warps.
+// d = a b, or d += a b: 16 x STAGE scores of a warp. Lane 4 g + t holds those of rows g (d[n][0], d[n][1]) and g + 8, codes
+// 8 n + 2 t and 8 n + 2 t + 1. Tensor cores of compute capability 9.0 read the codes from shared memory by themselves, for four
+// warps together, and a copy engine brings them there.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 struct Operand {  // the address, and how far it is to the next core matrix: 128 bytes along the columns, 256 along the codes
   uint64_t at;
@@ -307,10 +298,9 @@ __device__ void await_products() {
 }
 __device__ void here(float& d) { asm volatile("" : "+f"(d)::"memory"); }  // what is done to it is done before, or after
 
-// The copy engine brings records: one thread asks. A barrier in shared memory has phases: one ends when a record is there, one
-// when all warps have left it.
-constexpr bool COPIES_ROWS = true;
-struct Gates { uint64_t full[RING], empty[RING], rows_there, rows_left; };
+// A barrier in shared memory has phases: one ends when a record is there, one when all warps have left it. Thread 0 asks for
+// the records.
+struct Gates { uint64_t full[RING], empty[RING]; };
 __device__ unsigned address(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
 __device__ void wait(const uint64_t& gate, int phase) {
   asm volatile("{.reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra AGAIN;}"
@@ -321,34 +311,25 @@ __device__ void prepare(Gates& gates) {
   for (int i = 0; i < RING; ++i)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nmbarrier.init.shared::cta.b64 [%1], %2;"
         :: "r"(address(&gates.full[i])), "r"(address(&gates.empty[i])), "n"(WARPS) : "memory");
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nmbarrier.init.shared::cta.b64 [%1], %2;"
-      :: "r"(address(&gates.rows_there)), "r"(address(&gates.rows_left)), "n"(WARPS) : "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-__device__ void copy(void* to, const void* from, unsigned bytes, const uint64_t& gate) {
+template <int WORDS>
+__device__ void fetch(uint4* to, const uint4* from, bool there, Gates& gates, int turn) {
+  if (!there || threadIdx.x != 0) return;
+  if (turn >= RING) wait(gates.empty[turn % RING], (turn / RING - 1) % 2);
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%2], %3;\n"
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];"
-      :: "r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(address(&gate)), "r"(bytes) : "memory");
-}
-__device__ void arrive(const uint64_t& gate) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(&gate)) : "memory");
-}
-template <int WORDS>
-__device__ void fetch(uint4* to, const uint4* from, Gates& gates, int turn) {
-  if (WORDS == 0 || threadIdx.x != 0) return;
-  if (turn >= RING) wait(gates.empty[turn % RING], (turn / RING - 1) % 2);
-  copy(to, from, WORDS * 16, gates.full[turn % RING]);
+      :: "r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(address(&gates.full[turn % RING])), "r"(WORDS * 16) : "memory");
 }
 __device__ void await(Gates& gates, int turn) { wait(gates.full[turn % RING], turn / RING % 2); }
-__device__ void leave(Gates& gates, int turn) { arrive(gates.empty[turn % RING]); }
-__device__ void fetch_rows(float* to, const float* from, int64_t rows, int64_t D, Gates& gates, int pass) {
-  if (threadIdx.x != 0) return;
-  if (pass > 0) wait(gates.rows_left, (pass - 1) % 2);
-  copy(to, from, unsigned((rows < ROWS ? rows : ROWS) * D * 4), gates.rows_there);
+__device__ void leave(Gates& gates, int turn) {
+  if (threadIdx.x % 32 == 0)
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(&gates.empty[turn % RING])) : "memory");
 }
-__device__ void await_rows(Gates& gates, int pass) { wait(gates.rows_there, pass % 2); }
-__device__ void leave_rows(Gates& gates) { arrive(gates.rows_left); }
+__device__ void prefetch(const float* from, int64_t floats) {  // into the cache
+  if (threadIdx.x == 0 && floats > 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(unsigned(floats * 4)));
+}
 #else
 using Operand = const uint4*;
 
@@ -369,12 +350,11 @@ __device__ void begin_products() {}
 __device__ void await_products() {}
 __device__ void here(float&) {}
 
-constexpr bool COPIES_ROWS = false;
 struct Gates {};
 __device__ void prepare(Gates&) {}
 template <int WORDS>
-__device__ void fetch(uint4* to, const uint4* from, Gates&, int) {
-  for (int i = threadIdx.x; i < WORDS; i += THREADS) __pipeline_memcpy_async(&to[i], &from[i], 16);
+__device__ void fetch(uint4* to, const uint4* from, bool there, Gates&, int) {
+  for (int i = threadIdx.x; i < WORDS && there; i += THREADS) __pipeline_memcpy_async(&to[i], &from[i], 16);
   __pipeline_commit();
 }
 __device__ void await(Gates&, int) {
@@ -382,9 +362,7 @@ __device__ void await(Gates&, int) {
   __syncthreads();  // all see this record, and all have left the one before
 }
 __device__ void leave(Gates&, int) {}
-__device__ void fetch_rows(float*, const float*, int64_t, int64_t, Gates&, int) {}
-__device__ void await_rows(Gates&, int) {}
-__device__ void leave_rows(Gates&) {}
+__device__ void prefetch(const float*, int64_t) {}
 #endif
 
 // Packed as one operand, wanted as the other: the middle words change places.
@@ -413,82 +391,62 @@ struct Screen {
   const float *x, *mean;
   const uint4 *packed_x, *codes;
   const Group *x_tiles, *tiles;
-  int64_t first, rows, D;
-  int steps, n_tiles, n_blocks;
+  int64_t first, rows, all_rows, D;
+  int steps, n_tiles;
   unsigned unmarked;  // a mask; one more constant in the code would be one more instruction
   Bound bound;
   Candidate* lists;
   Row* found;
 };
 
-constexpr int MARKS = TILE / 8;  // codes of a tile that a lane has in either half of a word: a mark takes 5 bits
-
 __device__ __half2 marked(__half2 v, unsigned unmarked, unsigned mark) {
   const unsigned bits = (bits_of(v) & unmarked) | mark * 0x10001u;
   return reinterpret_cast<const __half2&>(bits);
 }
-
-// In float16 a value keeps 11 bits, and 6 beside a mark: it is off by less than this.
+// A float16 keeps 11 bits of a value, and 6 beside a mark: it is off by less than this.
 __device__ float blur(float value) { return fabsf(value) * (MARKS * 0x1p-10f) + 0x1p-12f; }
 
-// Scores of 128 rows against the tiles blockIdx.y, blockIdx.y + gridDim.y, ... 64 codes (a stage) are in shared memory, and
-// the next on their way. While tensor cores multiply for some of the 16 warps of a multiprocessor, others look through their
-// scores. WHOLE: D <= 16 STEPS; else the dimensions of a stage come in parts.
+// Scores of 256 rows against the tiles blockIdx.y, blockIdx.y + gridDim.y, ... While tensor cores multiply for some of the 16
+// warps, others look through their scores. WHOLE: D <= 16 STEPS; else the dimensions of 64 codes come in parts.
 //
-// What is looked through is x.c - |c|^2 / 2 - offset, in units of rows and codes: the larger, the nearer. The offset is the
-// best of the row so far, so that codes that matter come out near zero, where float16 has the finest steps; of the others it
-// is enough to know that they are far off. Two codes share a word: five instructions look at both.
+// What is looked through is x.c - |c|^2 / 2 - offset, in units of rows and codes: the larger, the nearer. The offset is the best
+// of the row so far, so that codes that matter come out near zero, where float16 has the finest steps; of the others it is
+// enough to know that they are far off. Rounded to float16, two codes share a word, and five instructions look at both.
 template <int STEPS, bool WHOLE>
 __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
   constexpr int NT = STAGE / 8, STAGES = TILE / STAGE, RECORD = STAGE * 2 * (STEPS + 1);  // 16-byte words of a record
-  extern __shared__ __align__(128) uint4 ring[];  // and the rows
+  extern __shared__ __align__(128) uint4 ring[];
   __shared__ Gates gates;
-  float* const copied = reinterpret_cast<float*>(ring + RING * RECORD);
   const int lane = threadIdx.x % 32, t = lane % 4, warp = threadIdx.x / 32, parts = WHOLE ? 1 : p.steps / STEPS;
-  int coming = blockIdx.y, record = 0, passes = (p.n_blocks - 1 - blockIdx.x) / gridDim.x;  // what is fetched next; left after
+  const int64_t row_0 = int64_t(blockIdx.x) * ROWS + warp * GROUP;
+  int coming = blockIdx.y, record = 0;  // the tile, and the record of it, that is fetched next
   auto bring = [&](int turn) {
-    if (coming < p.n_tiles)
-      fetch<RECORD>(&ring[turn % RING * RECORD], p.codes + (int64_t(coming) * STAGES * parts + record) * RECORD, gates, turn);
-    else
-      fetch<0>(ring, p.codes, gates, turn);
-    if (++record < STAGES * parts) return;
-    record = 0, coming += gridDim.y;
-    if (coming >= p.n_tiles && passes-- > 0) coming = blockIdx.y;
+    fetch<RECORD>(&ring[turn % RING * RECORD], p.codes + (int64_t(coming) * STAGES * parts + record) * RECORD, coming < p.n_tiles,
+                  gates, turn);
+    if (++record == STAGES * parts) record = 0, coming += gridDim.y;
   };
-  auto bring_rows = [&](int block, int pass) {
-    const int64_t from = int64_t(block) * ROWS;
-    if (WHOLE && block < p.n_blocks) fetch_rows(copied, p.x + (p.first + from) * p.D, p.rows - from, p.D, gates, pass);
-  };
-  let_next_start();
   prepare(gates);
   __syncthreads();
-  bring_rows(blockIdx.x, 0);
-  wait_for_previous();
   for (int turn = 0; turn < RING - 1; ++turn) bring(turn);
-  const float largest = WHOLE ? largest_unit(p.tiles, p.n_tiles) : 0;
 
-  int turn = 0, pass = 0;
-  for (int block = blockIdx.x; block < p.n_blocks; block += gridDim.x, ++pass) {
-  const int64_t row_0 = int64_t(block) * ROWS + warp * GROUP;
   uint4 a[STEPS], extra;  // the rows; the columns that no row has
   Group mine;
   if constexpr (WHOLE) {
-    const int64_t left = p.rows - int64_t(block) * ROWS;
-    const Reader reader = COPIES_ROWS ? Reader(copied, warp * GROUP, left < ROWS ? left : ROWS, p.mean, p.D)
-                                      : Reader(p.x, p.first + row_0, p.first + p.rows, p.mean, p.D);
+    const float largest = largest_unit(p.tiles, p.n_tiles);
+    const Reader reader(p.x, p.first + row_0, p.first + p.rows, p.mean, p.D);
     float v[STEPS][8], sum[2] = {};
-    await_rows(gates, pass);
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) reader.read(s, v[s]);
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) add_squares(v[s], sum);
-    leave_rows(gates);
     const float unit = fmaxf(unit_for(largest_norm(sum)), largest);
     Packer packer;
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) a[s] = as_rows(packer.pack(v[s], 1 / unit));
     packer.finish_rows();
     mine = packer.group(unit, p.D);
+    const int64_t later = p.first + (int64_t(blockIdx.x) + WANTED_BLOCKS) * ROWS, left = p.all_rows - later;
+    prefetch(p.x + later * p.D, (left < ROWS ? left : ROWS) * p.D);  // another block's
   } else {
     mine = p.x_tiles[row_0 / TILE];
   }
@@ -554,6 +512,7 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
       found[h] += __popc(keepers);
     }
   };
+  int turn = 0;
   for (int tile = blockIdx.y; tile < p.n_tiles; tile += gridDim.y) {
     const Group of_tile = p.tiles[tile];
     const float scale = -2 * mine.unit * of_tile.unit;  // a score is this times what is looked through and the offset
@@ -583,10 +542,7 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
         leave(gates, turn);
         bring(turn + RING - 1);
       }
-      if (stage == 0 && tile == int(blockIdx.y)) {
-        aim_at_best(ratio);
-        bring_rows(block + gridDim.x, pass + 1);
-      }
+      if (stage == 0 && tile == int(blockIdx.y)) aim_at_best(ratio);
       look(stage);
     }
     const float X = mine.norm, gone = mine.residual, C = of_tile.norm, gone_c = of_tile.residual;
@@ -597,7 +553,6 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
     for (int other = 1; other < 4; other *= 2) lost[h] |= __shfl_xor_sync(ALL, int(lost[h]), other);
     const int64_t row = row_0 + lane / 4 + 8 * h;
     if (t == 0) p.found[row * gridDim.y + blockIdx.y] = {limit[h], lost[h] ? -1 : found[h] < LIST ? found[h] : LIST};
-  }
   }
 }
 
@@ -613,8 +568,6 @@ __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const 
   const int mine = threadIdx.x / readers;                          // of the rows of this block
   const int64_t base = int64_t(blockIdx.x) * (FINISHERS / readers), row = base + mine;
   const bool leads = threadIdx.x % readers == 0 && row < rows;
-  let_next_start();
-  wait_for_previous();
   if (threadIdx.x == 0) n_pairs = n_many = 0;
   least[threadIdx.x] = ~0ull, winner[threadIdx.x] = INT32_MAX;
   __syncthreads();
@@ -764,25 +717,14 @@ struct Scratch {
 
 unsigned blocks(int64_t n, int64_t per_block) { return unsigned((n + per_block - 1) / per_block); }
 
-// Starts a kernel, on compute capability 9.0 while the one before still runs: kernels that are started so wait for it.
-template <class... Parameters, class... Arguments>
-void start(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t bytes, void* stream, Arguments... arguments) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes;
-  config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = early;
-  cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 // Without a screen.
 template <class T>
-int search_all(const T* x, const T* codes, int64_t N, int64_t K, int64_t D, int64_t* idx, double* distance, void* stream) {
+int search_all(const T* x, const T* codes, int64_t N, int64_t K, int64_t D, int64_t* idx, double* distance, void* on) {
+  const auto stream = static_cast<cudaStream_t>(on);
   for (int64_t first = 0; first < N; first += CHUNK) {
     const int64_t rows = N - first < CHUNK ? N - first : CHUNK;
-    start(false, finish_kernel<T>, blocks(rows, FINISHERS / 32), FINISHERS, 0, stream, x, codes, first, rows, K, D, nullptr, nullptr,
-          0, 32, idx, distance);
+    finish_kernel<T><<<blocks(rows, FINISHERS / 32), FINISHERS, 0, stream>>>(x, codes, first, rows, K, D, nullptr, nullptr, 0, 32,
+                                                                             idx, distance);
   }
   return cudaGetLastError();
 }
@@ -792,8 +734,8 @@ int search_all(const T* x, const T* codes, int64_t N, int64_t K, int64_t D, int6
 int64_t nearest_code_cuda_scratch(int64_t N, int64_t K, int64_t D) { return D < MOST_SCREENED ? Scratch(N, K, D).bytes : 0; }
 
 int nearest_code_cuda(const float* x, const float* codes, int64_t N, int64_t K, int64_t D, void* scratch, int64_t* idx,
-                      double* distance, void* stream) {
-  if (N == 0 || D >= MOST_SCREENED) return search_all(x, codes, N, K, D, idx, distance, stream);
+                      double* distance, void* on) {
+  if (N == 0 || D >= MOST_SCREENED) return search_all(x, codes, N, K, D, idx, distance, on);
   const Scratch at(N, K, D);
   char* memory = static_cast<char*>(scratch);
   auto* mean = reinterpret_cast<float*>(memory + at.mean);
@@ -803,25 +745,23 @@ int nearest_code_cuda(const float* x, const float* codes, int64_t N, int64_t K, 
   auto* found = reinterpret_cast<Row*>(memory + at.found);
   const int n_tiles = int(at.codes / TILE), shares = int(at.splits);
   const Bound bound(D);
-  int readers = 1, device, hopper;
-  while (readers < shares) readers *= 2;
-  cudaGetDevice(&device), cudaDeviceGetAttribute(&hopper, cudaDevAttrComputeCapabilityMajor, device), hopper = hopper == 9;
+  const auto stream = static_cast<cudaStream_t>(on);
   const auto pack = at.part == 4 ? pack_kernel<4> : pack_kernel<8>;
   const auto screen = at.part == 4 ? screen_kernel<4, true> : at.whole ? screen_kernel<8, true> : screen_kernel<8, false>;
-  const int64_t bytes = RING * 4 * words_of_record(at.part) + (at.whole && hopper ? ROWS * D * 4 : 0);
-  cudaFuncSetAttribute(screen, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  start(false, pack, n_tiles, PACKERS, 0, stream, codes, 0, K, int(D), at.steps, mean, c, tiles, nullptr, 0);
+  const int bytes = RING * 4 * words_of_record(at.part);
+  cudaFuncSetAttribute(screen, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  int readers = 1;
+  while (readers < shares) readers *= 2;
+  pack<<<n_tiles, PACKERS, 0, stream>>>(codes, 0, K, int(D), at.steps, mean, c, tiles, nullptr, 0);
   for (int64_t first = 0; first < N; first += at.chunk) {
     const int64_t rows = N - first < at.chunk ? N - first : at.chunk;
-    const unsigned n_blocks = blocks(rows, ROWS);
+    const Screen work{x, mean, packed_x, c, x_tiles, tiles, first, rows, N, D, at.steps, n_tiles, ~(unsigned(MARKS - 1) * 0x10001u),
+                      bound, lists, found};
     if (!at.whole)
-      start(false, pack, blocks(rows, TILE), PACKERS, 0, stream, x, first, rows, int(D), at.steps, mean, packed_x, x_tiles, tiles,
-            n_tiles);
-    start(hopper, screen, dim3(n_blocks < WANTED_BLOCKS ? n_blocks : WANTED_BLOCKS, shares), THREADS, bytes, stream,
-          Screen{x, mean, packed_x, c, x_tiles, tiles, first, rows, D, at.steps, n_tiles, int(n_blocks),
-                 ~(unsigned(MARKS - 1) * 0x10001u), bound, lists, found});
-    start(hopper, finish_kernel<float>, blocks(rows, FINISHERS / readers), FINISHERS, 0, stream, x, codes, first, rows, K, D, lists,
-          found, shares, readers, idx, distance);
+      pack<<<blocks(rows, TILE), PACKERS, 0, stream>>>(x, first, rows, int(D), at.steps, mean, packed_x, x_tiles, tiles, n_tiles);
+    screen<<<dim3(blocks(rows, ROWS), shares), THREADS, bytes, stream>>>(work);
+    finish_kernel<float><<<blocks(rows, FINISHERS / readers), FINISHERS, 0, stream>>>(
+        x, codes, first, rows, K, D, lists, found, shares, readers, idx, distance);
   }
   return cudaGetLastError();
 }
@@ -832,7 +772,9 @@ int nearest_code_cuda(const double* x, const double* codes, int64_t N, int64_t K
 }
 
 int code_statistics_cuda(const float* x, const int64_t* idx, int64_t N, int64_t K, int64_t D, float* n, float* s, void* on) {
-  start(false, statistics_kernel, blocks(K, CODES) * blocks(D, COLUMNS), COUNTERS, 0, on, x, idx, N, K, D, n, s);
+  const unsigned grid = blocks(K, CODES) * blocks(D, COLUMNS);
+  const auto stream = static_cast<cudaStream_t>(on);
+  statistics_kernel<<<grid, COUNTERS, 0, stream>>>(x, idx, N, K, D, n, s);
   return cudaGetLastError();
 }
 

@@ -35,22 +35,9 @@ using cudaStream_t = void*;
 enum { cudaSuccess = 0 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline int cudaGetLastError() { return cudaSuccess; }
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor, cudaLaunchAttributeProgrammaticStreamSerialization };
-struct cudaLaunchAttribute {
-  int id;
-  struct { int programmaticStreamSerializationAllowed; } val;
-};
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes;
-  cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  int numAttrs;
-};
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <class F>
 int cudaFuncSetAttribute(F, int, int) { return cudaSuccess; }
-inline int cudaGetDevice(int* device) { return *device = 0; }
-inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 8, cudaSuccess; }
 
 struct __half { uint16_t bits; };
 inline float __half2float(__half h) {
@@ -213,11 +200,6 @@ inline std::vector<std::vector<std::vector<Copy>>> pending(1024, {{}});  // thre
 
 }  // namespace emulator
 
-template <class... Parameters, class... Arguments>
-int cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Parameters...), Arguments... arguments) {
-  emulator::launch(c->gridDim, c->blockDim.x, [&] { kernel(arguments...); });
-  return cudaSuccess;
-}
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t n) { emulator::pending[emulator::current].back().push_back({to, from, n}); }
 inline void __pipeline_commit() { emulator::pending[emulator::current].emplace_back(); }
 inline void __pipeline_wait_prior(int groups) {

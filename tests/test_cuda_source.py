@@ -65,11 +65,14 @@ def test_nvcc_takes_it(tmp_path):
 def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     source = re.sub(r"#include <cuda_\w+\.h>\n", "", (KERNELS / "quantizer.cu").read_text())
+    source, launches = re.subn(r"(\w+(?:<[\w, ]+>)?)<<<(.*?), (\w+), \w+, \w+>>>\((.*?)\);",
+                               r"emulator::launch(\2, \3, [&] { \1(\4); });", source, flags=re.DOTALL)
+    assert launches == 6 and "<<<" not in source
     source, assembly = re.subn(r"asm\(\"mma.*?\);", "emulator::mma(d, a, b0, b1);", source, flags=re.DOTALL)
     assert assembly == 1
     # small blocks and chunks of rows, few splits of the codes, short lists, so that small inputs take every path
     for there, here in (("int THREADS = 512", "int THREADS = 64"), ("int TILE = 256", "int TILE = 128"),
-                        ("CHUNK = 1 << 17", "CHUNK = 128"), ("WANTED_BLOCKS = 132", "WANTED_BLOCKS = 3"), ("MOST_SPLITS = 16", "MOST_SPLITS = 2"),
+                        ("CHUNK = 1 << 17", "CHUNK = 128"), ("MOST_SPLITS = 16", "MOST_SPLITS = 2"),
                         ("FINISHERS = 256", "FINISHERS = 64"), ("PAIRS = 1024", "PAIRS = 48"),
                         ("EACH = 16, SPAN", "EACH = 1, SPAN"), ("MOST_SCREENED = 1 << 20", "MOST_SCREENED = 200"),
                         ("extern __shared__ __align__(128) uint4 ring[]", "static uint4 ring[RING * RECORD]")):
