@@ -15,7 +15,6 @@
 
 #include "quantizer.h"
 
-#include <cfloat>
 #include <cmath>
 
 #include <cuda_fp16.h>
@@ -125,8 +124,8 @@ __device__ float largest_norm(float (&sum)[2]) {
 
 // A power of two that takes a norm to between 2^6 and 2^7, so that a product of two rows is at most 2^14.
 __device__ float unit_for(float norm) {
-  int exponent = 0;
-  if (norm < INFINITY) frexpf(norm, &exponent);
+  int exponent = -40;
+  if (norm > 0 && norm < INFINITY) frexpf(norm, &exponent);
   return ldexpf(1.f, (exponent > -40 ? exponent : -40) - 7);
 }
 
@@ -315,11 +314,14 @@ __device__ void prepare(Gates& gates) {
 }
 template <int WORDS>
 __device__ void fetch(uint4* to, const uint4* from, bool there, Gates& gates, int turn) {
-  if (!there || threadIdx.x != 0) return;
-  if (turn >= RING) wait(gates.empty[turn % RING], (turn / RING - 1) % 2);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%2], %3;\n"
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];"
-      :: "r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(address(&gates.full[turn % RING])), "r"(WORDS * 16) : "memory");
+  if (there && threadIdx.x == 0) {
+    if (turn >= RING) wait(gates.empty[turn % RING], (turn / RING - 1) % 2);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%2], %3;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];"
+        :: "r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(address(&gates.full[turn % RING])), "r"(WORDS * 16)
+        : "memory");
+  }
+  __syncwarp();  // products are asked for by whole warps
 }
 __device__ void await(Gates& gates, int turn) { wait(gates.full[turn % RING], turn / RING % 2); }
 __device__ void leave(Gates& gates, int turn) {
@@ -403,8 +405,9 @@ __device__ __half2 marked(__half2 v, unsigned unmarked, unsigned mark) {
   const unsigned bits = (bits_of(v) & unmarked) | mark * 0x10001u;
   return reinterpret_cast<const __half2&>(bits);
 }
-// A float16 keeps 11 bits of a value, and 6 beside a mark: it is off by less than this.
-__device__ float blur(float value) { return fabsf(value) * (MARKS * 0x1p-10f) + 0x1p-12f; }
+// A float16 keeps 11 bits of a value, and 6 beside a mark: it is off by less than this. The last term is for the smallest
+// numbers of float16, in the value and in the ratio of units that |c|^2 / 2, at most 2^13, is multiplied with.
+__device__ float blur(float value) { return fabsf(value) * (MARKS * 0x1p-10f) + 0x1p-11f; }
 
 // Scores of 256 rows against the tiles blockIdx.y, blockIdx.y + gridDim.y, ... While tensor cores multiply for some of the 16
 // warps, others look through their scores. WHOLE: D <= 16 STEPS; else the dimensions of 64 codes come in parts.
@@ -501,6 +504,7 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
       for (int other = 1; other < 4; other *= 2) limit[h] = fminf(limit[h], __shfl_xor_sync(ALL, limit[h], other));
       const bool keep = !(low > limit[h]);  // NaN rules nothing out
       const unsigned keepers = __ballot_sync(ALL, keep) >> (lane - t) & 15;  // of the four lanes that share this row
+      __syncwarp();  // another lane may have written what this one replaces
       if (keep) {
         const int at = found[h] + __popc(keepers & ((1u << t) - 1)), odd = b.y > b.x;
         const int code = tile * TILE + int(bits_of(best[h]) >> 16 * odd & (MARKS - 1)) * 8 + 2 * t + odd;
@@ -547,7 +551,7 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
     }
     const float X = mine.norm, gone = mine.residual, C = of_tile.norm, gone_c = of_tile.residual;
     const float error = p.bound(X, C) + 2 * (gone * C + (X + gone) * gone_c);
-    note(tile, scale, -scale < INFINITY ? error : INFINITY);
+    note(tile, scale, error);
   }
   for (int h = 0; h < 2; ++h) {
     for (int other = 1; other < 4; other *= 2) lost[h] |= __shfl_xor_sync(ALL, int(lost[h]), other);

@@ -73,8 +73,6 @@ inline int atomicAdd(int* p, int v) { const int old = *p; *p += v; return old; }
 template <class T>
 T atomicMin(T* p, T v) { const T old = *p; *p = std::min(old, v); return old; }
 inline long long __double_as_longlong(double d) { long long i; std::memcpy(&i, &d, 8); return i; }
-inline int __float_as_int(float f) { int i; std::memcpy(&i, &f, 4); return i; }
-inline float __int_as_float(int i) { float f; std::memcpy(&f, &i, 4); return f; }
 
 namespace emulator {
 

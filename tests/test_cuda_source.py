@@ -29,11 +29,12 @@ int search(const T* x, const T* c, const int64_t* sizes, int64_t* idx, double* d
   const auto* lists = reinterpret_cast<Candidate*>(scratch.data() + at.lists);
   left[0] = left[1] = 0, left[2] = rows;
   for (int64_t row = 0; row < rows && !scratch.empty() && sizeof(T) == sizeof(float); ++row) {
+    const int64_t begin = row * at.splits, end = begin + at.splits;
     float limit = INFINITY;
     bool open = false;
-    for (int64_t s = row * at.splits; s < (row + 1) * at.splits; ++s) limit = std::min(limit, found[s].limit), open |= found[s].found < 0;
+    for (int64_t s = begin; s < end; ++s) limit = std::min(limit, found[s].limit), open |= found[s].found < 0;
     left[0] += open;
-    for (int64_t s = row * at.splits; s < (row + 1) * at.splits; ++s)
+    for (int64_t s = begin; s < end; ++s)
       for (int i = 0; i < found[s].found; ++i)
         left[1] += (lists[s * LIST + i].low <= limit) * (1 + (lists[s * LIST + i].next <= limit));
   }
@@ -46,6 +47,17 @@ extern "C" int search_f32(const float* x, const float* c, const int64_t* sizes, 
 extern "C" int search_f64(const double* x, const double* c, const int64_t* sizes, int64_t* idx, double* distance,
                           int64_t* left) {
   return search(x, c, sizes, idx, distance, left);
+}
+extern "C" int64_t noted(const float* x, const float* c, const int64_t* sizes, float* mean, Row* rows, Candidate* lists) {
+  const int64_t N = sizes[0], K = sizes[1], D = sizes[2];
+  std::vector<char> scratch(nearest_code_cuda_scratch(N, K, D), 0x7f);
+  std::vector<int64_t> idx(N);
+  nearest_code_cuda(x, c, N, K, D, scratch.data(), idx.data(), nullptr, nullptr);
+  const Scratch at(N, K, D);
+  std::memcpy(mean, scratch.data() + at.mean, 4 * D);
+  std::memcpy(rows, scratch.data() + at.found, N * at.splits * sizeof(Row));
+  std::memcpy(lists, scratch.data() + at.lists, N * at.splits * LIST * sizeof(Candidate));
+  return at.splits;
 }
 extern "C" int statistics(const float* x, const int64_t* idx, const int64_t* sizes, float* n, float* s) {
   return code_statistics_cuda(x, idx, sizes[0], sizes[1], sizes[2], n, s, nullptr);
@@ -142,12 +154,88 @@ def test_emulated_screen_leaves_little_open(emulated, offset, scale):
     assert rows > 100 and open_rows <= 0.03 * rows and rows <= candidates <= 1.1 * rows  # of the last chunk
 
 
-@pytest.mark.parametrize("near", [[5, 69, 133], [5, 12, 69, 76, 133], [*range(5, 640, 64)]], ids=["three", "pairs", "ten"])
+@pytest.mark.parametrize("near", [[5, 69, 133], [5, 12, 69, 76, 133], [*range(5, 640, 64)], [*range(5, 640, 128)],
+                                  [*range(0, 640, 128), *range(2, 640, 128), *range(4, 640, 128), *range(6, 640, 128)]],
+                         ids=["three", "pairs", "ten", "one a tile", "more than a list holds"])
 def test_emulated_screen_forgets_no_candidate_that_others_displace(emulated, near):
+    left, any_open = torch.zeros(3, dtype=torch.int64), False
     for _ in range(12):  # in whatever order they come
         where, x, c = torch.randn(16), 3e-3 * torch.randn(30, 16), 10 * torch.randn(640, 16).sign()
-        c[near] = where + 3e-3 * torch.randn(len(near), 16)  # one lane's, in tiles of 64; float16 cannot tell them apart
-        np.testing.assert_array_equal(search(emulated, where + x, c)[0].numpy(), brute_force(where + x, c))
+        c[near] = where + 3e-3 * torch.randn(len(near), 16)  # in tiles of 128, four lanes; float16 cannot tell them apart
+        np.testing.assert_array_equal(search(emulated, where + x, c, left)[0].numpy(), brute_force(where + x, c))
+        any_open |= bool(left[0])
+    assert any_open == (len(near) == 20)
+
+
+def test_emulated_screen_is_not_misled_by_what_lies_beyond_the_last_code(emulated):
+    left, c = torch.zeros(3, dtype=torch.int64), torch.randn(200, 64)
+    idx, _ = search(emulated, c[-1] + 0.1 * torch.randn(100, 64), c, left)
+    assert (idx == 199).all() and left.tolist() == [0, 100, 100]  # one candidate a row
+
+
+@pytest.mark.parametrize("scales", [(1e4, 1), (1, 1e4), (1e-4, 1), (1, 1e-4, 1e4)])
+def test_emulated_screen_bears_tiles_of_different_size(emulated, scales):
+    for _ in range(6):
+        where = torch.randn(24)
+        c = torch.cat([where + s * torch.randn(128, 24) for s in scales])
+        x = where + min(scales) * torch.randn(40, 24)
+        np.testing.assert_array_equal(search(emulated, x, c)[0].numpy(), brute_force(x, c))
+
+
+def aligned(rng, N, K, D):  # what rounding to float16 takes from a row is parallel to all codes
+    x = np.float32(1 + 2.0**-11 - 2.0**-20) * rng.choice([1, 2, 4], (N, 1)) * np.ones((N, D))
+    return x, rng.choice([1, -1], (K, 1)) * (1 + 1e-4 * rng.random((K, 1))) * np.ones((K, D))
+
+
+def exact_in_float16(rng, N, K, D):  # codes in pairs of opposites, so that their mean is zero: only sums are rounded
+    c = np.float16(1 + rng.random((K, D)))
+    c[(K + 1) // 2:] = -c[:K // 2]
+    return np.float16(1 + rng.random((N, D))), c
+
+
+def ratio_vanishes(rng, N, K, D):  # of the units of codes and rows, 2^-25, which float16 rounds to 0; the mean of the codes is 0
+    c = np.zeros((K, D))
+    c[:, 0] = 127.99
+    c[[K * i // 32 for i in range(0, 32, 2)]] *= -1
+    c[-1, 0] = 127 * 2.0**25
+    return 1e-4 * rng.standard_normal((N, D)), c
+
+
+def small_against_offset(rng, N, K, D):  # tiles that go down in size, rows smaller than all: the offset is large in their units
+    scales = np.repeat(10.0 ** -np.arange(K // 64 + 1), 64)[:K, None]
+    return 1e-3 * rng.standard_normal((N, D)), scales * (2 + rng.standard_normal((K, D)))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, aligned, exact_in_float16, ratio_vanishes, small_against_offset], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("K", "D"), [(300, 16), (512, 132)])
+def test_emulated_bounds_hold(emulated, kind, K, D):
+    """What the screen notes are bounds of |c - m|^2 - 2 (x - m)(c - m): above the smallest, below all others."""
+    N, tile, length = 24, 128, 8
+    with np.errstate(over="ignore", under="ignore"):
+        x, c = (torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in kind(np.random.default_rng(K), N, K, D))
+    mean, sizes = torch.zeros(D), torch.tensor([N, K, D])
+    rows, lists = np.zeros((N, 2), "f4, i4"), np.zeros((N, 2, length), "f4, f4, i4, i4")  # at most two shares of the codes
+    shares = emulated.noted(pointer(x), pointer(c), pointer(sizes), pointer(mean), rows.ctypes.data_as(ctypes.c_void_p),
+                            lists.ctypes.data_as(ctypes.c_void_p))
+    rows, lists = rows.reshape(-1)[:N * shares].reshape(N, shares), lists.reshape(-1)[:N * shares * length].reshape(N, shares, length)
+    x, c, mean = (t.double().numpy() for t in (x, c, mean))
+    score = ((c - mean) ** 2).sum(1) - 2 * (x - mean) @ (c - mean).T
+    codes = np.arange(-(-K // tile) * tile)  # in the last tile, some do not exist
+    lane_of = codes // tile * 4 + codes % 8 // 2  # four lanes share a row, each has its part of every tile
+    for row in range(N):
+        for share in range(shares):
+            limit, found = rows[row, share]
+            of_share = codes[:K] // tile % shares == share
+            assert not score[row, of_share].min() > limit
+            if found < 0:
+                continue
+            entries, seen = lists[row, share, :found], np.zeros(K, bool)
+            for low, following, code, _ in entries:
+                others = (lane_of[:K] == lane_of[code]) & (codes[:K] != code)
+                seen |= lane_of[:K] == lane_of[code]
+                assert code < K or not low > -np.inf  # where nothing is known, everything is noted
+                assert not (code < K and low > score[row, code]) and not (score[row, others] < following).any()
+            assert not (score[row, of_share & ~seen] < limit).any()  # a list that was overwritten held what is ruled out
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
