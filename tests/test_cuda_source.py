@@ -193,7 +193,7 @@ def exact_in_float16(rng, N, K, D):  # codes in pairs of opposites, so that thei
     return np.float16(1 + rng.random((N, D))), c
 
 
-def ratio_vanishes(rng, N, K, D):  # of the units of codes and rows, 2^-25, which float16 rounds to 0; the mean of the codes is 0
+def ratio_vanishes(rng, N, K, D):  # of the units of codes and rows: 2^-25 is 0 in float16. The mean of the codes is 0
     c = np.zeros((K, D))
     c[:, 0] = 127.99
     c[[K * i // 32 for i in range(0, 32, 2)]] *= -1
@@ -201,12 +201,15 @@ def ratio_vanishes(rng, N, K, D):  # of the units of codes and rows, 2^-25, whic
     return 1e-4 * rng.standard_normal((N, D)), c
 
 
-def small_against_offset(rng, N, K, D):  # tiles that go down in size, rows smaller than all: the offset is large in their units
+def small_against_offset(rng, N, K, D):  # tiles that go down in size: the offset is large in their units
     scales = np.repeat(10.0 ** -np.arange(K // 64 + 1), 64)[:K, None]
     return 1e-3 * rng.standard_normal((N, D)), scales * (2 + rng.standard_normal((K, D)))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, aligned, exact_in_float16, ratio_vanishes, small_against_offset], ids=lambda kind: kind.__name__)
+BOUND_KINDS = [*KINDS, aligned, exact_in_float16, ratio_vanishes, small_against_offset]
+
+
+@pytest.mark.parametrize("kind", BOUND_KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(("K", "D"), [(300, 16), (512, 132)])
 def test_emulated_bounds_hold(emulated, kind, K, D):
     """What the screen notes are bounds of |c - m|^2 - 2 (x - m)(c - m): above the smallest, below all others."""
@@ -217,7 +220,8 @@ def test_emulated_bounds_hold(emulated, kind, K, D):
     rows, lists = np.zeros((N, 2), "f4, i4"), np.zeros((N, 2, length), "f4, f4, i4, i4")  # at most two shares of the codes
     shares = emulated.noted(pointer(x), pointer(c), pointer(sizes), pointer(mean), rows.ctypes.data_as(ctypes.c_void_p),
                             lists.ctypes.data_as(ctypes.c_void_p))
-    rows, lists = rows.reshape(-1)[:N * shares].reshape(N, shares), lists.reshape(-1)[:N * shares * length].reshape(N, shares, length)
+    rows = rows.reshape(-1)[:N * shares].reshape(N, shares)
+    lists = lists.reshape(-1)[:N * shares * length].reshape(N, shares, length)
     x, c, mean = (t.double().numpy() for t in (x, c, mean))
     score = ((c - mean) ** 2).sum(1) - 2 * (x - mean) @ (c - mean).T
     codes = np.arange(-(-K // tile) * tile)  # in the last tile, some do not exist
