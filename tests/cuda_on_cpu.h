@@ -1,7 +1,7 @@
 // Just enough of CUDA to run quantizer.cu on a CPU, one block at a time, every thread of it a fiber: for a machine without a
 // GPU, the difference between code that compiles and code that has run. Slow, so for small sizes only. What it cannot show:
 // races between threads (fibers never interleave except at barriers and shuffles), reads of what nobody has written, memory
-// limits, speed, and the instructions that only Hopper has.
+// limits and speed. Of the instructions that only Hopper has, it does what the PTX manual says, not what they are spelled.
 #pragma once
 #include <csetjmp>
 #include <ucontext.h>
@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <vector>
 
 #define __global__
@@ -80,7 +81,7 @@ struct Fiber {
   ucontext_t start;  // only for the first entry: swapcontext asks the kernel each time, _longjmp does not
   jmp_buf resume;
   std::vector<char> stack = std::vector<char>(64 << 10);
-  int waits_for = 0;  // 0 nothing, 1 the block, 2 its warp
+  int waits_for = 0;  // 0 nothing, 1 the block, 2 its warp, 3 a phase: it looks again
   bool started = false, done = false;
 };
 inline std::vector<Fiber>* fibers;
@@ -144,6 +145,8 @@ inline void run_block(int threads) {
     if (!left) return;
     bool freed = release(0, threads, 1);
     for (int warp = 0; warp < threads; warp += 32) freed |= release(warp, std::min(warp + 32, threads), 2);
+    for (Fiber& f : all)
+      if (f.waits_for == 3) f.waits_for = 0, freed = true;
     if (!ran && !freed) std::abort();  // some wait for ever
   }
 }
@@ -168,28 +171,81 @@ T exchange(T value, int from) {
   return value;
 }
 
-// mma.m16n8k16 with the operands' places as the PTX manual has them (Matrix Fragments for mma.m16n8k16). All terms are cut off
-// at 23 bits below the largest before they are added up: as coarse as tensor cores may be.
+// All terms are cut off at 23 bits below the largest before they are added up: as coarse as tensor cores may be.
+inline float truncated_sum(const double (&terms)[17]) {
+  double largest = 0, sum = 0;
+  for (double term : terms) largest = std::max(largest, std::fabs(term));
+  const double unit = largest > 0 ? std::ldexp(1, std::ilogb(largest) - 23) : 1;
+  for (double term : terms) sum += std::trunc(term / unit) * unit;
+  return static_cast<float>(std::trunc(sum / unit) * unit);
+}
+
+// mma.m16n8k16 with the operands' places as the PTX manual has them (Matrix Fragments for mma.m16n8k16).
 inline unsigned operands[1024][6];
+inline float half(unsigned word, int i) { return __half2float({uint16_t(word >> 16 * i)}); }
 inline void mma(float (&d)[4], uint4 a, unsigned b0, unsigned b1) {
   const unsigned mine[6] = {a.x, a.y, a.z, a.w, b0, b1};
   std::memcpy(operands[current], mine, sizeof(mine));
   wait(2);
   const int first = current / 32 * 32, lane = current % 32;
-  auto half = [](unsigned word, int i) { return __half2float({uint16_t(word >> 16 * i)}); };
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    double terms[17] = {d[i]}, largest = std::fabs(d[i]), sum = 0;
-    for (int k = 0; k < 16; ++k) {
+    double terms[17] = {d[i]};
+    for (int k = 0; k < 16; ++k)
       terms[k + 1] = double(half(operands[first + row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2)) *
                      half(operands[first + column * 4 + k % 8 / 2][4 + k / 8], k % 2);
-      largest = std::max(largest, std::fabs(terms[k + 1]));
-    }
-    const double unit = largest > 0 ? std::ldexp(1, std::ilogb(largest) - 23) : 1;
-    for (double term : terms) sum += std::trunc(term / unit) * unit;
-    d[i] = static_cast<float>(std::trunc(sum / unit) * unit);
+    d[i] = truncated_sum(terms);
   }
   wait(2);
+}
+
+// wgmma.m64nNk16 for the 16 rows of a warp: a as for mma, b in shared memory, in core matrices of 8 x 8 that lie as `at` says.
+inline uintptr_t window;  // of 2^18 bytes, in which shared memory lies
+template <int NT>
+void wgmma(float (&d)[NT][4], uint4 a, uint64_t at, bool add) {
+  std::memcpy(operands[current], &a, sizeof(a));
+  wait(2);
+  const int first = current / 32 * 32, lane = current % 32;
+  const char* b = reinterpret_cast<const char*>(window | (at & 0x3fff) << 4);
+  for (int n = 0; n < NT; ++n)
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      double terms[17] = {add ? d[n][i] : 0};
+      for (int k = 0; k < 16; ++k) {
+        __half other;
+        std::memcpy(&other, b + n * (at >> 32 & 0x3fff) * 16 + k / 8 * (at >> 16 & 0x3fff) * 16 + column * 16 + k % 8 * 2, 2);
+        terms[k + 1] = double(half(operands[first + row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2)) * __half2float(other);
+      }
+      d[n][i] = truncated_sum(terms);
+    }
+  wait(2);
+}
+
+// mbarrier: a phase ends when all that are expected have arrived, and what was to be copied is there. That comes as late as can
+// be, when somebody waits for it; what lies there until then is not a number.
+struct Gate {
+  int expected, missing;
+  unsigned phase;
+  std::function<void()> copy;
+};
+inline std::map<const void*, Gate> gates;
+inline int looks;
+inline void prepare(const void* gate, int expected) { gates[gate] = {expected, expected, 0, nullptr}; }
+inline void end_phase(Gate& gate) { gate.missing = gate.expected, ++gate.phase, looks = 0; }
+inline void arrive(const void* gate) {
+  if (--gates.at(gate).missing == 0) end_phase(gates.at(gate));
+}
+inline void copy(void* to, const void* from, size_t bytes, const void* gate) {
+  if (gates.at(gate).copy) std::abort();  // two in one phase
+  std::memset(to, 0xff, bytes);
+  gates.at(gate).copy = [=] { std::memcpy(to, from, bytes); };
+}
+inline void await_phase(const void* at, unsigned parity) {
+  Gate& gate = gates.at(at);
+  for (looks = 0; gate.phase % 2 == parity; wait(3)) {
+    if (gate.copy) gate.copy(), gate.copy = nullptr, end_phase(gate);
+    if (++looks > 1000000) std::abort();  // in vain
+  }
 }
 
 // What cp.async has been told to copy, and has not copied yet.
@@ -204,6 +260,10 @@ inline void __pipeline_wait_prior(int groups) {
   auto& pending = emulator::pending[emulator::current];  // the last is not committed yet
   for (; int(pending.size()) > groups + 1; pending.erase(pending.begin()))
     for (const auto& c : pending.front()) std::memcpy(c.to, c.from, c.n);
+}
+inline uint64_t __cvta_generic_to_shared(const void* p) {
+  emulator::window = reinterpret_cast<uintptr_t>(p) >> 18 << 18;
+  return reinterpret_cast<uintptr_t>(p);
 }
 inline void __syncthreads() { emulator::wait(1); }
 inline void __syncwarp() { emulator::wait(2); }

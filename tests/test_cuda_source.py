@@ -1,7 +1,8 @@
 """quantizer.cu without a GPU: nvcc takes it, and its kernels, run thread by thread on the CPU, keep the contract.
 
-What runs here is the path of older tensor cores (`mma.sync`). Hopper's (`wgmma`) shares all but the product itself, and
-only a GPU can run it: benchmarks/on_gpu.sh.
+What runs here is the path of older tensor cores (`mma.sync`) and, with stand-ins for its instructions, that of Hopper
+(`wgmma`, the copy engine, barriers). That the instructions are what they should be, only a GPU can show:
+benchmarks/on_gpu.sh.
 """
 
 import ctypes
@@ -73,28 +74,50 @@ def test_nvcc_takes_it(tmp_path):
                     KERNELS / "quantizer.cu", "-o", tmp_path / "quantizer.o"], check=True)
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+HOPPER = {  # how its instructions begin, and what does the same on a CPU
+    "\"{.reg .pred p; setp": "emulator::wgmma(d, a, codes.at + offset, add)",
+    "\"{.reg .pred p;\\nAGAIN": "emulator::await_phase(&gate, phase)",
+    "\"mbarrier.init": "emulator::prepare(&gates.full[i], 1), emulator::prepare(&gates.empty[i], WARPS)",
+    "\"mbarrier.arrive.expect_tx": "emulator::copy(to, from, WORDS * 16, &gates.full[turn % RING])",
+    "\"mbarrier.arrive.shared": "emulator::arrive(&gates.empty[turn % RING])",
+    "\"wgmma.fence": "", "\"wgmma.commit": "", "\"fence.proxy": "", "\"cp.async.bulk.prefetch": "", "\"\" :": "",
+}
+
+
+def emulate(folder, *flags):
     source = re.sub(r"#include <cuda_\w+\.h>\n", "", (KERNELS / "quantizer.cu").read_text())
     source, launches = re.subn(r"(\w+(?:<[\w, ]+>)?)<<<(.*?), (\w+), \w+, \w+>>>\((.*?)\);",
                                r"emulator::launch(\2, \3, [&] { \1(\4); });", source, flags=re.DOTALL)
     assert launches == 6 and "<<<" not in source
-    source, assembly = re.subn(r"asm\(\"mma.*?\);", "emulator::mma(d, a, b0, b1);", source, flags=re.DOTALL)
-    assert assembly == 1
+    instructions = {"(\"mma.sync": "emulator::mma(d, a, b0, b1)"} | {f" volatile({k}": v for k, v in HOPPER.items()}
+    for begin, instead in instructions.items():
+        source, assembly = re.subn(rf"asm{re.escape(begin)}.*?\);", f"{instead};", source, flags=re.DOTALL)
+        assert assembly == 1, begin
+    assert "asm" not in source
     # small blocks and chunks of rows, few splits of the codes, short lists, so that small inputs take every path
     for there, here in (("int THREADS = 512", "int THREADS = 64"), ("int TILE = 256", "int TILE = 128"),
                         ("CHUNK = 1 << 17", "CHUNK = 128"), ("MOST_SPLITS = 16", "MOST_SPLITS = 2"),
                         ("FINISHERS = 256", "FINISHERS = 64"), ("PAIRS = 1024", "PAIRS = 48"),
                         ("EACH = 16, SPAN", "EACH = 1, SPAN"), ("MOST_SCREENED = 1 << 20", "MOST_SCREENED = 200"),
-                        ("extern __shared__ __align__(128) uint4 ring[]", "static uint4 ring[RING * RECORD]")):
+                        ("extern __shared__ __align__(128) uint4 ring[]",
+                         "static __align__(1 << 18) uint4 ring[RING * RECORD]")):
         assert source.count(there) == 1, there
         source = source.replace(there, here)
     (folder / "emulated.cpp").write_text('#include "cuda_on_cpu.h"\n' + source + WRAPPERS)
     subprocess.run(["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC",
-                    "-U_FORTIFY_SOURCE", f"-I{KERNELS}",
+                    "-U_FORTIFY_SOURCE", f"-I{KERNELS}", *flags,
                     f"-I{Path(__file__).parent}", folder / "emulated.cpp", "-o", folder / "emulated.so"], check=True)
     return ctypes.CDLL(folder / "emulated.so")
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    return emulate(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture(scope="session")
+def hopper(tmp_path_factory):
+    return emulate(tmp_path_factory.mktemp("hopper_on_cpu"), "-D__CUDA_ARCH_FEAT_SM90_ALL")
 
 
 def pointer(t):
@@ -144,6 +167,12 @@ def test_emulated_search_of_float64(emulated):
 def test_emulated_search_crosses_chunks_of_rows_tiles_of_codes_and_parts_of_dimensions(emulated, N, K, D):
     x, c = torch.randn(N, D), torch.randn(K, D)  # 128 rows, 64 codes, 128 dimensions, and no screen from 200 dimensions
     np.testing.assert_array_equal(search(emulated, x, c)[0].numpy(), brute_force(x, c))
+
+
+@pytest.mark.parametrize(("N", "K", "D"), [(1, 1, 1), (300, 270, 40), (70, 900, 128), (40, 300, 150)])
+def test_emulated_hopper_gives_the_same(hopper, N, K, D):
+    for x, c in ((torch.randn(N, D), torch.randn(K, D)), (torch.randn(N, D) + 1e3, torch.randn(K, D).round() + 1e3)):
+        np.testing.assert_array_equal(search(hopper, x, c)[0].numpy(), brute_force(x, c))
 
 
 @pytest.mark.parametrize(("offset", "scale"), [(0, 1), (1e3, 1), (0, 1e-9), (0, 1e9)])
