@@ -70,8 +70,9 @@ def test_nvcc_takes_it(tmp_path):
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc here")
     architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90", "90a")]
-    subprocess.run(["nvcc", "-std=c++17", *architectures, "--threads", "3", "-Werror", "all-warnings", "-c",
-                    KERNELS / "quantizer.cu", "-o", tmp_path / "quantizer.o"], check=True)
+    fast = ["-Xcicc", "-O0", "-Xptxas", "-O0", "--threads", "3"]  # halves the time
+    subprocess.run(["nvcc", "-std=c++17", *architectures, *fast, "-Werror", "all-warnings", "-c", KERNELS / "quantizer.cu",
+                    "-o", tmp_path / "quantizer.o"], check=True)
 
 
 HOPPER = {  # how its instructions begin, and what does the same on a CPU
@@ -188,7 +189,7 @@ def test_emulated_screen_leaves_little_open(emulated, offset, scale):
                          ids=["three", "pairs", "ten", "one a tile", "more than a list holds"])
 def test_emulated_screen_forgets_no_candidate_that_others_displace(emulated, near):
     left, any_open = torch.zeros(3, dtype=torch.int64), False
-    for _ in range(12):  # in whatever order they come
+    for _ in range(6):  # in whatever order they come
         where, x, c = torch.randn(16), 3e-3 * torch.randn(30, 16), 10 * torch.randn(640, 16).sign()
         c[near] = where + 3e-3 * torch.randn(len(near), 16)  # in tiles of 128, four lanes; float16 cannot tell them apart
         np.testing.assert_array_equal(search(emulated, where + x, c, left)[0].numpy(), brute_force(where + x, c))
@@ -235,11 +236,11 @@ def small_against_offset(rng, N, K, D):  # tiles that go down in size: the offse
     return 1e-3 * rng.standard_normal((N, D)), scales * (2 + rng.standard_normal((K, D)))
 
 
-BOUND_KINDS = [*KINDS, aligned, exact_in_float16, ratio_vanishes, small_against_offset]
+HARD_KINDS = [aligned, exact_in_float16, ratio_vanishes, small_against_offset]
 
 
-@pytest.mark.parametrize("kind", BOUND_KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize(("K", "D"), [(300, 16), (512, 132)])
+@pytest.mark.parametrize(("kind", "K", "D"), [(kind, 300, 16) for kind in (*KINDS, *HARD_KINDS)] +
+                         [(kind, 512, 132) for kind in (KINDS[0], *HARD_KINDS)])
 def test_emulated_bounds_hold(emulated, kind, K, D):
     """What the screen notes are bounds of |c - m|^2 - 2 (x - m)(c - m): above the smallest, below all others."""
     N, tile, length = 24, 128, 8
