@@ -34,7 +34,7 @@ constexpr int LIST = 8;                               // candidates that are kep
 constexpr int PACKERS = TILE / GROUP * 32;            // threads of pack_kernel
 constexpr int FINISHERS = 256;                        // threads of finish_kernel
 constexpr int CODES = 8, COLUMNS = 128, COUNTERS = 256;  // codes, dimensions and threads of a block of statistics_kernel
-constexpr float MOST = 24576, BEHIND = -15000;           // x.c - |c|^2 / 2 is at most this, in units; added where there is no code
+constexpr float MOST = 24576, BEHIND = -15000;           // of x.c - |c|^2 / 2, in units; added to it where there is no code
 constexpr int64_t CHUNK = 1 << 17;                       // rows that are searched together: what is noted of them stays in cache
 constexpr int64_t MOST_SCREENED = 1 << 20;               // dimensions; about here float32 sums stop to say anything
 constexpr unsigned ALL = 0xffffffffu;
@@ -373,7 +373,7 @@ __device__ uint4 as_rows(uint4 v) { return make_uint4(v.x, v.z, v.y, v.w); }
 // How far a score |c|^2 - 2 x.c, taken in float32, may be from its true value, for a row of norm X and codes of norm at most
 // C, apart from what rounding to float16 adds, and the `offset` that is subtracted from all scores of the row.
 //  - Tensor cores truncate every term: a product of length D, summed in any order, is off by at most 1.25 D u X C, u = 2^-23.
-//    What the sum starts from, -|c|^2 / 2 and the offset, is added up with it, at most every fourth time. The score holds all
+//    What else is in the sum, -|c|^2 / 2 and the offset, loses as much at most every fourth time. The score holds all
 //    that twice; the rounding of the inputs and of this bound add some u of it. All that is taken 1.6 times.
 //  - The contract's own float64 sum rounds as well, which decides where a row is far from all codes.
 //  - Products and inputs below 2^-126 may be flushed to zero.
@@ -561,11 +561,11 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
 }
 
 // What the screen has left. A row with one code is done. With a few: a thread evaluates each. If there may be others, too: the
-// block evaluates all codes. Without slots (float64) it does so for all rows. `readers` threads read the slots of a row.
+// block evaluates all codes. Without lists (float64) it does so for all rows. `readers` threads read the lists of a row.
 template <class T>
 __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const T* codes, int64_t first, int64_t rows, int64_t K,
-                                                              int64_t D, const Candidate* lists, const Row* of_rows, int shares, int readers,
-                                                              int64_t* idx, double* distance) {
+                                                              int64_t D, const Candidate* lists, const Row* of_rows, int shares,
+                                                              int readers, int64_t* idx, double* distance) {
   constexpr int PAIRS = 1024;
   __shared__ int row_of[PAIRS], code_of[PAIRS], winner[FINISHERS], many[FINISHERS], n_pairs, n_many;
   __shared__ unsigned long long rank_of[PAIRS], least[FINISHERS];  // of pairs, of rows
