@@ -15,8 +15,9 @@
 // measured.
 //
 // Where the bytes go: the codebook is packed once into *panels* of 8 codes, [panel][pair of dimensions][code][2], so that one
-// step of the inner loop reads 32 bytes of each of two panels. Two panels (4 KB at D = 128) and a block of 24 rows (6 KB) share the
-// first cache. Of the N x K scores only the smallest of each panel is kept, 3 K floats per thread, which stay in the second.
+// step of the inner loop reads 32 bytes of each of two panels. Two panels (4 KB at D = 128) and a block of 24 rows (6 KB) share
+// the first cache. Of the N x K scores only the smallest of every 8 codes is kept, 3 K floats per thread, which stay in the
+// second.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -35,7 +36,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdlib>
-#include <type_traits>
+#include <cstring>
 #include <vector>
 
 #ifdef __x86_64__
@@ -46,7 +47,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int NR = 8;                 // codes of a panel: their sums fill an AVX2 register
+constexpr int NR = 8;                 // codes of a panel, and of an octet: their sums fill an AVX2 register
 constexpr int MR = 6;                 // rows that meet two panels at once: the sums take 12 of 16 registers
 constexpr int ROWS = 4 * MR;          // rows of a block
 constexpr double LENGTH = INT16_MAX;  // to which rows and codes are scaled
@@ -68,20 +69,9 @@ void in_parallel(int64_t n, int64_t grain, const F& work) {
   });
 }
 
-// Scratch memory that starts on a cache line and is not cleared first, unlike std::vector's.
-template <class T>
-struct Buffer {
-  Tensor memory;
-  T* data;
-
-  explicit Buffer(int64_t n)
-      : memory(at::empty({n * static_cast<int64_t>(sizeof(T))}, at::kByte)), data(reinterpret_cast<T*>(memory.mutable_data_ptr())) {}
-  T& operator[](int64_t i) const { return data[i]; }
-};
-
-template <class W>
-bool all_finite(const W* v, int64_t n) {
-  W zero = 0;  // a sum of v - v is NaN if any v is infinite or NaN
+template <class Real>
+bool all_finite(const Real* v, int64_t n) {
+  Real zero = 0;  // a sum of v - v is NaN if any v is infinite or NaN
 #pragma omp simd reduction(+ : zero)
   for (int64_t i = 0; i < n; ++i) zero += v[i] - v[i];
   return zero == 0;
@@ -96,37 +86,46 @@ using Pair = int32_t __attribute__((may_alias));  // two int16, moved together
 
 struct Rounded { double length, moved; };  // the vector's, and how far rounding has moved it
 
-// A vector, scaled to LENGTH and rounded toward zero -> out.
+// A vector, scaled to LENGTH and rounded toward zero -> out. One so short or so long that its squares leave float64 becomes 0:
+// see `unit` below.
 INLINE Rounded round_to_int16(const std::vector<double>& v, int16_t* out) {
   double square = 0, lost = 0;
 #pragma omp simd reduction(+ : square)
   for (size_t d = 0; d < v.size(); ++d) square += v[d] * v[d];
-  const double length = std::sqrt(square), scale = length > 0 ? LENGTH / length : 0;
+  const double length = std::sqrt(square), scale = length > 0x1p-500 && length < INFINITY ? LENGTH / length : 0;
 #pragma omp simd reduction(+ : lost)
   for (size_t d = 0; d < v.size(); ++d) {
-    const double exact = v[d] * scale;
+    const double exact = scale > 0 ? v[d] * scale : 0;
     out[d] = static_cast<int16_t>(exact);
     lost += (exact - out[d]) * (exact - out[d]);
   }
   return {length, std::sqrt(lost) * (length / LENGTH)};
 }
 
-// W is float, or double for float64 input, which is not screened: integers of 16 bits do not tell enough of it apart.
-template <class W>
+// 8 codes that follow each other, an *octet*, share a bound and a smallest score. They are spread over 8 panels, the first
+// code of an octet over the first panel of eight, and so on: so the smallest score of each octet is the smallest in one place
+// of eight registers, and comes for 8 octets at a time. -> the panel of a code, times 8, plus its place there.
+inline int64_t place(int64_t k) { return k / 64 * 64 + k % 8 * 8 + k / 8 % 8; }
+
+template <class Real>  // float or double
 struct Codebook {
-  static constexpr bool screened = !std::is_same_v<W, double>;
-  int64_t K, D, pairs, panels;
-  Buffer<W> raw;                     // [panel][D][8] as given: what the certificate compares
-  Buffer<int16_t> screen;            // [panel][pair][8][2] what the screen multiplies
+  int64_t K, D, pairs, panels;       // as many panels as octets, a multiple of 8
+  Tensor as_given, as_integers;      // [octet][D][8], which the certificate compares; [panel][pair][8][2], which the screen does
+  const Real* raw;
+  int16_t* screen;
   std::vector<double> mean;          // of the codes. Any shift would do; this one makes the numbers small
   double unit = 0;                   // the largest |c - mean|. What follows is measured in it, so that nothing overflows
   std::vector<float> square, scale;  // [panel][8] |c - mean|^2, and what 1 in its integers stands for
-  std::vector<float> length, moved;  // [panel] the largest |c - mean|, and how far rounding has moved them at most
+  std::vector<float> length, moved;  // [octet] the largest |c - mean|, and how far rounding has moved them at most
 
-  Codebook(const W* codes, int64_t K, int64_t D)
-      : K(K), D(D), pairs((D + 1) / 2), panels((K + NR * NR - 1) / (NR * NR) * NR), raw(panels * NR * D),
-        screen(screened ? panels * NR * pairs * 2 : 0), mean(D), square(panels * NR), scale(panels * NR), length(panels),
-        moved(panels) {
+  explicit Codebook(const Tensor& codebook)  // [K, D], contiguous
+      : K(codebook.size(0)), D(codebook.size(1)), pairs((D + 1) / 2), panels((K + NR * NR - 1) / (NR * NR) * NR),
+        as_given(at::empty({panels, D, NR}, codebook.options())),
+        as_integers(at::empty({panels, pairs, NR, 2}, codebook.options().dtype(at::kShort))),
+        raw(as_given.const_data_ptr<Real>()), screen(as_integers.mutable_data_ptr<int16_t>()), mean(D), square(panels * NR),
+        scale(panels * NR), length(panels), moved(panels) {
+    const Real* codes = codebook.const_data_ptr<Real>();
+    Real* const given = as_given.mutable_data_ptr<Real>();
     TORCH_CHECK_VALUE(all_finite(codes, K * D), "codebook holds a non-finite value; nearest_code needs finite numbers");
     for (int64_t k = 0; k < K; ++k)
       for (int64_t d = 0; d < D; ++d) mean[d] += codes[k * D + d] * (1.0 / K);
@@ -135,21 +134,19 @@ struct Codebook {
       std::vector<double> v(D);
       std::vector<int16_t> whole(pairs * 2);
       for (int64_t k = begin * NR; k < end * NR; ++k) {
-        const int64_t p = k / NR, j = k % NR;
-        const W* code = codes + std::min(k, K - 1) * D;  // the last panels are filled up with copies of the last code
-        for (int64_t d = 0; d < D; ++d) raw[(p * D + d) * NR + j] = code[d], v[d] = code[d] - mean[d];
-        if (!screened) continue;
+        const Real* code = codes + std::min(k, K - 1) * D;  // the last panels are filled up with copies of the last code
+        for (int64_t d = 0; d < D; ++d) given[(k / NR * D + d) * NR + k % NR] = code[d], v[d] = code[d] - mean[d];
         rounded[k] = round_to_int16(v, whole.data());
-        const auto *from = reinterpret_cast<const Pair*>(whole.data());
-        auto *to = reinterpret_cast<Pair*>(screen.data) + p * pairs * NR + j;
+        const auto* from = reinterpret_cast<const Pair*>(whole.data());
+        auto* to = reinterpret_cast<Pair*>(screen) + place(k) / NR * pairs * NR + place(k) % NR;
         for (int64_t d = 0; d < pairs; ++d) to[d * NR] = from[d];
       }
     });
     for (const Rounded& code : rounded) unit = std::max(unit, code.length);
-    if (unit == 0) unit = 1;
+    if (!(unit > 0x1p-400 && unit < 0x1p400)) unit = NAN;  // every bound is NaN then, and rules nothing out
     for (int64_t k = 0; k < panels * NR; ++k) {
       const auto c = static_cast<float>(rounded[k].length / unit);
-      square[k] = c * c, scale[k] = static_cast<float>(rounded[k].length / unit / LENGTH);
+      square[place(k)] = c * c, scale[place(k)] = static_cast<float>(rounded[k].length / unit / LENGTH);
       length[k / NR] = std::max(length[k / NR], c);
       moved[k / NR] = std::max(moved[k / NR], static_cast<float>(rounded[k].moved / unit));
     }
@@ -159,91 +156,71 @@ struct Codebook {
 // ---------------------------------------------------------------------------------------------------------------------
 // Screen and certificate
 
-// How far the score of a row from a code of a panel may be from its true value, for a row of length X, which rounding has moved
-// by x, and codes of lengths up to C, moved by up to c. As both were shortened, x.c is off by at most x C + X c, and the score
-// holds it twice. Floating point rounds lengths, squares and the score, each to a few times 2^-24 of C (X + C); and so
-// does the contract itself, which decides where a row is far from all codes. What underflow loses is below 2^-90. C is at most 1,
-// and X^2 overflows long before any score can: the bound is infinite or NaN then, and rules nothing out.
-INLINE float error_bound(float X, float x, float C, float c, int64_t D) {
-  return 2 * (x * C + X * c) + 0x1p-18f * (C * (X + C)) + (D + 4) * 0x1p-50f * (X * X) + 0x1p-90f;
+// How far a score may be from its true value, for a row of length X, which rounding has moved by dX, and codes of lengths up to
+// C, moved by up to dC. As both were shortened, x.c is off by at most dX C + X dC, and the score holds it twice. Floating point
+// rounds lengths, squares and the score, each to a few times 2^-24 of C (X + C); and so does the contract itself, which decides
+// where a row is far from all codes. What underflow loses is below 2^-90. C is at most 1, and X^2 overflows long before any
+// score can: the bound is infinite or NaN then, and rules nothing out.
+INLINE float error_bound(float X, float dX, float C, float dC, int64_t D) {
+  return 2 * (dX * C + X * dC) + 0x1p-18f * (C * (X + C)) + (D + 4) * 0x1p-50f * (X * X) + 0x1p-90f;
 }
 
-// 6 rows [6][pairs][2], and twice what 1 in their integers stands for, against panels p and p + 1; of each row and panel, the smallest score:
-// low [6][panels].
-using Tile = void (*)(const int16_t* x, const float* scale, const Codebook<float>& codes, int64_t p, float* low);
+// Pairs, or sums, that one instruction takes. Every processor has the first kind.
+using Four = int32_t __attribute__((vector_size(16), may_alias));
+using Eight = int32_t __attribute__((vector_size(32), may_alias));
 
-using Four = int32_t __attribute__((vector_size(16), may_alias));  // of pairs, or of sums; every processor has such registers
-
-INLINE Four multiply_pairs(Four a, Four b) {  // the sum of two products, four times
+INLINE void multiply_add(Four& sum, const Four& x, const Four& c) {  // of every pair, x[0] c[0] + x[1] c[1]
 #ifdef __SSE2__
-  return Four(_mm_madd_epi16(__m128i(a), __m128i(b)));
+  sum += Four(_mm_madd_epi16(__m128i(x), __m128i(c)));
 #else
-  return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+  sum += (x << 16 >> 16) * (c << 16 >> 16) + (x >> 16) * (c >> 16);
 #endif
 }
+#ifdef __x86_64__
+INLINE void multiply_add(Eight& sum, const Eight& x, const Eight& c) {  // the same; an intrinsic would want AVX2 everywhere
+  Eight product;
+  asm("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(x), "x"(c));
+  sum += product;
+}
+#endif
 
-void screen_tile(const int16_t* x, const float* scale, const Codebook<float>& codes, int64_t first, float* low) {
-  for (int64_t p = first; p < first + 2; ++p) {
-    const auto* c = reinterpret_cast<const Four*>(&codes.screen[p * codes.pairs * NR * 2]);
-    Four sum[MR][2] = {};
-    for (int64_t d = 0; d < codes.pairs; ++d, c += 2) {
+// 6 rows x [6][pairs][2] against panels p and p + 1, all sums in registers; then low [6][octets], the smallest scores so far.
+// `scale`: twice what 1 in the integers of a row stands for.
+template <class Register, class Real>
+INLINE void screen_tile(const int16_t* x, const float* scale, const Codebook<Real>& codes, int64_t p, float* low) {
+  constexpr int TOGETHER = sizeof(Register) / sizeof(Four);  // panels: one in two registers, or two in a register each
+  const int64_t pairs = codes.pairs, second = TOGETHER == 2 ? pairs : 1;
+  for (const int64_t end = p + 2; p < end; p += TOGETHER) {
+    const auto* c = reinterpret_cast<const Register*>(&codes.screen[p * pairs * NR * 2]);
+    Register sum[MR][2] = {};
+    for (int64_t d = 0; d < pairs; ++d, c += 2 / TOGETHER) {
 #pragma GCC unroll 6
       for (int i = 0; i < MR; ++i) {
-        const Four xi = reinterpret_cast<const Pair*>(x)[i * codes.pairs + d] - Four{};
-        sum[i][0] += multiply_pairs(xi, c[0]);
-        sum[i][1] += multiply_pairs(xi, c[1]);
+        const Register xi = reinterpret_cast<const Pair*>(x)[i * pairs + d] - Register{};  // the same pair everywhere
+        multiply_add(sum[i][0], xi, c[0]);
+        multiply_add(sum[i][1], xi, c[second]);
       }
     }
+#pragma GCC unroll 6
     for (int i = 0; i < MR; ++i) {
-      float least = INFINITY;
-      for (int j = 0; j < NR; ++j) {
-        const auto product = static_cast<float>(sum[i][j / 4][j % 4]);
-        least = std::min(least, codes.square[p * NR + j] - scale[i] * codes.scale[p * NR + j] * product);
+      int32_t product[TOGETHER * NR];
+      std::memcpy(product, sum[i], sizeof(product));
+      float* least = low + i * codes.panels + p / NR * NR;  // of 8 octets
+      for (int64_t q = 0; q < TOGETHER; ++q) {
+        const float *square = &codes.square[(p + q) * NR], *unit = &codes.scale[(p + q) * NR];
+        const bool first = (p + q) % NR == 0;
+#pragma omp simd
+        for (int j = 0; j < NR; ++j)
+          least[j] = std::min(first ? INFINITY : least[j],
+                              square[j] - scale[i] * unit[j] * static_cast<float>(product[q * NR + j]));
       }
-      low[i * codes.panels + p - first] = least;
     }
   }
 }
 
-#ifdef __x86_64__
-#define AVX2 __attribute__((target("avx2,fma")))
-
-// The same with registers of 32 bytes, and both panels at once.
-AVX2 [[gnu::noinline]] void screen_tile_avx2(const int16_t* x, const float* scale, const Codebook<float>& codes, int64_t p,
-                                             float* low) {
-  const int64_t pairs = codes.pairs;
-  const auto* c = reinterpret_cast<const __m256i*>(&codes.screen[p * pairs * NR * 2]);
-  __m256i sum[MR][2];
-#pragma GCC unroll 6
-  for (int i = 0; i < MR; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
-  for (int64_t d = 0; d < pairs; ++d) {
-    const __m256i c0 = _mm256_load_si256(c + d), c1 = _mm256_load_si256(c + pairs + d);
-#pragma GCC unroll 6
-    for (int i = 0; i < MR; ++i) {
-      const __m256i xi = _mm256_set1_epi32(reinterpret_cast<const Pair*>(x)[i * pairs + d]);
-      sum[i][0] = _mm256_add_epi32(sum[i][0], _mm256_madd_epi16(xi, c0));
-      sum[i][1] = _mm256_add_epi32(sum[i][1], _mm256_madd_epi16(xi, c1));
-      asm("" : "+x"(sum[i][0]), "+x"(sum[i][1]));  // else GCC multiplies all first, and runs out of registers
-    }
-  }
-  const __m256 square0 = _mm256_loadu_ps(&codes.square[p * NR]), square1 = _mm256_loadu_ps(&codes.square[p * NR + NR]);
-  const __m256 scale0 = _mm256_loadu_ps(&codes.scale[p * NR]), scale1 = _mm256_loadu_ps(&codes.scale[p * NR + NR]);
-#pragma GCC unroll 6
-  for (int i = 0; i < MR; ++i, low += codes.panels) {
-    const __m256 s = _mm256_set1_ps(scale[i]);
-    const __m256 a = _mm256_fnmadd_ps(_mm256_mul_ps(s, scale0), _mm256_cvtepi32_ps(sum[i][0]), square0);
-    const __m256 b = _mm256_fnmadd_ps(_mm256_mul_ps(s, scale1), _mm256_cvtepi32_ps(sum[i][1]), square1);
-    __m256 least = _mm256_min_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));  // 4 of a, 4 of b
-    least = _mm256_min_ps(least, _mm256_permute_ps(least, 0x4e));
-    least = _mm256_min_ps(least, _mm256_permute_ps(least, 0xb1));
-    low[0] = _mm256_cvtss_f32(least), low[1] = _mm_cvtss_f32(_mm256_extractf128_ps(least, 1));
-  }
-}
-#endif
-
-// The contract's number for a row and the 8 codes of a panel.
-template <class W>
-INLINE void certify(const W* x, const W* c, int64_t D, double* s) {
+// The contract's number for a row and the codes of an octet.
+template <class Real>
+INLINE void certify(const Real* x, const Real* c, int64_t D, double* s) {
   std::fill_n(s, NR, 0.0);
   for (int64_t d = 0; d < D; ++d, c += NR) {
 #pragma omp simd
@@ -254,98 +231,86 @@ INLINE void certify(const W* x, const W* c, int64_t D, double* s) {
   }
 }
 
-// Scratch memory for a block of 24 rows, and the search.
-template <class W>
-struct Block {
-  const Codebook<W>& codebook;
-  std::vector<int16_t> whole;  // [24][pairs][2] the rows; zeros where there is none
-  std::vector<float> low;      // [24][panels] their smallest scores
-  std::vector<double> v;       // [D] a row without the mean
-
-  explicit Block(const Codebook<W>& codebook)
-      : codebook(codebook), whole(ROWS * codebook.pairs * 2), low(ROWS * codebook.panels), v(codebook.D) {}
-
-  // x [rows][D], rows at most 24 -> idx, distance [rows]
-  template <Tile tile>
-  INLINE void search(const W* x, int rows, int64_t* idx, double* distance) {
-    constexpr bool screened = Codebook<W>::screened;
-    const int64_t K = codebook.K, D = codebook.D, pairs = codebook.pairs, panels = codebook.panels;
-    float length[ROWS], moved[ROWS], scale[ROWS] = {};
-    for (int row = 0; row < rows && screened; ++row) {
-      for (int64_t d = 0; d < D; ++d) v[d] = x[row * D + d] - codebook.mean[d];
-      const Rounded rounded = round_to_int16(v, &whole[row * pairs * 2]);
-      length[row] = static_cast<float>(rounded.length / codebook.unit);
-      moved[row] = static_cast<float>(rounded.moved / codebook.unit);
-      scale[row] = static_cast<float>(2 * rounded.length / codebook.unit / LENGTH);
-    }
-    if constexpr (screened)
-      for (int64_t p = 0; p < panels; p += 2)
-        for (int row = 0; row < rows; row += MR)
-          tile(&whole[row * pairs * 2], &scale[row], codebook, p, &low[row * panels + p]);
-    for (int row = 0; row < rows; ++row) {
-      float limit[NR], *lowest = &low[row * panels];
-      std::fill_n(limit, NR, INFINITY);
-      for (int64_t p = 0; p < panels && screened; p += NR) {
+// x [rows][D], rows at most 24 -> idx, distance [rows]
+template <class Register, class Real>
+INLINE void search(const Codebook<Real>& codebook, const Real* x, int rows, int64_t* idx, double* distance) {
+  const int64_t K = codebook.K, D = codebook.D, pairs = codebook.pairs, panels = codebook.panels;
+  std::vector<int16_t> whole(ROWS * pairs * 2);  // [24][pairs][2] the rows; zeros where there is none
+  std::vector<float> low(ROWS * panels);         // [24][octet] their smallest scores
+  std::vector<double> v(D);                      // a row without the mean
+  float length[ROWS], moved[ROWS], scale[ROWS] = {};
+  for (int row = 0; row < rows; ++row) {
+    for (int64_t d = 0; d < D; ++d) v[d] = x[row * D + d] - codebook.mean[d];
+    const Rounded rounded = round_to_int16(v, &whole[row * pairs * 2]);
+    length[row] = static_cast<float>(rounded.length / codebook.unit);
+    moved[row] = static_cast<float>(rounded.moved / codebook.unit);
+    scale[row] = static_cast<float>(2 * rounded.length / codebook.unit / LENGTH);
+  }
+  for (int64_t p = 0; p < panels; p += 2)
+    for (int row = 0; row < rows; row += MR)
+      screen_tile<Register>(&whole[row * pairs * 2], &scale[row], codebook, p, &low[row * panels]);
+  for (int row = 0; row < rows; ++row) {
+    float limit[NR], *lowest = &low[row * panels];
+    std::fill_n(limit, NR, INFINITY);
+    for (int64_t octet = 0; octet < panels; octet += NR) {
 #pragma omp simd
-        for (int j = 0; j < NR; ++j) {
-          const float E = error_bound(length[row], moved[row], codebook.length[p + j], codebook.moved[p + j], D);
-          limit[j] = std::min(limit[j], lowest[p + j] + E);
-          lowest[p + j] -= E;
-        }
+      for (int j = 0; j < NR; ++j) {
+        const float E = error_bound(length[row], moved[row], codebook.length[octet + j], codebook.moved[octet + j], D);
+        limit[j] = std::min(limit[j], lowest[octet + j] + E);
+        lowest[octet + j] -= E;
       }
-      const float highest = *std::min_element(limit, limit + NR);  // no code whose score is certainly above can win
-      idx[row] = -1;
-      for (int64_t first = 0; first < panels; first += NR) {
-        int open = 0;
+    }
+    const float highest = *std::min_element(limit, limit + NR);  // no code whose score is certainly above can win
+    idx[row] = -1;
+    for (int64_t first = 0; first < panels; first += NR) {
+      int open = 0;
 #pragma omp simd reduction(| : open)
-        for (int j = 0; j < NR; ++j) open |= !(screened && lowest[first + j] > highest);  // NaN rules nothing out
-        for (int64_t p = first; p < first + NR && open; ++p) {
-          if (p * NR >= K || (screened && lowest[p] > highest)) continue;
-          double s[NR];
-          certify(&x[row * D], &codebook.raw[p * D * NR], D, s);
-          for (int64_t k = p * NR; k < std::min((p + 1) * NR, K); ++k)
-            if (idx[row] < 0 || s[k % NR] < distance[row]) idx[row] = k, distance[row] = s[k % NR];
-        }
+      for (int j = 0; j < NR; ++j) open |= !(lowest[first + j] > highest);  // NaN rules nothing out
+      for (int64_t octet = first; octet < first + NR && open; ++octet) {
+        if (octet * NR >= K || lowest[octet] > highest) continue;
+        double s[NR];
+        certify(&x[row * D], &codebook.raw[octet * D * NR], D, s);
+        for (int64_t k = octet * NR; k < std::min((octet + 1) * NR, K); ++k)
+          if (idx[row] < 0 || s[k % NR] < distance[row]) idx[row] = k, distance[row] = s[k % NR];
       }
     }
   }
-};
+}
 
 // The same code for two instruction sets, chosen on the machine that runs it: a binary may be cached and copied.
-template <class W>
-void search_portable(Block<W>& block, const W* x, int rows, int64_t* idx, double* distance) {
-  block.template search<screen_tile>(x, rows, idx, distance);
+template <class Real>
+void search_portable(const Codebook<Real>& codebook, const Real* x, int rows, int64_t* idx, double* distance) {
+  search<Four>(codebook, x, rows, idx, distance);
 }
 
 #ifdef __x86_64__
-template <class W>
-AVX2 void search_avx2(Block<W>& block, const W* x, int rows, int64_t* idx, double* distance) {
-  block.template search<screen_tile_avx2>(x, rows, idx, distance);
+template <class Real>
+[[gnu::target("avx2")]] void search_avx2(const Codebook<Real>& codebook, const Real* x, int rows, int64_t* idx, double* distance) {
+  search<Eight>(codebook, x, rows, idx, distance);
 }
 #endif
 
-template <class W>
+template <class Real>
 auto search_here() {
 #ifdef __x86_64__
-  if (!std::getenv("HIPART_PORTABLE") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &search_avx2<W>;
+  if (!std::getenv("HIPART_PORTABLE") && __builtin_cpu_supports("avx2")) return &search_avx2<Real>;
 #endif
-  return &search_portable<W>;
+  return &search_portable<Real>;
 }
 
-template <class W>
+template <class Real>
 void search_all(const Tensor& rows, const Tensor& codes, int64_t* idx, double* distance) {
   const int64_t N = rows.size(0), D = rows.size(1);
-  const W* x = rows.const_data_ptr<W>();
-  const Codebook<W> codebook(codes.const_data_ptr<W>(), codes.size(0), D);
-  const auto search = search_here<W>();
+  const Real* x = rows.const_data_ptr<Real>();
+  const Codebook<Real> codebook(codes);
+  const auto search = search_here<Real>();
   in_parallel((N + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
-    Block<W> block(codebook);
     for (int64_t first = begin * ROWS; first < std::min(end * ROWS, N); first += ROWS) {
       const int64_t last = std::min(first + ROWS, N);
       for (int64_t row = first; row < last; ++row)
         TORCH_CHECK_VALUE(all_finite(x + row * D, D),
                           "x holds a non-finite value in row " + std::to_string(row) + "; nearest_code needs finite numbers");
-      search(block, x + first * D, static_cast<int>(last - first), idx + first, distance + first);
+      search(codebook, x + first * D, static_cast<int>(last - first), idx + first, distance + first);
     }
   });
 }
@@ -358,10 +323,8 @@ std::tuple<Tensor, Tensor> quantize_cpu(const Tensor& x, const Tensor& codebook,
   const Tensor rows = x.to(type).contiguous(), codes = codebook.to(type).contiguous();
   Tensor idx = at::empty({x.size(0)}, x.options().dtype(at::kLong));
   Tensor distance = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
-  if (type == at::kDouble)
-    search_all<double>(rows, codes, idx.mutable_data_ptr<int64_t>(), distance.mutable_data_ptr<double>());
-  else
-    search_all<float>(rows, codes, idx.mutable_data_ptr<int64_t>(), distance.mutable_data_ptr<double>());
+  const auto search = type == at::kDouble ? search_all<double> : search_all<float>;
+  search(rows, codes, idx.mutable_data_ptr<int64_t>(), distance.mutable_data_ptr<double>());
   return {idx, with_distance ? distance : at::empty({0}, distance.options())};
 }
 
@@ -468,10 +431,9 @@ namespace {
 
 using at::Tensor;
 
-// Row-major, and if `wide`, as quantizer.cu reads it: 16 bytes at a time. What does not lie like that is copied.
-Tensor laid_out(const Tensor& t, at::ScalarType type, bool wide) {
-  Tensor out = t.to(type).contiguous();
-  if (!wide) return out;
+// Row-major, as quantizer.cu reads it, 16 bytes at a time. What does not lie like that is copied.
+Tensor laid_out(const Tensor& t, at::ScalarType type) {
+  const Tensor out = t.to(type).contiguous();
   if (out.size(1) % 4) return at::constant_pad_nd(out, {0, 4 - out.size(1) % 4});  // zeros change no distance
   return reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 ? out.clone() : out;
 }
@@ -496,7 +458,7 @@ std::tuple<Tensor, Tensor> quantize_cuda(const Tensor& x, const Tensor& codebook
   const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;  // bfloat16 and float16 are widened exactly
   Tensor idx = at::empty({x.size(0)}, x.options().dtype(at::kLong));
   Tensor distance = at::empty({with_distance ? x.size(0) : 0}, x.options().dtype(at::kDouble));
-  const Tensor rows = laid_out(x, type, true), codes = laid_out(codebook, type, true);
+  const Tensor rows = laid_out(x, type), codes = laid_out(codebook, type);
   double* d = with_distance ? distance.mutable_data_ptr<double>() : nullptr;
   if (type == at::kDouble)
     search<double>(rows, codes, idx, d);
@@ -510,7 +472,7 @@ std::tuple<Tensor, Tensor> code_statistics_cuda(const Tensor& x, const Tensor& i
   const c10::cuda::CUDAGuard guard(x.device());
   TORCH_CHECK_VALUE(x.dim() == 2 && idx.dim() == 1 && idx.size(0) == x.size(0) && idx.scalar_type() == at::kLong && K > 0 &&
                         x.device() == idx.device(), "hipart::code_statistics needs x [N, D] and idx [N] int64 on one GPU");
-  const Tensor rows = laid_out(x, at::kFloat, false), index = idx.contiguous();
+  const Tensor rows = x.to(at::kFloat).contiguous(), index = idx.contiguous();
   Tensor n = at::empty({K}, x.options().dtype(at::kFloat)), s = at::empty({K, x.size(1)}, x.options().dtype(at::kFloat));
   check_launch(hipart::code_statistics_cuda(rows.const_data_ptr<float>(), index.const_data_ptr<int64_t>(), x.size(0), K, x.size(1),
                                             n.mutable_data_ptr<float>(), s.mutable_data_ptr<float>(),

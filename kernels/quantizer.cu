@@ -4,18 +4,23 @@
 //
 // The screen multiplies in float16, on tensor cores, and adds up in float32. How far a rounded row x' is from x is measured
 // when it is packed, and so is |c - c'|; as x.c - x'.c' = (x - x').c + x'.(c - c'), the product is off by at most
-// |x - x'| |c| + |x'| |c - c'|. To look through the scores then takes longer than to multiply, and it is worse than that: while
-// tensor cores run, the units that compare have half their rate (measured on an H100). So two scores share a word, in float16,
-// next to marks that say whose they are; see screen_kernel for why that loses little. On normal data 89 rows of 100 are left
-// with one code, the others with two or three.
+// |x - x'| |c| + |x'| |c - c'|. To compare what comes out then takes longer than to multiply, the more so as the units that
+// compare have half their rate while tensor cores run (measured on an H100). So two results share a word, as float16, and the
+// last bits of each say whose it is; see screen_kernel for why that loses little. On normal data 89 rows of 100 are left with
+// one code, the others with two or three.
 //
 // Where the bytes go. The codes are packed once, in the order in which tensor cores read them, and pass through shared memory,
 // 64 at a time. A warp keeps its 16 rows in registers (D <= 128; else rows, too, are packed, and come back for every 64 codes).
 // Scores never leave the registers: of each row, what may still be the best is noted, about three codes of 2048.
+//
+// Which lane holds what follows from the instructions (PTX manual, mma.m16n8k16 and wgmma): of 16 rows, lane 4 g + t of a warp
+// has rows g and g + 8; of every 8 codes, codes 2 t and 2 t + 1.
 
 #include "quantizer.h"
 
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
@@ -31,21 +36,21 @@ constexpr int MARKS = TILE / 8;                       // codes of a tile that a 
 constexpr int RING = 4;                               // records of 64 codes in shared memory: at work, or on their way
 constexpr int WANTED_BLOCKS = 132, MOST_SPLITS = 16;  // of the screen: one for each multiprocessor of an H100
 constexpr int LIST = 8;                               // candidates that are kept of a row and share of the codes
-constexpr int PACKERS = TILE / GROUP * 32;            // threads of pack_kernel
-constexpr int FINISHERS = 256;                        // threads of finish_kernel
-constexpr int CODES = 8, COLUMNS = 128, COUNTERS = 256;  // codes, dimensions and threads of a block of statistics_kernel
-constexpr float MOST = 24576, BEHIND = -15000;           // of x.c - |c|^2 / 2, in units; added to it where there is no code
-constexpr int64_t CHUNK = 1 << 17;                       // rows that are searched together: what is noted of them stays in cache
-constexpr int64_t MOST_SCREENED = 1 << 20;               // dimensions; about here float32 sums stop to say anything
+constexpr float MOST = 24576, BEHIND = -15000;        // of a closeness (see screen_kernel); added to it where there is no code
+constexpr int64_t CHUNK = 1 << 17;                    // rows that are searched together: what is noted of them stays in cache
+constexpr int64_t MOST_SCREENED = 1 << 20;            // dimensions; about here float32 sums stop to say anything
 constexpr unsigned ALL = 0xffffffffu;
 
 // Of packed rows: their largest norm, their largest |v - v'|, both in true units; their unit, a power of two, and one over it.
 struct alignas(16) Group { float norm, residual, unit, inverse; };
 
-// The best code of a tile among the 64 that a lane looks at, with bounds below its score (low) and below those of the other 63
-// (next). Of a row: a bound above its smallest score, and how many candidates were noted; -1 if some did not fit.
+// The best of the 64 codes of a tile that a lane has. Its score |c|^2 - 2 x.c is at least `low`, those of the others at least
+// `next`. Of a row: its smallest score is at most `limit`; how many candidates were noted, or -1 if some did not fit.
 struct alignas(16) Candidate { float low, next; int code, unused; };
 struct alignas(8) Row { float limit; int found; };
+
+// The code that a lane has in one half of a word, by its mark there; t = lane % 4.
+__device__ int code_of(int tile, int mark, int t, int half) { return tile * TILE + mark * 8 + 2 * t + half; }
 
 __host__ __device__ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 __device__ float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays, unlike in fmaxf
@@ -57,34 +62,34 @@ struct alignas(16) Vector { T v[16 / sizeof(T)]; };
 // The contract's number, or NaN if anything is not finite.
 template <class T>
 __device__ __forceinline__ double distance64(const T* x, const T* c, int64_t D) {
-  constexpr int EACH = 16 / sizeof(T), BATCH = 8;  // all loads of a batch are under way before the first is needed
+  constexpr int EACH = 16 / sizeof(T), BATCH = 8;  // by hand, as nvcc would wait for each load before it asks for the next
   double sum = 0;
   T probe = 0;
   for (int64_t start = 0; start < D; start += BATCH * EACH) {
-    Vector<T> x_some[BATCH], c_some[BATCH];
+    Vector<T> x_part[BATCH], c_part[BATCH];
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      const bool there = start + i * EACH < D;
-      x_some[i] = there ? *reinterpret_cast<const Vector<T>*>(x + start + i * EACH) : Vector<T>{};
-      c_some[i] = there ? *reinterpret_cast<const Vector<T>*>(c + start + i * EACH) : Vector<T>{};
+      const bool exists = start + i * EACH < D;
+      x_part[i] = exists ? *reinterpret_cast<const Vector<T>*>(x + start + i * EACH) : Vector<T>{};
+      c_part[i] = exists ? *reinterpret_cast<const Vector<T>*>(c + start + i * EACH) : Vector<T>{};
     }
 #pragma unroll
     for (int i = 0; i < BATCH; ++i)
 #pragma unroll
       for (int j = 0; j < EACH; ++j) {
-        const double e = __dsub_rn(x_some[i].v[j], c_some[i].v[j]);
+        const double e = __dsub_rn(x_part[i].v[j], c_part[i].v[j]);
         sum = __dadd_rn(sum, __dmul_rn(e, e));
-        probe += (x_some[i].v[j] - x_some[i].v[j]) + (c_some[i].v[j] - c_some[i].v[j]);
+        probe += (x_part[i].v[j] - x_part[i].v[j]) + (c_part[i].v[j] - c_part[i].v[j]);
       }
   }
   return sum + probe;
 }
 
-// Distances as integers in the same order, NaN before all others.
+// Distances as integers in the same order. NaN comes first, and so wins: such a row gets no code.
 __device__ unsigned long long rank(double d) { return d == d ? __double_as_longlong(d) + 1ull : 0; }
 
-// Rows g and g + 8 of 16, as lane 4 g + t of a packing warp sees them: of every 16 columns, four of each row, minus `mean`.
-// Which column goes to which place of an operand does not matter, as long as it is the same for both operands.
+// What a lane has of 16 rows: of rows g and g + 8 four of every 16 columns, minus `mean`. Which column goes to which place of an
+// operand does not matter, as long as it is the same for both operands.
 struct Reader {
   const float *row[2], *mean;
   int D;
@@ -93,21 +98,26 @@ struct Reader {
     const int g = threadIdx.x % 32 / 4;  // rows beyond the end repeat the last one
     for (int h = 0; h < 2; ++h) row[h] = x + (first + g + 8 * h < rows ? first + g + 8 * h : rows - 1) * D;
   }
-  __device__ void read(int step, float (&v)[8]) const {
-    const int d = 16 * step + 4 * (threadIdx.x % 4);
-    const auto shift = *reinterpret_cast<const Vector<float>*>(mean + d);  // 0 beyond D
+  template <int STEPS>
+  __device__ void read(int step, float (&v)[STEPS][8]) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const auto some = d < D ? *reinterpret_cast<const Vector<float>*>(row[h] + d) : Vector<float>{};
+    for (int s = 0; s < STEPS; ++s) {
+      const int d = 16 * (step + s) + 4 * (threadIdx.x % 4);
+      const auto shift = *reinterpret_cast<const Vector<float>*>(mean + d);  // 0 beyond D
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[4 * h + i] = some.v[i] - shift.v[i];
+      for (int h = 0; h < 2; ++h) {
+        const auto part = d < D ? *reinterpret_cast<const Vector<float>*>(row[h] + d) : Vector<float>{};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[s][4 * h + i] = part.v[i] - shift.v[i];
+      }
     }
   }
 };
 
-__device__ void add_squares(const float (&v)[8], float (&sum)[2]) {
+template <int STEPS>
+__device__ void add_squares(const float (&v)[STEPS][8], float (&sum)[2]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum[i / 4] += v[i] * v[i];
+  for (int i = 0; i < STEPS * 8; ++i) sum[i % 8 / 4] += v[i / 8][i % 8] * v[i / 8][i % 8];
 }
 
 __device__ float largest_of_warp(float most) {
@@ -115,10 +125,12 @@ __device__ float largest_of_warp(float most) {
   return most;
 }
 
-// The largest norm of a warp's 16 rows: four lanes hold a row.
-__device__ float largest_norm(float (&sum)[2]) {
+__device__ void add_up(float (&sum)[2]) {  // of two rows, each of which four lanes hold
   for (int h = 0; h < 2; ++h)
     for (int other = 1; other < 4; other *= 2) sum[h] += __shfl_xor_sync(ALL, sum[h], other);
+}
+__device__ float largest_norm(float (&sum)[2]) {  // of a warp's 16 rows
+  add_up(sum);
   return sqrtf(largest_of_warp(larger(sum[0], sum[1])));
 }
 
@@ -156,18 +168,10 @@ struct Packer {
     }
     return make_uint4(word[0], word[1], word[2], word[3]);
   }
-  __device__ void finish_rows() {  // four lanes hold a row
-    for (int h = 0; h < 2; ++h)
-      for (int other = 1; other < 4; other *= 2)
-        norm[h] += __shfl_xor_sync(ALL, norm[h], other), residual[h] += __shfl_xor_sync(ALL, residual[h], other);
-  }
-  // Sums of D squares in float32 are a little off, and so is v - mean.
-  __device__ Group group(float unit, int64_t D) const {
-    float most = larger(norm[0], norm[1]), worst = larger(residual[0], residual[1]);
-    for (int other = 4; other < 32; other *= 2) {
-      most = larger(most, __shfl_xor_sync(ALL, most, other));
-      worst = larger(worst, __shfl_xor_sync(ALL, worst, other));
-    }
+  // All 16 rows are packed. Sums of D squares in float32 are a little off, and so is v - mean.
+  __device__ Group group(float unit, int64_t D) {
+    add_up(norm), add_up(residual);
+    const float most = largest_of_warp(larger(norm[0], norm[1])), worst = largest_of_warp(larger(residual[0], residual[1]));
     const float more = unit * (1 + (D + 16) * 0x1p-23f), X = sqrtf(most) * more;
     return {X, sqrtf(worst) * more + X * 0x1p-22f, unit, 1 / unit};
   }
@@ -183,23 +187,22 @@ __device__ uint2 split(float v, float fourth) {
   return columns(high, middle, v - high - middle, fourth);
 }
 
-// Packed codes lie in records of 64 codes and PART steps, as the screen has them in shared memory: of 8 codes and 8 columns,
-// 128 bytes lie together (a core matrix of wgmma), then the other 8 columns, then the next 8 codes, the next step. One step
-// more has columns that no code has: |c|^2 / 2 and a place for the offset, which the product thus takes off by itself.
-__host__ __device__ constexpr int words_of_record(int part) { return STAGE * 8 * (part + 1); }
-
-__device__ void put(uint4 word, unsigned* to) {  // 16 codes of a step
-  const int lane = threadIdx.x % 32;
-  to[lane] = word.x, to[lane + 32] = word.y, to[lane + 64] = word.z, to[lane + 96] = word.w;
-}
+// Packed codes lie in records of 64 codes and PART steps of 16 columns, as the screen has them in shared memory: of 8 codes and
+// 8 columns, 128 bytes lie together (a core matrix of wgmma), then the other 8 columns, then the next 8 codes, the next step.
+// One step more makes the product come out as x.c - |c|^2 / 2 - offset. There, of its first eight columns,
+//     a code has  h1, h2, h3, b, 1, 0, 0, 0   where h1 + h2 + h3 = -|c|^2 / 2, and b is BEHIND beyond the last code, else 0
+//     a row has   r, r, r, 1, -offset, 0, 0, 0   where r = unit of the codes / unit of the row
+// and both have zeros in the others.
+__host__ __device__ constexpr int record_size(int part) { return STAGE * 2 * (part + 1); }  // in words of 16 bytes
 
 // A tile per block, a warp per group: rows go to out [groups][steps][lane], codes (these have no `code_tiles` yet) to records.
 // Codes beyond the last one repeat it, and stay behind it. The mean [16 steps] is made here, by every block of codes, of 32
 // codes: any shift would do, this one makes the numbers small, hence their rounding errors.
+constexpr int PACKERS = TILE / GROUP * 32;  // threads of a block
 template <int PART>
 __global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t first, int64_t rows, int D, int steps, float* mean,
                                                        uint4* out, Group* tiles, const Group* code_tiles, int n_tiles) {
-  constexpr int SAMPLE = 32, GROUPS = TILE / GROUP, KEPT = 8;  // steps that stay in registers
+  constexpr int SAMPLE = 32, GROUPS = TILE / GROUP;
   __shared__ float norm_of[GROUPS];
   __shared__ Group group_of[GROUPS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -216,44 +219,40 @@ __global__ void __launch_bounds__(PACKERS) pack_kernel(const float* m, int64_t f
   }
   const int64_t group = int64_t(blockIdx.x) * GROUPS + warp;
   const Reader reader(m, first + group * GROUP, first + rows, mean, D);
-  float kept[KEPT][8], v[8], sum[2] = {};
-#pragma unroll
-  for (int s = 0; s < KEPT; ++s)
-    if (s < steps) reader.read(s, kept[s]);
-#pragma unroll
-  for (int s = 0; s < KEPT; ++s)
-    if (s < steps) add_squares(kept[s], sum);
-  for (int s = KEPT; s < steps; ++s) reader.read(s, v), add_squares(v, sum);
+  const int parts = steps / PART;
+  float v[PART][8], sum[2] = {};
+  for (int part = 0; part < parts; ++part) reader.read(part * PART, v), add_squares(v, sum);
   float norm = largest_norm(sum);
   if (lane == 0) norm_of[warp] = norm;
   __syncthreads();
   for (int i = 0; i < GROUPS; ++i) norm = larger(norm, norm_of[i]);
   const float unit = code_tiles ? fmaxf(unit_for(norm), largest_unit(code_tiles, n_tiles)) : unit_for(norm);
-  unsigned* const record = reinterpret_cast<unsigned*>(out) +  // the first of these codes
-                           group * GROUP / STAGE * (steps / PART) * words_of_record(PART) + group * GROUP % STAGE * 8;
-  Packer packer;
-  auto pack = [&](int step, const float (&v)[8]) {
-    const uint4 word = packer.pack(v, 1 / unit);  // exact
-    if (code_tiles)
-      out[(group * steps + step) * 32 + lane] = word;
-    else
-      put(word, record + step / PART * words_of_record(PART) + step % PART * STAGE * 8);
+  auto put = [&](int part, int step, uint4 word) {  // 16 codes of a step into their record
+    uint4* const record = out + (group * GROUP / STAGE * parts + part) * record_size(PART);
+    unsigned* to = reinterpret_cast<unsigned*>(record) + (step * STAGE + group * GROUP % STAGE) * 8;
+    to[lane] = word.x, to[lane + 32] = word.y, to[lane + 64] = word.z, to[lane + 96] = word.w;
   };
+  Packer packer;
+  for (int part = 0; part < parts; ++part) {
+    reader.read(part * PART, v);  // from the cache: registers are dearer
 #pragma unroll
-  for (int s = 0; s < KEPT; ++s)
-    if (s < steps) pack(s, kept[s]);
-  for (int s = KEPT; s < steps; ++s) reader.read(s, v), pack(s, v);
-  packer.finish_rows();
-  for (int step = 0; step < steps && !code_tiles; step += PART) {  // the columns that no code has: zeros but in the first part
-    uint2 more[2] = {};
-    for (int h = 0; h < 2 && step == 0; ++h) {
-      const float behind = group * GROUP + lane / 4 + 8 * h < rows ? 0 : BEHIND;
-      more[h] = lane % 4 == 0 ? split(-packer.norm[h] / 2, behind) : columns(lane % 4 == 1, 0, 0, 0);
+    for (int s = 0; s < PART; ++s) {
+      const uint4 word = packer.pack(v[s], 1 / unit);  // exact
+      if (code_tiles)
+        out[(group * steps + part * PART + s) * 32 + lane] = word;
+      else
+        put(part, s, word);
     }
-    put(make_uint4(more[0].x, more[0].y, more[1].x, more[1].y),
-        record + step / PART * words_of_record(PART) + PART * STAGE * 8);
   }
   const Group mine = packer.group(unit, D);
+  for (int part = 0; part < parts && !code_tiles; ++part) {  // the step more: zeros but in the first part
+    uint2 extra[2] = {};
+    for (int h = 0; h < 2 && part == 0; ++h) {
+      const float behind = group * GROUP + lane / 4 + 8 * h < rows ? 0 : BEHIND;
+      extra[h] = lane % 4 == 0 ? split(-packer.norm[h] / 2, behind) : columns(lane % 4 == 1, 0, 0, 0);
+    }
+    put(part, PART, make_uint4(extra[0].x, extra[0].y, extra[1].x, extra[1].y));
+  }
   if (lane == 0) group_of[warp] = mine;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -295,10 +294,10 @@ __device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: 
 __device__ void await_products() {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
-__device__ void here(float& d) { asm volatile("" : "+f"(d)::"memory"); }  // what is done to it is done before, or after
+__device__ void pin(float& d) { asm volatile("" : "+f"(d)::"memory"); }  // what is done to it is done before, or after
 
-// A barrier in shared memory has phases: one ends when a record is there, one when all warps have left it. Thread 0 asks for
-// the records.
+// The record that is used as the nth, *turn* n, lies in place n % RING. Two barriers of each place count along: a phase of `full`
+// ends when a record is there, a phase of `empty` when all warps have left it. Thread 0 asks for the records.
 struct Gates { uint64_t full[RING], empty[RING]; };
 __device__ unsigned address(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
 __device__ void wait(const uint64_t& gate, int phase) {
@@ -350,7 +349,7 @@ __device__ void multiply_add(float (&d)[STAGE / 8][4], uint4 a, Operand codes, i
 }
 __device__ void begin_products() {}
 __device__ void await_products() {}
-__device__ void here(float&) {}
+__device__ void pin(float&) {}
 
 struct Gates {};
 __device__ void prepare(Gates&) {}
@@ -367,7 +366,7 @@ __device__ void leave(Gates&, int) {}
 __device__ void prefetch(const float*, int64_t) {}
 #endif
 
-// Packed as one operand, wanted as the other: the middle words change places.
+// A lane packs by row: columns 0 to 7 and 8 to 15 of row g, then of row g + 8. The instruction wants both rows' first columns first.
 __device__ uint4 as_rows(uint4 v) { return make_uint4(v.x, v.z, v.y, v.w); }
 
 // How far a score |c|^2 - 2 x.c, taken in float32, may be from its true value, for a row of norm X and codes of norm at most
@@ -384,8 +383,9 @@ struct Bound {
 
   explicit Bound(int64_t D) : relative((D + 16) * 0x1p-23f), far((D + 4) * 0x1p-50f), tiny(D * 0x1p-120f) {}
 
-  __device__ float operator()(float X, float C) const {
-    return relative * (4 * C * (X + C)) + far * (X * X) + tiny * (1 + X + C);
+  __device__ float operator()(const Group& rows, const Group& codes) const {
+    const float X = rows.norm, C = codes.norm, rounding = rows.residual * C + (X + rows.residual) * codes.residual;
+    return relative * (4 * C * (X + C)) + far * (X * X) + tiny * (1 + X + C) + 2 * rounding;
   }
 };
 
@@ -395,7 +395,7 @@ struct Screen {
   const Group *x_tiles, *tiles;
   int64_t first, rows, all_rows, D;
   int steps, n_tiles;
-  unsigned unmarked;  // a mask; one more constant in the code would be one more instruction
+  unsigned unmarked;  // the bits of two float16 beside their marks; a parameter, as a constant would cost an instruction
   Bound bound;
   Candidate* lists;
   Row* found;
@@ -405,53 +405,51 @@ __device__ __half2 marked(__half2 v, unsigned unmarked, unsigned mark) {
   const unsigned bits = (bits_of(v) & unmarked) | mark * 0x10001u;
   return reinterpret_cast<const __half2&>(bits);
 }
-// A float16 keeps 11 bits of a value, and 6 beside a mark: it is off by less than this. The last term is for the smallest
-// numbers of float16, in the value and in the ratio of units that |c|^2 / 2, at most 2^13, is multiplied with.
+// Of a tile a lane has 32 codes in either half of a word, so a mark takes 5 of a float16's 11 bits, and the value is off by less
+// than this. The last term is for the smallest numbers of float16, in the value and in the ratio of units that |c|^2 / 2, at
+// most 2^13, is multiplied with.
 __device__ float blur(float value) { return fabsf(value) * (MARKS * 0x1p-10f) + 0x1p-11f; }
 
 // Scores of 256 rows against the tiles blockIdx.y, blockIdx.y + gridDim.y, ... While tensor cores multiply for some of the 16
 // warps, others look through their scores. WHOLE: D <= 16 STEPS; else the dimensions of 64 codes come in parts.
 //
-// What is looked through is x.c - |c|^2 / 2 - offset, in units of rows and codes: the larger, the nearer. The offset is the best
-// of the row so far, so that codes that matter come out near zero, where float16 has the finest steps; of the others it is
-// enough to know that they are far off. Rounded to float16, two codes share a word, and five instructions look at both.
+// The product gives the *closeness* x.c - |c|^2 / 2 - offset, in units of rows and codes: the larger, the nearer. A score is
+// -2 units (closeness + offset). The offset is the best of the row so far, so that codes that matter come out near zero, where
+// float16 has the finest steps; of the others it is enough to know that they are far off. Rounded to float16, two codes share a
+// word, and five instructions look at both.
 template <int STEPS, bool WHOLE>
 __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
-  constexpr int NT = STAGE / 8, STAGES = TILE / STAGE, RECORD = STAGE * 2 * (STEPS + 1);  // 16-byte words of a record
+  constexpr int NT = STAGE / 8, STAGES = TILE / STAGE, RECORD = record_size(STEPS);
   extern __shared__ __align__(128) uint4 ring[];
   __shared__ Gates gates;
   const int lane = threadIdx.x % 32, t = lane % 4, warp = threadIdx.x / 32, parts = WHOLE ? 1 : p.steps / STEPS;
   const int64_t row_0 = int64_t(blockIdx.x) * ROWS + warp * GROUP;
-  int coming = blockIdx.y, record = 0;  // the tile, and the record of it, that is fetched next
-  auto bring = [&](int turn) {
-    fetch<RECORD>(&ring[turn % RING * RECORD], p.codes + (int64_t(coming) * STAGES * parts + record) * RECORD, coming < p.n_tiles,
-                  gates, turn);
-    if (++record == STAGES * parts) record = 0, coming += gridDim.y;
+  int next_tile = blockIdx.y, next_record = 0;  // the record of a tile that is fetched next
+  auto fetch_next = [&](int turn) {
+    fetch<RECORD>(&ring[turn % RING * RECORD], p.codes + (int64_t(next_tile) * STAGES * parts + next_record) * RECORD,
+                  next_tile < p.n_tiles, gates, turn);
+    if (++next_record == STAGES * parts) next_record = 0, next_tile += gridDim.y;
   };
   prepare(gates);
   __syncthreads();
-  for (int turn = 0; turn < RING - 1; ++turn) bring(turn);
+  for (int turn = 0; turn < RING - 1; ++turn) fetch_next(turn);
 
-  uint4 a[STEPS], extra;  // the rows; the columns that no row has
-  Group mine;
+  uint4 a[STEPS], extra;  // the rows; their step more
+  Group of_rows;
   if constexpr (WHOLE) {
     const float largest = largest_unit(p.tiles, p.n_tiles);
     const Reader reader(p.x, p.first + row_0, p.first + p.rows, p.mean, p.D);
     float v[STEPS][8], sum[2] = {};
-#pragma unroll
-    for (int s = 0; s < STEPS; ++s) reader.read(s, v[s]);
-#pragma unroll
-    for (int s = 0; s < STEPS; ++s) add_squares(v[s], sum);
+    reader.read(0, v), add_squares(v, sum);
     const float unit = fmaxf(unit_for(largest_norm(sum)), largest);
     Packer packer;
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) a[s] = as_rows(packer.pack(v[s], 1 / unit));
-    packer.finish_rows();
-    mine = packer.group(unit, p.D);
+    of_rows = packer.group(unit, p.D);
     const int64_t later = p.first + (int64_t(blockIdx.x) + WANTED_BLOCKS) * ROWS, left = p.all_rows - later;
     prefetch(p.x + later * p.D, (left < ROWS ? left : ROWS) * p.D);  // another block's
   } else {
-    mine = p.x_tiles[row_0 / TILE];
+    of_rows = p.x_tiles[row_0 / TILE];
   }
   float acc[NT][4], offset[2], limit[2] = {INFINITY, INFINITY};
   __half2 best[2], next[2];  // of this tile: two codes a word, each with its mark
@@ -460,14 +458,14 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
   Candidate* lists[2];
   for (int h = 0; h < 2; ++h) lists[h] = p.lists + ((row_0 + lane / 4 + 8 * h) * gridDim.y + blockIdx.y) * LIST;
 
-  auto aim = [&](const float (&at)[2], float ratio) {  // sets the offsets; `ratio` of the units of codes and rows
-    uint2 more[2];
+  auto aim = [&](const float (&target)[2], float ratio) {  // sets the offsets; `ratio` of the units of codes and rows
+    uint2 half[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      offset[h] = __half22float2(__floats2half2_rn(at[h], 0)).x;  // any number will do, so one of float16
-      more[h] = t == 0 ? columns(ratio, ratio, ratio, 1) : columns(t == 1 ? -offset[h] : 0, 0, 0, 0);
+      offset[h] = __half22float2(__floats2half2_rn(target[h], 0)).x;  // any number will do, so one of float16
+      half[h] = t == 0 ? columns(ratio, ratio, ratio, 1) : columns(t == 1 ? -offset[h] : 0, 0, 0, 0);
     }
-    extra = as_rows(make_uint4(more[0].x, more[0].y, more[1].x, more[1].y));
+    extra = as_rows(make_uint4(half[0].x, half[0].y, half[1].x, half[1].y));
   };
   auto aim_at_best = [&](float ratio) {  // nothing is known before the first 64 codes: the best of them will do
     float most[2];
@@ -506,11 +504,11 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
       const unsigned keepers = __ballot_sync(ALL, keep) >> (lane - t) & 15;  // of the four lanes that share this row
       __syncwarp();  // another lane may have written what this one replaces
       if (keep) {
-        const int at = found[h] + __popc(keepers & ((1u << t) - 1)), odd = b.y > b.x;
-        const int code = tile * TILE + int(bits_of(best[h]) >> 16 * odd & (MARKS - 1)) * 8 + 2 * t + odd;
+        const int position = found[h] + __popc(keepers & ((1u << t) - 1)), odd = b.y > b.x;
+        const int code = code_of(tile, bits_of(best[h]) >> 16 * odd & (MARKS - 1), t, odd);
         const float w = fmaxf(fminf(b.x, b.y), fmaxf(n.x, n.y));
-        Candidate* to = lists[h] + at % LIST;
-        lost[h] |= at >= LIST && !(to->low > limit[h]);  // what it replaces may be ruled out by now
+        Candidate* to = lists[h] + position % LIST;
+        lost[h] |= position >= LIST && !(to->low > limit[h]);  // what it replaces may be ruled out by now
         *to = {low, scale * (w + blur(w) + offset[h]) - E, code, 0};
       }
       found[h] += __popc(keepers);
@@ -519,14 +517,14 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
   int turn = 0;
   for (int tile = blockIdx.y; tile < p.n_tiles; tile += gridDim.y) {
     const Group of_tile = p.tiles[tile];
-    const float scale = -2 * mine.unit * of_tile.unit;  // a score is this times what is looked through and the offset
-    const float ratio = of_tile.unit * mine.inverse, inverse = -0.5f * mine.inverse * of_tile.inverse;
-    float at[2];
+    const float scale = -2 * of_rows.unit * of_tile.unit;  // a score is this times closeness + offset
+    const float ratio = of_tile.unit * of_rows.inverse, inverse = -0.5f * of_rows.inverse * of_tile.inverse;
+    float target[2];
     for (int h = 0; h < 2; ++h) {
-      at[h] = limit[h] < INFINITY ? fminf(fmaxf(limit[h] * inverse, -MOST), MOST) : 0;
+      target[h] = limit[h] < INFINITY ? fminf(fmaxf(limit[h] * inverse, -MOST), MOST) : 0;
       best[h] = next[h] = __floats2half2_rn(-65504, -65504);
     }
-    aim(at, ratio);
+    aim(target, ratio);
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) {
       for (int part = 0; part < parts; ++part, ++turn) {
@@ -536,22 +534,20 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
           for (int s = 0; s < STEPS; ++s)
             a[s] = as_rows(p.packed_x[(row_0 / GROUP * p.steps + part * STEPS + s) * 32 + lane]);
         const Operand operand(&ring[(WHOLE && STAGES % RING == 0 ? stage : turn) % RING * RECORD]);
-        for (auto& d : acc) for (float& one : d) here(one);
+        for (auto& d : acc) for (float& one : d) pin(one);
         begin_products();
         multiply_add(acc, extra, operand, STEPS * STAGE * 2, part > 0);
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) multiply_add(acc, a[s], operand, s * STAGE * 2, true);
         await_products();
-        for (auto& d : acc) for (float& one : d) here(one);
+        for (auto& d : acc) for (float& one : d) pin(one);
         leave(gates, turn);
-        bring(turn + RING - 1);
+        fetch_next(turn + RING - 1);  // into the place of the record before this one
       }
       if (stage == 0 && tile == int(blockIdx.y)) aim_at_best(ratio);
       look(stage);
     }
-    const float X = mine.norm, gone = mine.residual, C = of_tile.norm, gone_c = of_tile.residual;
-    const float error = p.bound(X, C) + 2 * (gone * C + (X + gone) * gone_c);
-    note(tile, scale, error);
+    note(tile, scale, p.bound(of_rows, of_tile));
   }
   for (int h = 0; h < 2; ++h) {
     for (int other = 1; other < 4; other *= 2) lost[h] |= __shfl_xor_sync(ALL, int(lost[h]), other);
@@ -562,67 +558,64 @@ __global__ void __launch_bounds__(THREADS, 1) screen_kernel(Screen p) {
 
 // What the screen has left. A row with one code is done. With a few: a thread evaluates each. If there may be others, too: the
 // block evaluates all codes. Without lists (float64) it does so for all rows. `readers` threads read the lists of a row.
+constexpr int FINISHERS = 256;  // threads of a block
 template <class T>
 __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const T* codes, int64_t first, int64_t rows, int64_t K,
-                                                              int64_t D, const Candidate* lists, const Row* of_rows, int shares,
+                                                              int64_t D, const Candidate* lists, const Row* of_rows, int splits,
                                                               int readers, int64_t* idx, double* distance) {
   constexpr int PAIRS = 1024;
-  __shared__ int row_of[PAIRS], code_of[PAIRS], winner[FINISHERS], many[FINISHERS], n_pairs, n_many;
-  __shared__ unsigned long long rank_of[PAIRS], least[FINISHERS];  // of pairs, of rows
-  const int mine = threadIdx.x / readers;                          // of the rows of this block
-  const int64_t base = int64_t(blockIdx.x) * (FINISHERS / readers), row = base + mine;
+  __shared__ int row_of_pair[PAIRS], code_of_pair[PAIRS], winner[FINISHERS], many[FINISHERS], n_pairs, n_many;
+  __shared__ unsigned long long rank_of_pair[PAIRS], least[FINISHERS];  // of pairs, of rows
+  const int slot = threadIdx.x / readers;                          // of the rows of this block
+  const int64_t base = int64_t(blockIdx.x) * (FINISHERS / readers), row = base + slot;
   const bool leads = threadIdx.x % readers == 0 && row < rows;
   if (threadIdx.x == 0) n_pairs = n_many = 0;
   least[threadIdx.x] = ~0ull, winner[threadIdx.x] = INT32_MAX;
   __syncthreads();
-  int found = 0, all = 0, code = 0;  // codes that this thread has left, and the readers of this row together; one of them
-  bool open = !lists;                // there are others
+  bool open = !lists;  // codes that are in no list may be nearest
   if (lists) {
-    const int64_t share = (row < rows ? row : rows - 1) * shares + threadIdx.x % readers;
-    const Row seen = int(threadIdx.x) % readers < shares ? of_rows[share] : Row{INFINITY, 0};
+    const int64_t list = (row < rows ? row : rows - 1) * splits + threadIdx.x % readers;
+    const Row seen = int(threadIdx.x) % readers < splits ? of_rows[list] : Row{INFINITY, 0};
     float limit = seen.limit;
     for (int other = 1; other < readers; other *= 2) limit = fminf(limit, __shfl_xor_sync(ALL, limit, other));
     open = seen.found < 0;
     auto each = [&](auto take) {  // take(code), for all that this thread cannot rule out; `not >`: NaN rules nothing out
       for (int i = 0; i < seen.found; ++i) {
-        const Candidate it = lists[share * LIST + i];
-        if (it.low > limit) continue;
-        take(it.code);
-        if (!(it.next > limit))  // others of this tile and lane
-          for (int i = 0; i < TILE / 4; ++i) take(it.code / TILE * TILE + i / 2 * 8 + it.code % 8 / 2 * 2 + i % 2);
+        const Candidate candidate = lists[list * LIST + i];
+        if (candidate.low > limit) continue;
+        take(candidate.code);
+        if (!(candidate.next > limit))  // others of this tile and lane, too
+          for (int i = 0; i < TILE / 4; ++i) take(code_of(candidate.code / TILE, i / 2, candidate.code % 8 / 2, i % 2));
       }
     };
+    int found = 0, code = 0;  // what this thread has left: how many, and one of them
     each([&](int k) { ++found, code = k; });
-    all = found;
-    for (int other = 1; other < readers; other *= 2) {
-      const int their_code = __shfl_xor_sync(ALL, code, other), theirs = __shfl_xor_sync(ALL, all, other);
-      code = all ? code : their_code, all += theirs;
-      open |= __shfl_xor_sync(ALL, int(open), other);
-    }
-    if (all == 1 && !open) {
-      if (leads) idx[first + row] = code;
+    int all = found;
+    for (int other = 1; other < readers; other *= 2)
+      all += __shfl_xor_sync(ALL, all, other), open |= __shfl_xor_sync(ALL, int(open), other);
+    if (all == 1 && !open && !distance) {
+      if (found) winner[slot] = code;
     } else if (!open && row < rows) {
-      int at = atomicAdd(&n_pairs, found);
-      open = at + found > PAIRS;
-      if (!open) each([&](int k) { row_of[at] = mine, code_of[at++] = k; });
-      for (; at < PAIRS && open; ++at) code_of[at] = INT32_MAX;  // the list is full: nobody's
+      int i = atomicAdd(&n_pairs, found);
+      open = i + found > PAIRS;  // no room for some
+      each([&](int k) { if (i < PAIRS) row_of_pair[i] = slot, code_of_pair[i++] = k; });
     }
     for (int other = 1; other < readers; other *= 2) open |= __shfl_xor_sync(ALL, int(open), other);
   }
-  if (leads && open) many[atomicAdd(&n_many, 1)] = mine;
+  if (leads && open) many[atomicAdd(&n_many, 1)] = slot;
   __syncthreads();
   const int pairs = n_pairs < PAIRS ? n_pairs : PAIRS;
   auto settle = [&](int r, unsigned long long value, int k) {  // ties go to the lowest code, NaN to none
     if (value == least[r]) atomicMin(&winner[r], value ? k : -1);
   };
   for (int i = threadIdx.x; i < pairs; i += FINISHERS)
-    if (code_of[i] < K) {
-      rank_of[i] = rank(distance64(x + (first + base + row_of[i]) * D, codes + code_of[i] * D, D));
-      atomicMin(&least[row_of[i]], rank_of[i]);
+    if (code_of_pair[i] < K) {
+      rank_of_pair[i] = rank(distance64(x + (first + base + row_of_pair[i]) * D, codes + code_of_pair[i] * D, D));
+      atomicMin(&least[row_of_pair[i]], rank_of_pair[i]);
     }
   __syncthreads();
   for (int i = threadIdx.x; i < pairs; i += FINISHERS)
-    if (code_of[i] < K) settle(row_of[i], rank_of[i], code_of[i]);
+    if (code_of_pair[i] < K) settle(row_of_pair[i], rank_of_pair[i], code_of_pair[i]);
   __syncthreads();
   for (int i = 0; i < n_many; ++i) {
     if (threadIdx.x == 0) least[many[i]] = ~0ull, winner[many[i]] = INT32_MAX;  // some of it may have been in the list
@@ -638,15 +631,16 @@ __global__ void __launch_bounds__(FINISHERS, 2) finish_kernel(const T* x, const 
     settle(many[i], value, nearest);
   }
   __syncthreads();
-  if (leads && (open || all > 1)) idx[first + row] = winner[mine] < 0 ? K : winner[mine];
-  if (leads && distance) {
-    const int64_t k = idx[first + row];
-    distance[first + row] = k < K ? distance64(x + (first + row) * D, codes + k * D, D) : NAN;
+  if (leads) {
+    const int k = winner[slot];
+    idx[first + row] = k < 0 ? K : k;
+    if (distance) distance[first + row] = k < 0 ? NAN : __longlong_as_double(least[slot] - 1);
   }
 }
 
 // n [K] and s [K, D]: a block per 8 codes and 128 dimensions goes through all indices, and adds up the rows of its codes in
 // ascending order: no atomics on floats, no sort, the same bits every time.
+constexpr int CODES = 8, COLUMNS = 128, COUNTERS = 256;  // codes, dimensions and threads of a block
 __global__ void __launch_bounds__(COUNTERS) statistics_kernel(const float* x, const int64_t* idx, int64_t N, int64_t K, int64_t D,
                                                              float* n, float* s) {
   constexpr int EACH = 16, SPAN = COUNTERS * EACH, HANDS = COUNTERS / COLUMNS, BATCH = 8;
@@ -698,32 +692,36 @@ __global__ void __launch_bounds__(COUNTERS) statistics_kernel(const float* x, co
     if (d < D) s[(first_code + k) * D + d] = sums[k][column];
 }
 
-// How the scratch memory is cut up; every piece starts on a multiple of 256 bytes.
-struct Scratch {
-  int64_t chunk, codes, splits, bytes = 0;
-  int part, steps;
-  int64_t mean, c, tiles, x, x_tiles, lists, found;
-  bool whole;
+unsigned blocks(int64_t n, int64_t per_block) { return unsigned((n + per_block - 1) / per_block); }
 
-  Scratch(int64_t N, int64_t K, int64_t D) {
-    auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
-    auto take = [this](int64_t n) { const int64_t at = bytes; bytes += round_up(n, 256); return at; };
-    const int64_t blocks = (N + ROWS - 1) / ROWS;
-    part = D > 64 ? 8 : 4, steps = int(round_up((D + 15) / 16, part)), whole = steps == part, codes = round_up(K, TILE);
-    splits = least(least(WANTED_BLOCKS / (blocks ? blocks : 1), MOST_SPLITS), codes / TILE), splits = splits ? splits : 1;
-    chunk = least(CHUNK, round_up(N, TILE));
-    mean = take(4 * 16 * steps), c = take(4 * words_of_record(part) * (steps / part) * (codes / STAGE));
-    tiles = take(sizeof(Group) * codes / TILE), x_tiles = take(sizeof(Group) * chunk / TILE);
-    x = take(whole ? 0 : 32 * steps * chunk);
-    lists = take(splits * LIST * sizeof(Candidate) * chunk), found = take(splits * sizeof(Row) * chunk);
+// The scratch memory of a search, in pieces that start on multiples of 256 bytes.
+struct Scratch {
+  int64_t bytes = 0, chunk;  // rows that are searched together
+  int part, steps, n_tiles, splits;
+  bool whole;
+  float* mean;
+  uint4 *codes, *x;
+  Group *tiles, *x_tiles;
+  Candidate* lists;
+  Row* found;
+
+  Scratch(int64_t N, int64_t K, int64_t D, void* memory = nullptr) {
+    auto take = [&](auto*& piece, int64_t n) {
+      piece = reinterpret_cast<std::remove_reference_t<decltype(piece)>>(uintptr_t(memory) + bytes);
+      bytes += round_up(n * sizeof(*piece), 256);
+    };
+    part = D > 64 ? 8 : 4, steps = int(round_up((D + 15) / 16, part)), whole = steps == part, n_tiles = blocks(K, TILE);
+    splits = int(std::clamp<int64_t>(WANTED_BLOCKS / std::max(blocks(N, ROWS), 1u), 1, std::min(MOST_SPLITS, n_tiles)));
+    chunk = std::min(CHUNK, round_up(N, TILE));
+    take(mean, 16 * steps), take(codes, int64_t(n_tiles) * (TILE / STAGE) * (steps / part) * record_size(part));
+    take(tiles, n_tiles), take(x_tiles, chunk / TILE), take(x, whole ? 0 : chunk / GROUP * steps * 32);
+    take(lists, chunk * splits * LIST), take(found, chunk * splits);
   }
 };
 
-unsigned blocks(int64_t n, int64_t per_block) { return unsigned((n + per_block - 1) / per_block); }
-
 // Without a screen.
 template <class T>
-int search_all(const T* x, const T* codes, int64_t N, int64_t K, int64_t D, int64_t* idx, double* distance, void* on) {
+int compare_all(const T* x, const T* codes, int64_t N, int64_t K, int64_t D, int64_t* idx, double* distance, void* on) {
   const auto stream = static_cast<cudaStream_t>(on);
   for (int64_t first = 0; first < N; first += CHUNK) {
     const int64_t rows = N - first < CHUNK ? N - first : CHUNK;
@@ -739,40 +737,32 @@ int64_t nearest_code_cuda_scratch(int64_t N, int64_t K, int64_t D) { return D < 
 
 int nearest_code_cuda(const float* x, const float* codes, int64_t N, int64_t K, int64_t D, void* scratch, int64_t* idx,
                       double* distance, void* on) {
-  if (N == 0 || D >= MOST_SCREENED) return search_all(x, codes, N, K, D, idx, distance, on);
-  const Scratch at(N, K, D);
-  char* memory = static_cast<char*>(scratch);
-  auto* mean = reinterpret_cast<float*>(memory + at.mean);
-  auto *c = reinterpret_cast<uint4*>(memory + at.c), *packed_x = reinterpret_cast<uint4*>(memory + at.x);
-  auto *tiles = reinterpret_cast<Group*>(memory + at.tiles), *x_tiles = reinterpret_cast<Group*>(memory + at.x_tiles);
-  auto* lists = reinterpret_cast<Candidate*>(memory + at.lists);
-  auto* found = reinterpret_cast<Row*>(memory + at.found);
-  const int n_tiles = int(at.codes / TILE), shares = int(at.splits);
-  const Bound bound(D);
+  if (N == 0 || D >= MOST_SCREENED) return compare_all(x, codes, N, K, D, idx, distance, on);
+  const Scratch s(N, K, D, scratch);
   const auto stream = static_cast<cudaStream_t>(on);
-  const auto pack = at.part == 4 ? pack_kernel<4> : pack_kernel<8>;
-  const auto screen = at.part == 4 ? screen_kernel<4, true> : at.whole ? screen_kernel<8, true> : screen_kernel<8, false>;
-  const int bytes = RING * 4 * words_of_record(at.part);
+  const auto pack = s.part == 4 ? pack_kernel<4> : pack_kernel<8>;
+  const auto screen = s.part == 4 ? screen_kernel<4, true> : s.whole ? screen_kernel<8, true> : screen_kernel<8, false>;
+  const int bytes = RING * 16 * record_size(s.part);
   cudaFuncSetAttribute(screen, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   int readers = 1;
-  while (readers < shares) readers *= 2;
-  pack<<<n_tiles, PACKERS, 0, stream>>>(codes, 0, K, int(D), at.steps, mean, c, tiles, nullptr, 0);
-  for (int64_t first = 0; first < N; first += at.chunk) {
-    const int64_t rows = N - first < at.chunk ? N - first : at.chunk;
-    const Screen work{x, mean, packed_x, c, x_tiles, tiles, first, rows, N, D, at.steps, n_tiles, ~(unsigned(MARKS - 1) * 0x10001u),
-                      bound, lists, found};
-    if (!at.whole)
-      pack<<<blocks(rows, TILE), PACKERS, 0, stream>>>(x, first, rows, int(D), at.steps, mean, packed_x, x_tiles, tiles, n_tiles);
-    screen<<<dim3(blocks(rows, ROWS), shares), THREADS, bytes, stream>>>(work);
+  while (readers < s.splits) readers *= 2;
+  pack<<<s.n_tiles, PACKERS, 0, stream>>>(codes, 0, K, int(D), s.steps, s.mean, s.codes, s.tiles, nullptr, 0);
+  for (int64_t first = 0; first < N; first += s.chunk) {
+    const int64_t rows = std::min(s.chunk, N - first);
+    const Screen work{x, s.mean, s.x, s.codes, s.x_tiles, s.tiles, first, rows, N, D, s.steps, s.n_tiles,
+                      ~(unsigned(MARKS - 1) * 0x10001u), Bound(D), s.lists, s.found};
+    if (!s.whole)
+      pack<<<blocks(rows, TILE), PACKERS, 0, stream>>>(x, first, rows, int(D), s.steps, s.mean, s.x, s.x_tiles, s.tiles, s.n_tiles);
+    screen<<<dim3(blocks(rows, ROWS), s.splits), THREADS, bytes, stream>>>(work);
     finish_kernel<float><<<blocks(rows, FINISHERS / readers), FINISHERS, 0, stream>>>(
-        x, codes, first, rows, K, D, lists, found, shares, readers, idx, distance);
+        x, codes, first, rows, K, D, s.lists, s.found, s.splits, readers, idx, distance);
   }
   return cudaGetLastError();
 }
 
 int nearest_code_cuda(const double* x, const double* codes, int64_t N, int64_t K, int64_t D, void*, int64_t* idx,
                       double* distance, void* on) {
-  return search_all(x, codes, N, K, D, idx, distance, on);  // float16 cannot screen float64
+  return compare_all(x, codes, N, K, D, idx, distance, on);  // float16 cannot screen float64
 }
 
 int code_statistics_cuda(const float* x, const int64_t* idx, int64_t N, int64_t K, int64_t D, float* n, float* s, void* on) {

@@ -74,6 +74,7 @@ inline int atomicAdd(int* p, int v) { const int old = *p; *p += v; return old; }
 template <class T>
 T atomicMin(T* p, T v) { const T old = *p; *p = std::min(old, v); return old; }
 inline long long __double_as_longlong(double d) { long long i; std::memcpy(&i, &d, 8); return i; }
+inline double __longlong_as_double(long long i) { double d; std::memcpy(&d, &i, 8); return d; }
 
 namespace emulator {
 

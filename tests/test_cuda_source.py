@@ -24,10 +24,10 @@ int search(const T* x, const T* c, const int64_t* sizes, int64_t* idx, double* d
   const int64_t N = sizes[0], K = sizes[1], D = sizes[2];
   std::vector<char> scratch(nearest_code_cuda_scratch(N, K, D), 0x7f);
   const int error = nearest_code_cuda(x, c, N, K, D, scratch.data(), idx, distance, nullptr);
-  const Scratch at(N, K, D);
+  const Scratch at(N, K, D, scratch.data());
   const int64_t rows = (N - 1) % at.chunk + 1;  // of the last chunk: rows left open, candidates
-  const auto* found = reinterpret_cast<Row*>(scratch.data() + at.found);
-  const auto* lists = reinterpret_cast<Candidate*>(scratch.data() + at.lists);
+  const auto* found = at.found;
+  const auto* lists = at.lists;
   left[0] = left[1] = 0, left[2] = rows;
   for (int64_t row = 0; row < rows && !scratch.empty() && sizeof(T) == sizeof(float); ++row) {
     const int64_t begin = row * at.splits, end = begin + at.splits;
@@ -54,10 +54,10 @@ extern "C" int64_t noted(const float* x, const float* c, const int64_t* sizes, f
   std::vector<char> scratch(nearest_code_cuda_scratch(N, K, D), 0x7f);
   std::vector<int64_t> idx(N);
   nearest_code_cuda(x, c, N, K, D, scratch.data(), idx.data(), nullptr, nullptr);
-  const Scratch at(N, K, D);
-  std::memcpy(mean, scratch.data() + at.mean, 4 * D);
-  std::memcpy(rows, scratch.data() + at.found, N * at.splits * sizeof(Row));
-  std::memcpy(lists, scratch.data() + at.lists, N * at.splits * LIST * sizeof(Candidate));
+  const Scratch at(N, K, D, scratch.data());
+  std::memcpy(mean, at.mean, 4 * D);
+  std::memcpy(rows, at.found, N * at.splits * sizeof(Row));
+  std::memcpy(lists, at.lists, N * at.splits * LIST * sizeof(Candidate));
   return at.splits;
 }
 extern "C" int statistics(const float* x, const int64_t* idx, const int64_t* sizes, float* n, float* s) {

@@ -288,6 +288,17 @@ def test_other_dtypes_are_widened_exactly(dtype, seed, N, K, D):
         check(x, c)
 
 
+@given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32 - 1), N=SIZES, K=SIZES, D=SIZES,
+       power=st.tuples(*[st.sampled_from([-320, -308, -162, -154, -150, -121, -60, 0, 120, 154, 200, 307])] * 2))
+@settings(max_examples=200, deadline=None)
+def test_float64_of_any_size(kind, seed, N, K, D, power):
+    """Rows and codes, each on a scale: squares that underflow and overflow float64 must not mislead the screen."""
+    with np.errstate(over="ignore", under="ignore"):
+        x, c = (np.clip(np.asarray(a, np.float64) * 10.0**p, -1e308, 1e308)
+                for a, p in zip(kind(np.random.default_rng(seed), N, K, D), power, strict=True))
+        check(torch.from_numpy(x), torch.from_numpy(c))
+
+
 def test_float64_is_compared_in_float64():
     """Codes that float32 cannot tell apart."""
     c = torch.tensor([[1.0 + 2e-15], [1.0 + 1e-15], [1.0]], dtype=torch.float64)
