@@ -2,6 +2,7 @@
 
     python -m kernels                        # what is in use here, why, and a self-check
     HIPART_KERNELS=reference|cpp|cuda|auto   # overrides the choice; auto, the default, takes the best that builds
+    HIPART_PORTABLE=1                        # the C++ code as it runs on a processor without AVX2
 
 Three implementations of one contract (stated in reference.py): the pure-PyTorch twin in reference.py, C++ in
 quantizer.cpp, CUDA in quantizer.cu. The compiled ones are built on first use, never at import, into PyTorch's extension
@@ -98,10 +99,9 @@ def ema_apply_(codebook: Tensor, count: Tensor, total: Tensor, n: Tensor, s: Ten
     every = dict(codebook=codebook, count=count, total=total, n=n, s=s)
     if candidates is not None:
         every["candidates"] = candidates
-    wide, short = codebook.shape, codebook.shape[:1]
-    wanted = dict(codebook=wide, count=short, total=wide, n=short, s=wide, candidates=wide)
-    if codebook.dim() != 2 or any(t.shape != wanted[k] or t.dtype != torch.float32 or t.device != codebook.device
-                                  or t.layout != torch.strided or not t.is_contiguous() for k, t in every.items()):
+    if codebook.dim() != 2 or any(t.shape != codebook.shape[: 1 if k in ("count", "n") else 2] or t.dtype != torch.float32
+                                  or t.device != codebook.device or t.layout != torch.strided or not t.is_contiguous()
+                                  for k, t in every.items()):
         raise ValueError("ema_apply_ needs codebook, total, s (and candidates) [K, D], count and n [K], all contiguous "
                          "float32 on one device, found " + ", ".join(f"{k} {_say(t)}" for k, t in every.items()))
     return torch.ops.hipart.ema_apply_(codebook, count, total, n, s, candidates, decay, eps, restart_below)
@@ -144,7 +144,7 @@ torch.library.define("hipart::ema_apply_", "(Tensor(a!) codebook, Tensor(b!) cou
 def _dispatch(name: str, twin, compiled: tuple[str, ...]):
     def first_call_or_fallback(*args):
         if backend(args[0].device)[0] in compiled:
-            return getattr(torch.ops.hipart, name)(*args)
+            return getattr(torch.ops.hipart, name)(*args)  # loading has registered a kernel that now goes first
         return twin(*args)
 
     torch.library.impl(f"hipart::{name}", "default")(first_call_or_fallback)
@@ -176,7 +176,7 @@ def _(codebook, count, total, n, s, candidates, decay, eps, restart_below):
 _HERE = Path(__file__).parent
 _FLAGS = ["-O3", "-fopenmp", "-ffp-contract=off"]  # no -march=native, no -ffast-math: a cached binary must run, and be right
 _lock = threading.Lock()
-_loaded: dict[str, tuple[str, str]] = {}  # "cpp" and "cuda": what serves instead of them, or they themselves; and why
+_loaded: dict[str, tuple[str, str]] = {}  # of "cpp" and "cuda": itself, or what serves instead; and why
 
 
 def _load(kernel: str) -> tuple[str, str]:
@@ -222,8 +222,8 @@ def _build(kernel: str) -> Path:
     machine = [platform.machine(), sys.version, torch.__version__, repr(flags)]
     cuda_flags = ["-O3", "-lineinfo"]
     if kernel == "cuda":  # for the GPUs that are here; the tensor cores of 9.0 are used as such by code for 9.0a alone
-        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        names = ["90a" if capability == (9, 0) else "{}{}".format(*capability) for capability in sorted(here)]
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        names = ["90a" if capability == (9, 0) else "{}{}".format(*capability) for capability in sorted(capabilities)]
         cuda_flags += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
         machine += cuda_flags
     inputs = b"".join([f.read_bytes() for f in (*sources, _HERE / "quantizer.h")] + [m.encode() for m in machine])

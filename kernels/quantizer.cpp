@@ -342,21 +342,14 @@ std::tuple<Tensor, Tensor> code_statistics_cpu(const Tensor& x, const Tensor& id
   const auto *row = rows.const_data_ptr<float>();
   const auto *code = codes.const_data_ptr<int64_t>();
   auto *count = n.mutable_data_ptr<float>(), *sum = s.mutable_data_ptr<float>();
-  std::vector<int64_t> rows_before(K + 1);
+  std::vector<int64_t> rows_of(K);
   for (int64_t i = 0; i < N; ++i) {
     TORCH_CHECK_VALUE(code[i] >= 0 && code[i] < K, "code_statistics: idx must lie in [0, " + std::to_string(K) + "), found " +
                                                        std::to_string(code[i]) + " in row " + std::to_string(i));
-    ++rows_before[code[i] + 1];
+    ++rows_of[code[i]];
   }
-  for (int64_t k = 0; k < K; ++k) {
-    count[k] = static_cast<float>(rows_before[k + 1]);
-    rows_before[k + 1] += rows_before[k];
-  }
-  auto share = [&](int64_t t) {  // the codes of thread t start where the codes before have their share of the rows
-    return t == threads ? K : std::lower_bound(rows_before.begin(), rows_before.end() - 1, N * t / threads) - rows_before.begin();
-  };
-  in_parallel(threads, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = share(begin), last = share(end);
+  for (int64_t k = 0; k < K; ++k) count[k] = static_cast<float>(rows_of[k]);
+  in_parallel(K, (K + threads - 1) / threads, [&](int64_t first, int64_t last) {
     for (int64_t i = 0; i < N; ++i)
       if (code[i] >= first && code[i] < last)
         for (int64_t d = 0; d < D; ++d) sum[code[i] * D + d] += row[i * D + d];

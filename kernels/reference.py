@@ -9,16 +9,13 @@ to nearest, without fused multiply-add. The answer is the lowest index with the 
 `(c*c).sum() - 2 x @ c.T` in float32 keeps no such promise: shift all data by 1000 and nearly every index is wrong.
 
 How it stays fast: a matrix product in float64 *screens* the codes, a bound on its rounding error says which codes could
-still win, and only those few are compared as the contract says. Precision affects speed, never the answer. float64 input
-is compared as the contract says throughout, which is slow. A thread that flushes denormals (torch.set_flush_denormal),
-or a worker that one has started, breaks the contract here, on numbers below 1e-38.
+still win, and only those few are compared as the contract says. Precision affects speed, never the answer. (CUDA
+code does not screen float64 input, but compares all of it, which is slow.) A thread that flushes denormals
+(torch.set_flush_denormal), or a worker that one has started, breaks the contract here, on numbers below 1e-38.
 """
 
 import torch
 from torch import Tensor
-
-# Entries of the screening matrix held at once, however many rows there are: 4 MB, or 128 MB on a GPU, for fewer launches
-_CHUNK = {"cpu": 1 << 19}
 
 
 @torch.no_grad()
@@ -33,16 +30,14 @@ def quantize(x: Tensor, codebook: Tensor, with_distance: bool = True) -> tuple[T
     if not bool(torch.isfinite(c).all()):
         raise ValueError("codebook holds a non-finite value; nearest_code needs finite numbers")
     centre = c.mean(0)  # the screen alone sees centred values, so a common offset costs no precision
-    rows = max(1, _CHUNK.get(x.device.type, 1 << 24) // K)
+    entries = 1 << 19 if x.device.type == "cpu" else 1 << 24  # of the screen at once: 4 MB, or 128 MB for fewer launches
+    rows = max(1, entries // K)
     for start in range(0, N, rows):
         part = x[start : start + rows].double()
         if not bool(torch.isfinite(part).all()):
             row = start + int(torch.isfinite(part).all(1).logical_not().nonzero()[0])
             raise ValueError(f"x holds a non-finite value in row {row}; nearest_code needs finite numbers")
-        if x.dtype == torch.float64:
-            open_ = torch.ones(len(part), K, dtype=torch.bool, device=x.device)
-        else:
-            open_ = _screen(part - centre, c - centre)
+        open_ = _screen(part - centre, c - centre)
         idx[start : start + rows], distance[start : start + rows] = _certify(part, c, open_)
     return idx, distance if with_distance else distance.new_empty(0)
 
@@ -50,12 +45,13 @@ def quantize(x: Tensor, codebook: Tensor, with_distance: bool = True) -> tuple[T
 def _screen(x: Tensor, c: Tensor) -> Tensor:
     """Which codes may be nearest, [N, K]: all whose score |c|^2 - 2 x.c is within twice its error of the best.
 
-    float64 holds the square of any float32, so nothing overflows, and neither autocast nor TF32 touches it. The bound
-    covers the product of length D in any order, and the contract's own rounding, with room to spare.
+    Neither autocast nor TF32 touches float64. The bound is about D + 16 roundings, each by 2^-53 of (|x| + |c|)^2, four
+    times over: that covers the product of length D in any order, and the contract's own rounding. float64 holds the square
+    of any float32; of float64 input squares may underflow, which the last term is for, or overflow: NaN rules nothing out.
     """
     score = torch.addmm((c * c).sum(1), x, c.T, alpha=-2)
-    error = (x.shape[1] + 16) * 2.0**-51 * (x.norm(dim=1, keepdim=True) + c.norm(dim=1).max()) ** 2
-    return score <= score.amin(1, keepdim=True) + 2 * error
+    error = (x.shape[1] + 16) * (2.0**-51 * (x.norm(dim=1, keepdim=True) + c.norm(dim=1).max()) ** 2 + 2.0**-1000)
+    return ~(score > score.amin(1, keepdim=True) + 2 * error)
 
 
 def _certify(x: Tensor, c: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
