@@ -8,6 +8,7 @@ out. The figures go to benchmarks/results/kernels_DEVICE.json, with machine, ver
 import argparse
 import datetime
 import json
+import os
 import platform
 import random
 import subprocess
@@ -66,9 +67,18 @@ def chunked(x, c, rows=128):
     return torch.cat([(c2 - 2 * (part @ c.T)).argmin(1) for part in x.split(rows)])
 
 
+def narrower(lanes, x, c):
+    os.environ["HIPART_LANES"] = lanes
+    kernels.nearest_code(x, c)
+    del os.environ["HIPART_LANES"]
+
+
 def search_variants(x, c, device) -> dict:
     N, K = len(x), len(c)
-    out = {"ours": lambda: kernels.nearest_code(x, c), "the twin": lambda: reference.quantize(x, c)}
+    out = {"ours": lambda: kernels.nearest_code(x, c)}
+    if device == "cpu":
+        out |= {"ours, without AVX-512": lambda: narrower("8", x, c), "ours, without AVX2": lambda: narrower("4", x, c)}
+    out["the twin"] = lambda: reference.quantize(x, c)
     if N * K * 4 < (4 << 30):
         out |= {"cdist + argmin": lambda: torch.cdist(x, c).argmin(1), "c^2 - 2xc, argmin": lambda: formula(x, c),
                 "bare mm, no argmin": lambda: torch.mm(x, c.T)}

@@ -2,7 +2,7 @@
 
     python -m kernels                        # what is in use here, why, and a self-check
     HIPART_KERNELS=reference|cpp|cuda|auto   # overrides the choice; auto, the default, takes the best that builds
-    HIPART_PORTABLE=1                        # the C++ code as it runs on a processor without AVX2
+    HIPART_LANES=4                           # the C++ code as it runs on a processor without AVX2; 8: without AVX-512
 
 Three implementations of one contract (stated in reference.py): the pure-PyTorch twin in reference.py, C++ in
 quantizer.cpp, CUDA in quantizer.cu. The compiled ones are built on first use, never at import, into PyTorch's extension

@@ -10,14 +10,13 @@
 //
 // The cheap product here is one of integers. Every row and every code is scaled to a length of 32767 and rounded toward zero,
 // which makes none longer: so each number fits into 16 bits, and no sum of products exceeds 2^30 (Cauchy and Schwarz), however
-// large D is. One AVX2 instruction multiplies 16 of them and adds them in pairs, another adds these to the sums; of float32 it takes
-// 8 at a time. And sums of integers are exact: all there is to bound is how far rounding has moved x, and how far c, and both are
-// measured.
+// large D is. One AVX2 instruction multiplies 16 of them and adds them in pairs, another adds these to the sums; of float32 it
+// takes 8 at a time. (AVX-512 multiplies 32, and adds, in one.) And sums of integers are exact: all there is to bound is how
+// far rounding has moved x, and how far c, and both are measured.
 //
-// Where the bytes go: the codebook is packed once into *panels* of 8 codes, [panel][pair of dimensions][code][2], so that one
-// step of the inner loop reads 32 bytes of each of two panels. Two panels (4 KB at D = 128) and a block of 24 rows (6 KB) share
-// the first cache. Of the N x K scores only the smallest of every 8 codes is kept, 3 K floats per thread, which stay in the
-// second.
+// Where the bytes go: the codebook is packed once, so that one step of the inner loop reads two registers full of codes, two
+// dimensions of each. All of two such panels (4 KB with AVX2 and D = 128) and a block of 24 rows (6 KB) share the first cache.
+// Of the N x K scores only the smallest of every 8 codes is kept, 3 K floats per thread, which stay in the second.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -47,8 +46,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int NR = 8;                 // codes of a panel, and of an octet: their sums fill an AVX2 register
-constexpr int MR = 6;                 // rows that meet two panels at once: the sums take 12 of 16 registers
+constexpr int OCTET = 8;              // codes that follow each other, and share a bound and a smallest score
+constexpr int MR = 6;                 // rows that meet two registers of codes at once: the sums take 12 of 16 registers
 constexpr int ROWS = 4 * MR;          // rows of a block
 constexpr double LENGTH = INT16_MAX;  // to which rows and codes are scaled
 
@@ -102,53 +101,52 @@ INLINE Rounded round_to_int16(const std::vector<double>& v, int16_t* out) {
   return {length, std::sqrt(lost) * (length / LENGTH)};
 }
 
-// 8 codes that follow each other, an *octet*, share a bound and a smallest score. They are spread over 8 panels, the first
-// code of an octet over the first panel of eight, and so on: so the smallest score of each octet is the smallest in one place
-// of eight registers, and comes for 8 octets at a time. -> the panel of a code, times 8, plus its place there.
+// Where a code lies for the screen. The first codes of 8 octets come first, then the second ones, and so on: so the smallest
+// score of each octet is the smallest in one place of eight vectors of 8, and comes for 8 octets at a time.
 inline int64_t place(int64_t k) { return k / 64 * 64 + k % 8 * 8 + k / 8 % 8; }
 
 template <class Real>  // float or double
 struct Codebook {
-  int64_t K, D, pairs, panels;       // as many panels as octets, a multiple of 8
-  Tensor as_given, as_integers;      // [octet][D][8], which the certificate compares; [panel][pair][8][2], which the screen does
+  int64_t K, D, pairs, octets;       // a multiple of 8 octets
+  Tensor as_given, as_integers;      // [octet][D][8], which the certificate compares; [place / lanes][pair][lane][2]: the screen
   const Real* raw;
   int16_t* screen;
   std::vector<double> mean;          // of the codes. Any shift would do; this one makes the numbers small
   double unit = 0;                   // the largest |c - mean|. What follows is measured in it, so that nothing overflows
-  std::vector<float> square, scale;  // [panel][8] |c - mean|^2, and what 1 in its integers stands for
+  std::vector<float> square, scale;  // [place] |c - mean|^2, and what 1 in its integers stands for
   std::vector<float> length, moved;  // [octet] the largest |c - mean|, and how far rounding has moved them at most
 
-  explicit Codebook(const Tensor& codebook)  // [K, D], contiguous
-      : K(codebook.size(0)), D(codebook.size(1)), pairs((D + 1) / 2), panels((K + NR * NR - 1) / (NR * NR) * NR),
-        as_given(at::empty({panels, D, NR}, codebook.options())),
-        as_integers(at::empty({panels, pairs, NR, 2}, codebook.options().dtype(at::kShort))),
-        raw(as_given.const_data_ptr<Real>()), screen(as_integers.mutable_data_ptr<int16_t>()), mean(D), square(panels * NR),
-        scale(panels * NR), length(panels), moved(panels) {
+  Codebook(const Tensor& codebook, int lanes)  // [K, D], contiguous; codes that a register holds
+      : K(codebook.size(0)), D(codebook.size(1)), pairs((D + 1) / 2), octets((K + 63) / 64 * 8),
+        as_given(at::empty({octets, D, OCTET}, codebook.options())),
+        as_integers(at::empty({octets * OCTET / lanes, pairs, lanes, 2}, codebook.options().dtype(at::kShort))),
+        raw(as_given.const_data_ptr<Real>()), screen(as_integers.mutable_data_ptr<int16_t>()), mean(D), square(octets * OCTET),
+        scale(octets * OCTET), length(octets), moved(octets) {
     const Real* codes = codebook.const_data_ptr<Real>();
     Real* const given = as_given.mutable_data_ptr<Real>();
     TORCH_CHECK_VALUE(all_finite(codes, K * D), "codebook holds a non-finite value; nearest_code needs finite numbers");
     for (int64_t k = 0; k < K; ++k)
       for (int64_t d = 0; d < D; ++d) mean[d] += codes[k * D + d] * (1.0 / K);
-    std::vector<Rounded> rounded(panels * NR);
-    in_parallel(panels, 8, [&](int64_t begin, int64_t end) {
+    std::vector<Rounded> rounded(octets * OCTET);
+    in_parallel(octets, 8, [&](int64_t begin, int64_t end) {
       std::vector<double> v(D);
       std::vector<int16_t> whole(pairs * 2);
-      for (int64_t k = begin * NR; k < end * NR; ++k) {
-        const Real* code = codes + std::min(k, K - 1) * D;  // the last panels are filled up with copies of the last code
-        for (int64_t d = 0; d < D; ++d) given[(k / NR * D + d) * NR + k % NR] = code[d], v[d] = code[d] - mean[d];
+      for (int64_t k = begin * OCTET; k < end * OCTET; ++k) {
+        const Real* code = codes + std::min(k, K - 1) * D;  // the last octets are filled up with copies of the last code
+        for (int64_t d = 0; d < D; ++d) given[(k / OCTET * D + d) * OCTET + k % OCTET] = code[d], v[d] = code[d] - mean[d];
         rounded[k] = round_to_int16(v, whole.data());
         const auto* from = reinterpret_cast<const Pair*>(whole.data());
-        auto* to = reinterpret_cast<Pair*>(screen) + place(k) / NR * pairs * NR + place(k) % NR;
-        for (int64_t d = 0; d < pairs; ++d) to[d * NR] = from[d];
+        auto* to = reinterpret_cast<Pair*>(screen) + place(k) / lanes * pairs * lanes + place(k) % lanes;
+        for (int64_t d = 0; d < pairs; ++d) to[d * lanes] = from[d];
       }
     });
     for (const Rounded& code : rounded) unit = std::max(unit, code.length);
     if (!(unit > 0x1p-400 && unit < 0x1p400)) unit = NAN;  // every bound is NaN then, and rules nothing out
-    for (int64_t k = 0; k < panels * NR; ++k) {
+    for (int64_t k = 0; k < octets * OCTET; ++k) {
       const auto c = static_cast<float>(rounded[k].length / unit);
       square[place(k)] = c * c, scale[place(k)] = static_cast<float>(rounded[k].length / unit / LENGTH);
-      length[k / NR] = std::max(length[k / NR], c);
-      moved[k / NR] = std::max(moved[k / NR], static_cast<float>(rounded[k].moved / unit));
+      length[k / OCTET] = std::max(length[k / OCTET], c);
+      moved[k / OCTET] = std::max(moved[k / OCTET], static_cast<float>(rounded[k].moved / unit));
     }
   }
 };
@@ -165,9 +163,11 @@ INLINE float error_bound(float X, float dX, float C, float dC, int64_t D) {
   return 2 * (dX * C + X * dC) + 0x1p-18f * (C * (X + C)) + (D + 4) * 0x1p-50f * (X * X) + 0x1p-90f;
 }
 
-// Pairs, or sums, that one instruction takes. Every processor has the first kind.
+// Pairs, or sums, that one instruction takes. Every processor has the first kind; an intrinsic for the others would want the
+// same of every processor that runs this code.
 using Four = int32_t __attribute__((vector_size(16), may_alias));
 using Eight = int32_t __attribute__((vector_size(32), may_alias));
+using Sixteen = int32_t __attribute__((vector_size(64), may_alias));
 
 INLINE void multiply_add(Four& sum, const Four& x, const Four& c) {  // of every pair, x[0] c[0] + x[1] c[1]
 #ifdef __SSE2__
@@ -177,43 +177,46 @@ INLINE void multiply_add(Four& sum, const Four& x, const Four& c) {  // of every
 #endif
 }
 #ifdef __x86_64__
-INLINE void multiply_add(Eight& sum, const Eight& x, const Eight& c) {  // the same; an intrinsic would want AVX2 everywhere
+INLINE void multiply_add(Eight& sum, const Eight& x, const Eight& c) {
   Eight product;
   asm("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(x), "x"(c));
   sum += product;
 }
+INLINE void multiply_add(Sixteen& sum, const Sixteen& x, const Sixteen& c) {
+  Sixteen result = sum;  // of its own: a sum that asm changes would not stay in its register
+  asm("vpdpwssd %2, %1, %0" : "+v"(result) : "v"(x), "v"(c));
+  sum = result;
+}
 #endif
 
-// 6 rows x [6][pairs][2] against panels p and p + 1, all sums in registers; then low [6][octets], the smallest scores so far.
-// `scale`: twice what 1 in the integers of a row stands for.
+// 6 rows x [6][pairs][2] against two registers of codes, from place p on, all sums in registers; then low [6][octet], the
+// smallest scores so far. `scale`: twice what 1 in the integers of a row stands for.
 template <class Register, class Real>
 INLINE void screen_tile(const int16_t* x, const float* scale, const Codebook<Real>& codes, int64_t p, float* low) {
-  constexpr int TOGETHER = sizeof(Register) / sizeof(Four);  // panels: one in two registers, or two in a register each
-  const int64_t pairs = codes.pairs, second = TOGETHER == 2 ? pairs : 1;
-  for (const int64_t end = p + 2; p < end; p += TOGETHER) {
-    const auto* c = reinterpret_cast<const Register*>(&codes.screen[p * pairs * NR * 2]);
-    Register sum[MR][2] = {};
-    for (int64_t d = 0; d < pairs; ++d, c += 2 / TOGETHER) {
-#pragma GCC unroll 6
-      for (int i = 0; i < MR; ++i) {
-        const Register xi = reinterpret_cast<const Pair*>(x)[i * pairs + d] - Register{};  // the same pair everywhere
-        multiply_add(sum[i][0], xi, c[0]);
-        multiply_add(sum[i][1], xi, c[second]);
-      }
-    }
+  constexpr int LANES = sizeof(Register) / sizeof(Pair);
+  const int64_t pairs = codes.pairs;
+  const auto* c = reinterpret_cast<const Register*>(&codes.screen[p * pairs * 2]);
+  Register sum[MR][2] = {};
+  for (int64_t d = 0; d < pairs; ++d, ++c) {
 #pragma GCC unroll 6
     for (int i = 0; i < MR; ++i) {
-      int32_t product[TOGETHER * NR];
-      std::memcpy(product, sum[i], sizeof(product));
-      float* least = low + i * codes.panels + p / NR * NR;  // of 8 octets
-      for (int64_t q = 0; q < TOGETHER; ++q) {
-        const float *square = &codes.square[(p + q) * NR], *unit = &codes.scale[(p + q) * NR];
-        const bool first = (p + q) % NR == 0;
+      const Register xi = reinterpret_cast<const Pair*>(x)[i * pairs + d] - Register{};  // the same pair everywhere
+      multiply_add(sum[i][0], xi, c[0]);
+      multiply_add(sum[i][1], xi, c[pairs]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i) {
+    int32_t product[2 * LANES];
+    std::memcpy(product, sum[i], sizeof(product));
+    float* least = low + i * codes.octets + p / 64 * 8;  // of 8 octets
+    for (int q = 0; q < 2 * LANES; q += 8) {
+      const float *square = &codes.square[p + q], *unit = &codes.scale[p + q];
+      const bool first = (p + q) % 64 == 0;
 #pragma omp simd
-        for (int j = 0; j < NR; ++j)
-          least[j] = std::min(first ? INFINITY : least[j],
-                              square[j] - scale[i] * unit[j] * static_cast<float>(product[q * NR + j]));
-      }
+      for (int j = 0; j < 8; ++j)
+        least[j] = std::min(first ? INFINITY : least[j],
+                            square[j] - scale[i] * unit[j] * static_cast<float>(product[q + j]));
     }
   }
 }
@@ -221,10 +224,10 @@ INLINE void screen_tile(const int16_t* x, const float* scale, const Codebook<Rea
 // The contract's number for a row and the codes of an octet.
 template <class Real>
 INLINE void certify(const Real* x, const Real* c, int64_t D, double* s) {
-  std::fill_n(s, NR, 0.0);
-  for (int64_t d = 0; d < D; ++d, c += NR) {
+  std::fill_n(s, OCTET, 0.0);
+  for (int64_t d = 0; d < D; ++d, c += OCTET) {
 #pragma omp simd
-    for (int j = 0; j < NR; ++j) {
+    for (int j = 0; j < OCTET; ++j) {
       const double e = static_cast<double>(x[d]) - static_cast<double>(c[j]);
       s[j] += e * e;
     }
@@ -234,9 +237,10 @@ INLINE void certify(const Real* x, const Real* c, int64_t D, double* s) {
 // x [rows][D], rows at most 24 -> idx, distance [rows]
 template <class Register, class Real>
 INLINE void search(const Codebook<Real>& codebook, const Real* x, int rows, int64_t* idx, double* distance) {
-  const int64_t K = codebook.K, D = codebook.D, pairs = codebook.pairs, panels = codebook.panels;
+  constexpr int LANES = sizeof(Register) / sizeof(Pair);
+  const int64_t K = codebook.K, D = codebook.D, pairs = codebook.pairs, octets = codebook.octets;
   std::vector<int16_t> whole(ROWS * pairs * 2);  // [24][pairs][2] the rows; zeros where there is none
-  std::vector<float> low(ROWS * panels);         // [24][octet] their smallest scores
+  std::vector<float> low(ROWS * octets);         // [24][octet] their smallest scores
   std::vector<double> v(D);                      // a row without the mean
   float length[ROWS], moved[ROWS], scale[ROWS] = {};
   for (int row = 0; row < rows; ++row) {
@@ -246,38 +250,39 @@ INLINE void search(const Codebook<Real>& codebook, const Real* x, int rows, int6
     moved[row] = static_cast<float>(rounded.moved / codebook.unit);
     scale[row] = static_cast<float>(2 * rounded.length / codebook.unit / LENGTH);
   }
-  for (int64_t p = 0; p < panels; p += 2)
+  for (int64_t p = 0; p < octets * OCTET; p += 2 * LANES)
     for (int row = 0; row < rows; row += MR)
-      screen_tile<Register>(&whole[row * pairs * 2], &scale[row], codebook, p, &low[row * panels]);
+      screen_tile<Register>(&whole[row * pairs * 2], &scale[row], codebook, p, &low[row * octets]);
   for (int row = 0; row < rows; ++row) {
-    float limit[NR], *lowest = &low[row * panels];
-    std::fill_n(limit, NR, INFINITY);
-    for (int64_t octet = 0; octet < panels; octet += NR) {
+    float limit[8], *lowest = &low[row * octets];
+    std::fill_n(limit, 8, INFINITY);
+    for (int64_t octet = 0; octet < octets; octet += 8) {
 #pragma omp simd
-      for (int j = 0; j < NR; ++j) {
+      for (int j = 0; j < 8; ++j) {
         const float E = error_bound(length[row], moved[row], codebook.length[octet + j], codebook.moved[octet + j], D);
         limit[j] = std::min(limit[j], lowest[octet + j] + E);
         lowest[octet + j] -= E;
       }
     }
-    const float highest = *std::min_element(limit, limit + NR);  // no code whose score is certainly above can win
+    const float highest = *std::min_element(limit, limit + 8);  // no code whose score is certainly above can win
     idx[row] = -1;
-    for (int64_t first = 0; first < panels; first += NR) {
+    for (int64_t first = 0; first < octets; first += 8) {
       int open = 0;
 #pragma omp simd reduction(| : open)
-      for (int j = 0; j < NR; ++j) open |= !(lowest[first + j] > highest);  // NaN rules nothing out
-      for (int64_t octet = first; octet < first + NR && open; ++octet) {
-        if (octet * NR >= K || lowest[octet] > highest) continue;
-        double s[NR];
-        certify(&x[row * D], &codebook.raw[octet * D * NR], D, s);
-        for (int64_t k = octet * NR; k < std::min((octet + 1) * NR, K); ++k)
-          if (idx[row] < 0 || s[k % NR] < distance[row]) idx[row] = k, distance[row] = s[k % NR];
+      for (int j = 0; j < 8; ++j) open |= !(lowest[first + j] > highest);  // NaN rules nothing out
+      for (int64_t octet = first; octet < first + 8 && open; ++octet) {
+        if (octet * OCTET >= K || lowest[octet] > highest) continue;
+        double s[OCTET];
+        certify(&x[row * D], &codebook.raw[octet * D * OCTET], D, s);
+        for (int64_t k = octet * OCTET; k < std::min((octet + 1) * OCTET, K); ++k)
+          if (idx[row] < 0 || s[k % OCTET] < distance[row]) idx[row] = k, distance[row] = s[k % OCTET];
       }
     }
   }
 }
 
-// The same code for two instruction sets, chosen on the machine that runs it: a binary may be cached and copied.
+// The same code for three instruction sets, chosen on the machine that runs it: a binary may be cached and copied.
+// HIPART_LANES=4 or 8 keeps it from the wider ones.
 template <class Real>
 void search_portable(const Codebook<Real>& codebook, const Real* x, int rows, int64_t* idx, double* distance) {
   search<Four>(codebook, x, rows, idx, distance);
@@ -288,22 +293,34 @@ template <class Real>
 [[gnu::target("avx2")]] void search_avx2(const Codebook<Real>& codebook, const Real* x, int rows, int64_t* idx, double* distance) {
   search<Eight>(codebook, x, rows, idx, distance);
 }
-#endif
 
 template <class Real>
-auto search_here() {
-#ifdef __x86_64__
-  if (!std::getenv("HIPART_PORTABLE") && __builtin_cpu_supports("avx2")) return &search_avx2<Real>;
+[[gnu::target("avx512bw,avx512vnni")]] void search_avx512(const Codebook<Real>& codebook, const Real* x, int rows, int64_t* idx,
+                                                          double* distance) {
+  search<Sixteen>(codebook, x, rows, idx, distance);
+}
 #endif
-  return &search_portable<Real>;
+
+int lanes_here() {
+#ifdef __x86_64__
+  const char* wanted = std::getenv("HIPART_LANES");
+  const int most = wanted ? std::atoi(wanted) : 16;
+  if (most >= 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni")) return 16;
+  if (most >= 8 && __builtin_cpu_supports("avx2")) return 8;
+#endif
+  return 4;
 }
 
 template <class Real>
 void search_all(const Tensor& rows, const Tensor& codes, int64_t* idx, double* distance) {
   const int64_t N = rows.size(0), D = rows.size(1);
   const Real* x = rows.const_data_ptr<Real>();
-  const Codebook<Real> codebook(codes);
-  const auto search = search_here<Real>();
+  const int lanes = lanes_here();
+  const Codebook<Real> codebook(codes, lanes);
+  auto search = search_portable<Real>;
+#ifdef __x86_64__
+  if (lanes > 4) search = lanes == 8 ? search_avx2<Real> : search_avx512<Real>;
+#endif
   in_parallel((N + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * ROWS; first < std::min(end * ROWS, N); first += ROWS) {
       const int64_t last = std::min(first + ROWS, N);
