@@ -141,7 +141,7 @@ struct Codebook {
       }
     });
     for (const Rounded& code : rounded) unit = std::max(unit, code.length);
-    if (!(unit > 0x1p-400 && unit < 0x1p400)) unit = NAN;  // every bound is NaN then, and rules nothing out
+    if (!(unit > 0x1p-400 && unit < 0x1p400)) unit = NAN;  // and so every row's length, and every bound
     for (int64_t k = 0; k < octets * OCTET; ++k) {
       const auto c = static_cast<float>(rounded[k].length / unit);
       square[place(k)] = c * c, scale[place(k)] = static_cast<float>(rounded[k].length / unit / LENGTH);
@@ -302,10 +302,11 @@ template <class Real>
 #endif
 
 int lanes_here() {
-#ifdef __x86_64__
   const char* wanted = std::getenv("HIPART_LANES");
   const int most = wanted ? std::atoi(wanted) : 16;
-  if (most >= 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni")) return 16;
+  TORCH_CHECK_VALUE(most == 4 || most == 8 || most == 16, "HIPART_LANES must be 4, 8 or 16, found " + std::string(wanted));
+#ifdef __x86_64__
+  if (most == 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni")) return 16;
   if (most >= 8 && __builtin_cpu_supports("avx2")) return 8;
 #endif
   return 4;

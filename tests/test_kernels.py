@@ -319,6 +319,18 @@ def test_float64_is_compared_in_float64():
     assert nearest_code(far.new_zeros(1, 1), far).tolist() == [0]
 
 
+def test_squares_that_overflow_beside_some_that_do_not():
+    """An infinite length is no unit to measure the others in."""
+    c = torch.tensor([1.35e154, -1.35e154] * 4 + [0.0] * 8, dtype=torch.float64)[:, None]
+    check(torch.tensor([[1.3e154]], dtype=torch.float64), c)
+
+
+def test_the_width_must_be_one_there_is():
+    if "cpp" in SEARCHES:
+        with pytest.raises(ValueError, match="HIPART_LANES must be 4, 8 or 16, found wide"):
+            narrower("wide")(torch.ones(2, 2), torch.ones(2, 2))
+
+
 def test_strided_views():
     rng = np.random.default_rng(2)
     big_x, big_c = (torch.from_numpy(rng.standard_normal((60, 60)).astype(np.float32)) for _ in range(2))
