@@ -312,8 +312,8 @@ __device__ void prepare(Gates& gates) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 template <int WORDS>
-__device__ void fetch(uint4* to, const uint4* from, bool there, Gates& gates, int turn) {
-  if (there && threadIdx.x == 0) {
+__device__ void fetch(uint4* to, const uint4* from, bool exists, Gates& gates, int turn) {
+  if (exists && threadIdx.x == 0) {
     if (turn >= RING) wait(gates.empty[turn % RING], (turn / RING - 1) % 2);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%2], %3;\n"
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];"
@@ -354,8 +354,8 @@ __device__ void pin(float&) {}
 struct Gates {};
 __device__ void prepare(Gates&) {}
 template <int WORDS>
-__device__ void fetch(uint4* to, const uint4* from, bool there, Gates&, int) {
-  for (int i = threadIdx.x; i < WORDS && there; i += THREADS) __pipeline_memcpy_async(&to[i], &from[i], 16);
+__device__ void fetch(uint4* to, const uint4* from, bool exists, Gates&, int) {
+  for (int i = threadIdx.x; i < WORDS && exists; i += THREADS) __pipeline_memcpy_async(&to[i], &from[i], 16);
   __pipeline_commit();
 }
 __device__ void await(Gates&, int) {
@@ -369,8 +369,9 @@ __device__ void prefetch(const float*, int64_t) {}
 // A lane packs by row: columns 0 to 7 and 8 to 15 of row g, then of row g + 8. The instruction wants both rows' first columns first.
 __device__ uint4 as_rows(uint4 v) { return make_uint4(v.x, v.z, v.y, v.w); }
 
-// How far a score |c|^2 - 2 x.c, taken in float32, may be from its true value, for a row of norm X and codes of norm at most
-// C, apart from what rounding to float16 adds, and the `offset` that is subtracted from all scores of the row.
+// How far a score |c|^2 - 2 x.c may be from its true value, for rows of norms up to X and codes of norms up to C, apart from what
+// the offset adds that is subtracted from all scores of a row.
+//  - Rounding rows and codes to float16: see above; the score holds that twice.
 //  - Tensor cores truncate every term: a product of length D, summed in any order, is off by at most 1.25 D u X C, u = 2^-23.
 //    What else is in the sum, -|c|^2 / 2 and the offset, loses as much at most every fourth time. The score holds all
 //    that twice; the rounding of the inputs and of this bound add some u of it. All that is taken 1.6 times.
