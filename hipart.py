@@ -1,23 +1,16 @@
 """HiPART: Hierarchical Pose AutoRegressive Transformer for occluded 3D human pose estimation
-(CVPR 2025, arXiv 2503.23331), in one file.
+(CVPR 2025, arXiv 2503.23331), in one file that is read from top to bottom.
 
     python hipart.py        # walks one random pose through the model and prints every step
 
-Read it from top to bottom; the data flow the same way. Symbols are the paper's, and section and
-equation numbers refer to it.
+    stage 1  MSST            a fine 2D pose <-> 16 sparse and 48 dense tokens    section 4.1, Eq. 1-6
+    stage 2  HiARM           a detector's sparse 2D pose -> those tokens         section 4.2, Eq. 7-12
+             HiPART          both together: sparse 2D -> dense and fine 2D       Alg. 1
+    stage 3  SpatialLifter   17 (+ 48 + 96) 2D points -> 17 joints in 3D         Fig. 11
 
-    skeleton, Config, coordinate frame
-    stage 1  MSST      tokenizes a fine 2D pose into 16 sparse and     section 4.1, Eq. 1-6
-                       48 dense tokens, and decodes them again
-    stage 2  HiARM     writes those tokens, given only the sparse      section 4.2, Eq. 7-12
-                       2D pose of a detector
-             HiPART    both together: sparse 2D -> dense and fine 2D
-    stage 3  SpatialLifter   17 (+ 48 + 96) 2D points -> 17 joints in 3D     Fig. 11
-
-Sizes: B poses in a batch, J = 17 joints, J_S = 16 of them own a token, R = 3 dense points each,
-J_D = 48 dense points, J_F = 96 fine points, D the width of a code, W the width of HiARM.
-A name that ends in _s, _d or _f is sparse, dense or fine; zh_s is the paper's z-hat_s, and zp_d is
-its z'_d.
+Symbols are the paper's. A name that ends in _s, _d or _f is sparse, dense or fine; zh_s is z-hat_s
+and zp_d is z'_d. Sizes: B poses in a batch, J = 17 joints, J_S = 16 of them own a token and R = 3
+dense points each, J_D = 48 dense and J_F = 96 fine points, D the width of a code, W that of HiARM.
 """
 
 from dataclasses import dataclass
@@ -456,10 +449,9 @@ class HiARM(nn.Module):
     the paper's form). C_s and C_d are frozen copies of the tokenizer's codebooks.
 
     `forward` is *teacher-forced*: it sees the true tokens of all parts at once, and masks hide
-    what lies ahead. `rollout` is *free-running*: it goes part by part on its own choices. Both are
-    written in the same four steps, `condition`, `summarize`, `remember` and `predict`. The rollout
-    needs no mask, since the future does not exist yet: what it computes at step i is compared with
-    the keys in the caches, and these hold the past alone.
+    what lies ahead. `rollout` is *free-running*: it goes part by part on its own choices, and needs
+    no mask, since its caches hold the past alone. Both are made of the same four steps:
+    `condition`, `summarize`, `remember` and `predict`.
 
     Two switches go beyond the paper. condition="every": one SOS token is a narrow door for a whole
     pose, so an MLP of x_s also adds to every position. soft=True: a step hands on the *expected*
@@ -550,7 +542,7 @@ class HiARM(nn.Module):
         """Free-running generation (Alg. 1), in 16 steps that keep their keys and values.
 
         Returns logits_s [B, 16, K_s] and logits_d [B, 48, K_d], and the embeddings zh_s [B, 16, D]
-        and zh_d [B, 48, D] that the steps handed on.
+        and zh_d [B, 48, D] that the steps handed on. The tokens are the argmax of the logits.
         """
         past: list[list[Tensor]] = [[] for _ in self.GCSAB]
         g, position = self.condition(x_s, conf)
@@ -570,13 +562,6 @@ class HiARM(nn.Module):
     def pick(self, logits: Tensor, C: Tensor) -> Tensor:
         """What a step hands on: logits [B, n, K], codebook C [K, D] -> [B, n, D]."""
         return logits.softmax(-1) @ C if self.config.soft else C[logits.argmax(-1)]
-
-    @torch.no_grad()
-    def generate(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The likeliest token at every step: q_s [B, 16], q_d [B, 48] int64. (With config.soft,
-        `HiPART.densify` decodes expected embeddings instead of these tokens.)"""
-        o = self.rollout(x_s, conf)
-        return o["logits_s"].argmax(-1), o["logits_d"].argmax(-1)
 
 
 class HiPART(nn.Module):
@@ -724,30 +709,28 @@ class SpatialLifter(Lifter):
 
 def main() -> None:
     """Walk one random pose through an untrained model of the paper's sizes."""
-    torch.manual_seed(0)
     model, lifter = HiPART(Config()).eval(), SpatialLifter().eval()
     x_s, conf = torch.rand(1, J, 2) - 0.5, torch.ones(1, J)
     conf[0, 16] = 0  # the detector missed the right wrist
-
-    def show(equation: str, **values: Tensor) -> None:
-        for name, value in values.items():
-            print(f"  {name:10}{str(list(value.shape)):16}{equation}")
-
-    print("stage 1, MSST: a fine pose becomes tokens, and a pose again")
     o = model.msst(torch.randn(1, J_F, 2))
-    show("E_d(E_f(x_f)), and its tokens: Eq. 1", z_s=o["z_s"], q_s=o["q_s"])
-    show("the dense embeddings z'_d, and their tokens: Eq. 2", zp_d=o["zp_d"], q_d=o["q_d"])
-    show("what D_d and D_f decode: Alg. 2", x_d=o["x_d"], x_f=o["x_f"])
-    show("action logits: Eq. 4", p_A=o["p_A"])
-    print("stage 2, HiARM: tokens from a sparse pose, in 16 steps of Eq. 9, 10 and 11")
-    show("a detection without its right wrist", x_s=x_s)
-    o = model.hiarm.rollout(to_model_frame(x_s, detected_pelvis(x_s, conf)), conf)
-    show("logits of the tokens, part after part: Eq. 11", p_s=o["logits_s"], p_d=o["logits_d"])
+    r = model.hiarm.rollout(to_model_frame(x_s, detected_pelvis(x_s, conf)), conf)
     x_d, x_f = model.densify(x_s, conf)
-    show("the generated dense and fine points: Alg. 1", x_d=x_d, x_f=x_f)
-    print("stage 3, SpatialLifter: 17 + 48 + 96 points to 3D")
     y = lifter(torch.cat([x_s, x_d, x_f], 1), conf)
-    show("joints in mm, relative to the pelvis: Fig. 11", y=y)
+    for text, values in {
+        "Stage 1, MSST: a fine pose becomes tokens, and a pose again": {},
+        "sparse embeddings and their tokens, Eq. 1": dict(z_s=o["z_s"], q_s=o["q_s"]),
+        "dense embeddings z'_d and their tokens, Eq. 2": dict(zp_d=o["zp_d"], q_d=o["q_d"]),
+        "action logits, Eq. 4": dict(p_A=o["p_A"]),
+        "decoded dense and fine points, Alg. 2": dict(x_d=o["x_d"], x_f=o["x_f"]),
+        "Stage 2, HiARM: tokens from a sparse pose, in 16 steps of Eq. 9, 10 and 11": {},
+        "a detection without its right wrist": dict(x_s=x_s),
+        "logits of the tokens, Eq. 11": dict(p_s=r["logits_s"], p_d=r["logits_d"]),
+        "generated dense and fine points, Alg. 1": dict(x_d=x_d, x_f=x_f),
+        "Stage 3, SpatialLifter: 17 + 48 + 96 points become 3D, Fig. 11": {},
+        "joints in mm, relative to the pelvis": dict(y=y),
+    }.items():
+        shapes = "  ".join(f"{name} {list(value.shape)}" for name, value in values.items())
+        print(f"  {shapes:40}{text}" if values else text)
 
 
 if __name__ == "__main__":

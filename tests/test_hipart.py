@@ -126,7 +126,7 @@ def hiarm_reference(w, c, x_s, q_s=None, q_d=None, conf=None):
     embeddings [16, D], [48, D].
 
     With tokens q_s [16], q_d [48]: teacher forcing. Without: its own choice at every step (Alg. 1),
-    the most probable code or, with c.soft, the expected one. """
+    the most probable code or, with c.soft, the expected one."""
     seen = np.ones(17) if conf is None else (conf > 0).astype(float)
     x = (x_s * seen[:, None]).reshape(-1)
     position = w["part"].copy()
@@ -644,6 +644,12 @@ def transformer(seed=0, B=2, config=TINY):
     return model, x_s, q_s, q_d
 
 
+def tokens(model, x_s, conf=None):
+    """The likeliest token of every step of the rollout: q_s [B, 16], q_d [B, 48]."""
+    o = model.rollout(x_s, conf)
+    return o["logits_s"].argmax(-1), o["logits_d"].argmax(-1)
+
+
 def other(q, K, rows):
     q = q.clone()
     q[:, rows] = (q[:, rows] + 1 + torch.arange(len(q[0, rows])) % (K - 1)) % K
@@ -690,7 +696,7 @@ def test_generation_equals_numpy(config, with_conf):
     """Free running, keys and values kept, against a twin that starts over at every step."""
     model, x_s, _, _ = transformer(11, config=config)
     conf = (torch.rand(2, 17) > 0.3).double() if with_conf else None
-    rollout, q = model.rollout(x_s, conf), model.generate(x_s, conf)
+    rollout, q = model.rollout(x_s, conf), tokens(model, x_s, conf)
     for b in range(2):
         twin = hiarm_reference(
             weights(model), config, x_s[b].numpy(), conf=conf[b].numpy() if with_conf else None
@@ -900,11 +906,11 @@ def test_generate_equals_repeated_forward(with_conf):
             q_d[:, 3 * i : 3 * i + 3] = model(x_s, q_s, q_d, conf)[1][:, 3 * i : 3 * i + 3].argmax(
                 -1
             )
-        made_s, made_d = model.generate(x_s, conf)
+        made_s, made_d = tokens(model, x_s, conf)
         assert made_s.dtype == made_d.dtype == torch.int64
         assert torch.equal(made_s, q_s) and torch.equal(made_d, q_d)
         assert len(torch.unique(made_s)) > 1  # the test would be empty if one token won everywhere
-        one_s, one_d = model.generate(x_s[2:3], None if conf is None else conf[2:3])
+        one_s, one_d = tokens(model, x_s[2:3], None if conf is None else conf[2:3])
         assert torch.equal(one_s, made_s[2:3]) and torch.equal(
             one_d, made_d[2:3]
         )  # samples do not mix
@@ -934,7 +940,7 @@ def test_densify_follows_the_person_through_the_image(config):
     x_d, x_f = model.densify(x_s, conf)
     assert x_d.shape == (3, 48, 2) and x_f.shape == (3, 96, 2)
     pelvis = detected_pelvis(x_s, conf)
-    q_s, q_d = model.hiarm.generate((x_s - pelvis) / SCALE, conf)
+    q_s, q_d = tokens(model.hiarm, (x_s - pelvis) / SCALE, conf)
     o = model.hiarm.rollout((x_s - pelvis) / SCALE, conf)
     made = (
         model.msst.decode_embeddings(o["zh_s"], o["zh_d"])
@@ -956,7 +962,7 @@ TAKERS = (
     "detected_pelvis",
     "densify",
     "densify_every_soft",
-    "generate",
+    "tokens",
     "logits",
     "features",
     "SpatialLifter_17",
@@ -998,7 +1004,7 @@ def takers():
     functions = dict(
         detected_pelvis=detected_pelvis,
         densify=hipart.densify,
-        generate=hipart.hiarm.generate,
+        tokens=lambda x, conf=None: tokens(hipart.hiarm, x, conf),
         densify_every_soft=ours.densify,
         logits=lambda x, conf=None: hipart.hiarm(x, q_s, q_d, conf),
         features=lambda x, conf=None: tuple(
