@@ -1,9 +1,13 @@
-"""Coarsening of a mesh."""
+"""From a triangle mesh to 96 fine and 48 dense points (paper section 3, appendix B, Fig. 9).
+
+Heavy Edge Matching (Graclus; Defferrard et al. 2016, Pose2Mesh) merges neighbouring vertices pair
+by pair until 96 clusters are left, and a perfect matching pairs these into 48. A balanced
+assignment then gives each of the 16 joints that own a token exactly three of the 48. """
 
 import networkx as nx
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure  # without pyplot, which would want a display
 
 from hipart import JOINT_NAMES, PART_JOINT
 
@@ -17,7 +21,10 @@ def vertex_areas(vertices, faces):
 
 def mesh_edges(faces):
     """Undirected edges [E, 2] of a triangle mesh, each once."""
-    return np.unique(np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1), axis=0)
+    return np.unique(
+        np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1),
+        axis=0,
+    )
 
 
 def contract(edges, weight, label):
@@ -29,11 +36,11 @@ def contract(edges, weight, label):
 
 
 def match_pass(edges, weight, mass, order, target, cap):
-    """One pass of Heavy Edge Matching -> label [n] of the merged nodes; stops when `target` nodes are left.
+    """One pass of Heavy Edge Matching -> label [n] of the merged nodes; stops when `target` nodes
+    are left.
 
-    A node is merged with the free neighbour of largest normalised cut weight w_ij (1/m_i + 1/m_j), if the two
-    together stay below `cap`.
-    """
+    A node is merged with the free neighbour of largest normalised cut weight w_ij (1/m_i + 1/m_j),
+    if the two together stay below `cap`. """
     neighbours = [[] for _ in mass]
     for (i, j), w in zip(edges.tolist(), weight.tolist(), strict=True):
         neighbours[i].append((j, w))
@@ -55,28 +62,34 @@ def match_pass(edges, weight, mass, order, target, cap):
 
 
 def coarsen(vertices, faces, joints, sizes=(192, 96, 48), weighting="joint", tries=6):
-    """Coarsen a mesh into nested clusters and tie them to joints (paper section 3, Fig. 9; Graclus, Pose2Mesh).
+    """Coarsen a mesh into nested clusters and tie them to joints (paper section 3, Fig. 9; Graclus,
+    Pose2Mesh).
 
-    vertices [V, 3], faces [F, 3], joints [16, 3]: the joints that own parts, in part order, all in rest pose.
-    Heavy Edge Matching is repeated until exactly sizes[0], sizes[1], ... clusters are left; the last level pairs the
-    one before it by a maximum-weight perfect matching, because no pass of matching lands on it.
-    weighting "plain": Graclus as it is: mass = degree, nodes visited at random (good for SMPL's even mesh).
-    weighting "joint": mass = area / area of the region nearest to the same joint, lightest first, clusters at most
-    1.5 x the mean: every joint gets its share, however densely its hands or face are meshed (the open body needs it).
-    The best of `tries` seeds by assignment distance is kept.
+    vertices [V, 3], faces [F, 3], joints [16, 3]: the joints that own parts, in part order, all in
+    rest pose. Heavy Edge Matching is repeated until exactly sizes[0], sizes[1], ... clusters are
+    left; the last level pairs the one before it by a maximum-weight perfect matching, because no
+    pass of matching lands on it. weighting "plain": Graclus as it is: mass = degree, nodes visited
+    at random (good for SMPL's even mesh). weighting "joint": mass = area / area of the region
+    nearest to the same joint, lightest first, clusters at most 1.5 x the mean: every joint gets its
+    share, however densely its hands or face are meshed (the open body needs it). The best of
+    `tries` seeds by assignment distance is kept.
 
-    Returns a dict: size -> label [V] (row of that level's point, -1 outside the largest component), and
-    "distance": mean distance from a point of the last level to its joint. Rows: the r points of joint i are r*i,
-    ..., r*i + r - 1 in the last level; the two halves of its point k are 2k and 2k + 1 in the level before.
-    """
+    Returns a dict: size -> label [V] (row of that level's point, -1 outside the largest component),
+    and "distance": mean distance from a point of the last level to its joint. Rows: the r points of
+    joint i are r*i, ..., r*i + r - 1 in the last level; the two halves of its point k are 2k and 2k
+    + 1 in the level before. """
     if weighting not in ("joint", "plain"):
         raise ValueError(f"weighting must be 'joint' or 'plain', found {weighting!r}.")
     if sizes[-1] * 2 != sizes[-2] or sizes[-1] % len(joints):
-        raise ValueError(f"The last of sizes {sizes} must be half the one before it and a multiple of {len(joints)}.")
+        raise ValueError(
+            f"The last of sizes {sizes} must be half the one before it and a multiple of {len(joints)}."
+        )
     edges = mesh_edges(faces)
     used = np.array(sorted(max(nx.connected_components(nx.Graph(edges.tolist())), key=len)))
     if len(used) < sizes[0]:
-        raise ValueError(f"The largest component has {len(used)} vertices, too few for {sizes[0]} clusters.")
+        raise ValueError(
+            f"The largest component has {len(used)} vertices, too few for {sizes[0]} clusters."
+        )
     new = np.full(len(vertices), -1)
     new[used] = np.arange(len(used))
     edges = new[edges[new[edges[:, 0]] >= 0]]
@@ -101,7 +114,9 @@ def coarsen(vertices, faces, joints, sizes=(192, 96, 48), weighting="joint", tri
         if best is None or mean < best[0]:
             best = mean, levels, part, centre
     if best is None:
-        raise ValueError(f"No perfect pairing of {sizes[-2]} clusters was found in {tries} tries: raise `tries`.")
+        raise ValueError(
+            f"No perfect pairing of {sizes[-2]} clusters was found in {tries} tries: raise `tries`."
+        )
 
     mean, levels, part, centre = best
     rank = np.lexsort((-centre[:, 2], part))  # by part, then from top to bottom
@@ -136,7 +151,8 @@ def _cluster(edges, mass, sizes, weighting, rng):
         levels.append(label)
     graph = nx.Graph()
     graph.add_weighted_edges_from(
-        (i, j, w * (1 / mass[i] + 1 / mass[j])) for (i, j), w in zip(edges.tolist(), weight.tolist(), strict=True)
+        (i, j, w * (1 / mass[i] + 1 / mass[j]))
+        for (i, j), w in zip(edges.tolist(), weight.tolist(), strict=True)
     )
     pairs = sorted(tuple(sorted(p)) for p in nx.max_weight_matching(graph, maxcardinality=True))
     if len(pairs) != sizes[-1]:
@@ -148,7 +164,8 @@ def _cluster(edges, mass, sizes, weighting, rng):
 
 
 def level_matrix(label, vertex_weight):
-    """The level as a matrix R [J, V] with one entry a column: rows are weighted means of their clusters' vertices."""
+    """The level as a matrix R [J, V] with one entry a column: rows are weighted means of their
+    clusters' vertices."""
     matrix = np.zeros((label.max() + 1, len(label)))
     used = np.flatnonzero(label >= 0)
     matrix[label[used], used] = vertex_weight[used]
@@ -156,10 +173,11 @@ def level_matrix(label, vertex_weight):
 
 
 def assign_parts(cost):
-    """Balanced assignment: cost [n, m] -> owner [n] in 0..m-1, each exactly n/m times, minimum total cost.
+    """Balanced assignment: cost [n, m] -> owner [n] in 0..m-1, each exactly n/m times, minimum
+    total cost.
 
-    A min-cost flow: every row sends one unit, every column takes n/m; integer costs (9 digits) make it exact.
-    """
+    A min-cost flow: every row sends one unit, every column takes n/m; integer costs (9 digits) make
+    it exact. """
     n, m = cost.shape
     if n % m:
         raise ValueError(f"{n} points cannot be shared equally among {m} joints.")
@@ -167,25 +185,47 @@ def assign_parts(cost):
     graph = nx.DiGraph()
     graph.add_nodes_from((i, {"demand": -1}) for i in range(n))
     graph.add_nodes_from((n + j, {"demand": n // m}) for j in range(m))
-    graph.add_weighted_edges_from((i, n + j, int(integer[i, j])) for i in range(n) for j in range(m))
+    graph.add_weighted_edges_from(
+        (i, n + j, int(integer[i, j])) for i in range(n) for j in range(m)
+    )
     flow = nx.min_cost_flow(graph)
     return np.array([next(j for j in range(m) if flow[i][n + j]) for i in range(n)])
 
 
+# --------------------------------------------------------------------------------------------------
 def draw_coarsening(path, vertices, faces, joints, levels, area):
-    """The paper's Fig. 9: the mesh, its 96 and 48 points, and the 16 joints, coloured by part; front view."""
+    """The paper's Fig. 9: the mesh, its 96 and 48 points, and the 16 joints, coloured by part;
+    front view."""
     colours = colormaps["tab20"](np.arange(16))  # of parts
     fig = Figure(figsize=(18, 8))
     axes = fig.subplots(1, 4, sharex=True, sharey=True)
     for ax, size in zip(axes, (None, 96, 48, 16), strict=True):
         used = levels[48] >= 0
         part = levels[48][used] // 3
-        ax.scatter(*vertices[used][:, [0, 2]].T, s=1.5, color=colours[part], alpha=0.9 if size is None else 0.15)
+        ax.scatter(
+            *vertices[used][:, [0, 2]].T,
+            s=1.5,
+            color=colours[part],
+            alpha=0.9 if size is None else 0.15,
+        )
         if size == 16:
-            ax.scatter(*joints[list(PART_JOINT)][:, [0, 2]].T, s=150, color=colours, edgecolor="k", zorder=3)
+            ax.scatter(
+                *joints[list(PART_JOINT)][:, [0, 2]].T,
+                s=150,
+                color=colours,
+                edgecolor="k",
+                zorder=3,
+            )
             for i, joint in enumerate(PART_JOINT):
                 text = f"{i} {JOINT_NAMES[joint]}"
-                ax.annotate(text, joints[joint, [0, 2]], (7, 7), textcoords="offset points", fontsize=8, zorder=4)
+                ax.annotate(
+                    text,
+                    joints[joint, [0, 2]],
+                    (7, 7),
+                    textcoords="offset points",
+                    fontsize=8,
+                    zorder=4,
+                )
         elif size:
             points = level_matrix(levels[size], area) @ vertices
             part = np.arange(size) // (size // 16)
@@ -196,6 +236,8 @@ def draw_coarsening(path, vertices, faces, joints, levels, area):
         ax.set_title(titles.get(size, f"{size} points"))
         ax.set_aspect("equal")
         ax.axis("off")
-    fig.suptitle(f"Coarsening: mean distance of the 48 points from their joint {1000 * levels['distance']:.0f} mm")
+    fig.suptitle(
+        f"Coarsening: mean distance of the 48 points from their joint {1000 * levels['distance']:.0f} mm"
+    )
     fig.tight_layout()
     fig.savefig(path, dpi=70)

@@ -1,8 +1,12 @@
-"""Rotations, cameras and projection."""
+"""Rotations, cameras and projection, in NumPy.
+
+Quaternions are (w, x, y, z), of unit length, in the last axis. Camera frames have x to the right, y
+down and z forward.
+"""
 
 import numpy as np
 
-IMAGE_SIZE = (1000, 1000)
+IMAGE_SIZE = (1000, 1000)  # px
 
 
 def quat_mul(a, b):
@@ -51,13 +55,17 @@ def slerp(a, b, t):
 
 
 def rotation_between(a, b):
-    """Smallest rotation [..., 3, 3] that turns unit vectors a onto b [..., 3] (undefined for opposite vectors)."""
+    """Smallest rotation [..., 3, 3] that turns unit vectors a onto b [..., 3] (undefined for
+    opposite vectors)."""
     v, c = np.cross(a, b), np.sum(a * b, -1)[..., None, None]
     k = np.zeros(v.shape + (3,))
     k[..., 0, 1], k[..., 0, 2], k[..., 1, 2] = -v[..., 2], v[..., 1], -v[..., 0]
     k = k - np.swapaxes(k, -1, -2)
     return np.eye(3) + k + k @ k / (1 + c)
 
+
+# --------------------------------------------------------------------------------------------------
+# Cameras
 
 H36M_INTRINSICS = {  # id: focal length fx fy, centre cx cy, radial k1 k2 k3, tangential p1 p2 (VideoPose3D's order)
     "54138969": ((1145.0494384765625, 1143.7811279296875), (512.54150390625, 515.4514770507812),
@@ -76,7 +84,8 @@ H36M_INTRINSICS = {  # id: focal length fx fy, centre cx cy, radial k1 k2 k3, ta
 
 
 def make_cameras(rng):
-    """Four cameras around the room's centre, one in each quadrant: H36M intrinsics, R and t (mm) of x = R X + t."""
+    """Four cameras around the room's centre, one in each quadrant: H36M intrinsics, R and t (mm) of
+    x = R X + t."""
     cameras = []
     for k, (name, (f, c, radial, tangential)) in enumerate(H36M_INTRINSICS.items()):
         azimuth = np.pi / 4 + k * np.pi / 2 + rng.uniform(-0.3, 0.3)
@@ -86,14 +95,17 @@ def make_cameras(rng):
         forward /= np.linalg.norm(forward)
         right = np.cross(forward, [0, 0, 1.0])
         right /= np.linalg.norm(right)
-        rotation = np.stack([right, np.cross(forward, right), forward])  # rows: x right, y down, z forward
+        rotation = np.stack(
+            [right, np.cross(forward, right), forward]
+        )  # rows: x right, y down, z forward
         cameras.append({"id": name, "f": list(f), "c": list(c), "k": list(radial), "p": list(tangential),
                         "R": rotation.tolist(), "t": (-rotation @ centre).tolist()})  # fmt: skip
     return cameras
 
 
 def project(points, camera):
-    """Camera-frame points [..., 3] -> pixels [..., 2] with Human3.6M's distortion, as VideoPose3D writes it."""
+    """Camera-frame points [..., 3] -> pixels [..., 2] with Human3.6M's distortion, as VideoPose3D
+    writes it."""
     k, p = camera["k"], np.array(camera["p"])
     m = np.clip(points[..., :2] / points[..., 2:], -1, 1)
     r2 = np.sum(m * m, -1, keepdims=True)
