@@ -1,8 +1,9 @@
-"""Data sets on disk, and how they are read.
+"""How a data set lies on disk, and how it is read.
 
-data/NAME holds meta.json and a folder for each split, with one .npy file for each of ARRAYS. The
-readers of sources/ write it (`new_data_set`, `create_split`, `append_samples`), and the scripts
-read it as tensors (`Split`). """
+A data set is a folder with meta.json and, for every split, a folder of plain .npy files, one for
+each of ARRAYS. Whoever makes one writes into `new_data_set`; the models read it with `Split`, in
+blocks of tensors. docs/data.md describes every array.
+"""
 
 import copy
 import json
@@ -17,7 +18,7 @@ import networkx as nx
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.figure import Figure  # without pyplot, which would want a display
+from matplotlib.figure import Figure  # without pyplot, which may want a display
 from torch import Tensor
 
 from hipart import (
@@ -32,13 +33,13 @@ from hipart import (
 )
 from sources.detector import detect, drop_joints
 
-FORMAT_VERSION = 2
-SPLITS = ("train", "val", "test", "unseen")
+FORMAT_VERSION = 2  # 2: has_mesh and with_mesh, which version 1 called fit and fits
+SPLITS = ("train", "val", "test", "unseen")  # of the default data set
 BLOCK = 8192  # samples that are read, detected and moved to the device at once
 
-# name: (shape after N, dtype). With a simulated detector, x_s_det and conf are stored for every
-# split but train, whose noise is drawn afresh. Where not every pose has a mesh, has_mesh says which
-# have; the others' x_d and x_f are 0.
+# name: (shape after N, dtype). If the detector is simulated, x_s_det and conf are stored for every
+# split but train, for which they are drawn afresh in every epoch. has_mesh is stored if not every
+# sample has dense and fine points; where it is False, x_d and x_f are 0.
 ARRAYS = {
     "x_s": ((17, 2), "float32"), "x_d": ((48, 2), "float32"), "x_f": ((96, 2), "float32"),
     "y": ((17, 3), "float32"), "root": ((3,), "float32"), "height_px": ((), "float32"),
@@ -53,8 +54,11 @@ ARRAYS = {
 
 @contextmanager
 def new_data_set(folder, overwrite=False):
-    """A temporary folder beside data/NAME, which takes its place at the end; if anything fails,
-    nothing is left of it."""
+    """A temporary folder beside `folder`, which takes its place at the end.
+
+    If anything fails, nothing is left of it, and an older data set stays. Raises ValueError if
+    `folder` exists and `overwrite` is False.
+    """
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} exists already: choose another --name or add --overwrite.")
@@ -70,14 +74,16 @@ def new_data_set(folder, overwrite=False):
             os.replace(folder, old)
         os.replace(new, folder)
     finally:
-        if old.exists() and not folder.exists():
+        if old.exists() and not folder.exists():  # the second rename failed
             os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def create_split(folder, n):
-    """Files of all arrays of a split with room for n samples, which `append_samples` fills: any n
-    takes the same memory."""
+    """Create the files of a split of n samples; `append_samples` fills them piece by piece.
+
+    So a split of any size takes the same memory.
+    """
     folder.mkdir()
     for name, (shape, dtype) in ARRAYS.items():
         with open(folder / f"{name}.npy", "wb") as f:
@@ -86,8 +92,7 @@ def create_split(folder, n):
 
 
 def append_samples(folder, arrays):
-    """The next samples of a split: arrays as in ARRAYS, or one value for all of them; what is not
-    given is 0."""
+    """Append samples to a split. arrays: as in ARRAYS, or one value for all; what lacks is 0."""
     n = len(arrays["y"])
     for name, (shape, dtype) in ARRAYS.items():
         with open(folder / f"{name}.npy", "ab") as f:
@@ -95,49 +100,64 @@ def append_samples(folder, arrays):
 
 
 def base_meta(folder, source):
-    """What the meta.json of every data set holds."""
+    """What the meta.json of every data set holds. source: a choice of prepare_data.py --source."""
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
     return {
-        "source": source, "format_version": FORMAT_VERSION, "name": Path(folder).name, "joint_names": list(JOINT_NAMES),
-        "parents": list(PARENTS), "part_joint": list(PART_JOINT),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "networkx": nx.__version__},
-    }  # fmt: skip
+        "source": source,
+        "format_version": FORMAT_VERSION,
+        "name": Path(folder).name,
+        "joint_names": list(JOINT_NAMES),
+        "parents": list(PARENTS),
+        "part_joint": list(PART_JOINT),
+        "versions": versions | {"networkx": nx.__version__},
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# A user's folder
 
 
 def check_folder(folder, recognise, wanted):
-    """Look through a user's folder before any work -> {kind: its files}, and print what each file
-    was recognised as.
+    """Look through a user's folder before any work -> {kind: its files, sorted}.
 
     recognise(path) -> a key of `wanted`, or None. wanted: kind -> (what it is and where it comes
-    from, needed or not). """
+    from, whether it is needed). What each file was recognised as is printed. Raises ValueError if
+    something that is needed is not there.
+    """
     folder, found, other = Path(folder), {kind: [] for kind in wanted}, []
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there: --folder must name the folder with your files.")
-    files, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):  # people link to where data lie
-        if os.path.realpath(root) in seen:
-            folders.clear()  # a loop
-        else:
-            seen.add(os.path.realpath(root))
-            files += [Path(root, name) for name in names if Path(root, name).is_file()]
-    for path in sorted(files):
+    for path in sorted(_files(folder)):
         found.get(recognise(path), other).append(path)
 
     def some(paths):
         more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
         return ", ".join(str(p.relative_to(folder)) for p in paths[:4]) + more
 
+    missing = []
     print(f"{folder}:")
     for kind, (what, needed) in wanted.items():
-        state = some(found[kind]) if found[kind] else "MISSING" if needed else "none (not needed)"
-        print(f"  {kind}: {state}" + ("" if found[kind] else f"; {what}"))
+        if found[kind]:
+            print(f"  {kind}: {some(found[kind])}")
+        else:
+            print(f"  {kind}: {'MISSING' if needed else 'none (not needed)'}; {what}")
+            missing += [f"{kind} ({what})"] * needed
     if other:
         print(f"  not used: {some(other)}")
-    missing = [
-        f"{kind} ({what})" for kind, (what, needed) in wanted.items() if needed and not found[kind]
-    ]
     if missing:
         raise ValueError(f"{folder} lacks {'; '.join(missing)}.")
     return found
+
+
+def _files(folder):
+    """All files under a folder. Links are followed, since people link to where their data lie."""
+    visited = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in visited:
+            folders.clear()  # a link that leads back: go no deeper
+            continue
+        visited.add(os.path.realpath(root))
+        yield from (Path(root, name) for name in names if Path(root, name).is_file())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,73 +165,77 @@ def check_folder(folder, recognise, wanted):
 
 
 def load(folder, split):
-    """Read one split of a data set -> (arrays, meta): memory-mapped, read-only arrays as in ARRAYS.
+    """Read one split of the data set `folder` (data/NAME) -> (arrays, meta).
 
-    Everything is checked, a chunk at a time, so that any size takes the same memory. ValueError or
-    FileNotFoundError, with one sentence, where something is wrong.
+    arrays: dict of memory-mapped, read-only arrays as in ARRAYS; meta: what meta.json holds. All
+    is checked, a piece at a time, so that a split of any size takes the same memory. Raises
+    FileNotFoundError or ValueError with one sentence, which names the command that mends it.
     """
     folder = Path(folder)
-    make = f"python prepare_data.py --name {folder.name} --out {folder.parent}"
+    name, root = folder.name, folder.parent
     if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"No data set in {folder}: make it with `{make}`.")
-    again = f"make it again with `{make} --overwrite`"
+        raise FileNotFoundError(f"No data set in {folder}: make it with "
+                                f"`python prepare_data.py --name {name} --out {root}`.")
+    again = f"make it again with `python prepare_data.py --name {name} --out {root} --overwrite`"
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except ValueError as error:
         raise ValueError(f"{folder / 'meta.json'} is not valid JSON ({error}): {again}.") from None
     if meta.get("source", "demo") != "demo":
         again = again.replace("--name", f"--source {meta['source']} --folder DIR --name")
-    if meta.get("format_version") != FORMAT_VERSION:
-        found = meta.get("format_version")
-        raise ValueError(
-            f"{folder} has format version {found}, expected {FORMAT_VERSION}: {again}."
-        )
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{folder} has format version {version}, expected {FORMAT_VERSION}: "
+                         f"{again}.")
     if split not in meta["splits"]:
         raise ValueError(f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}.")
-    n, arrays = meta["splits"][split]["n"], {}
-    for key, (shape, dtype) in ARRAYS.items():
-        if (split == "train" and key in ("x_s_det", "conf") and meta["noise"]) or (
-                key == "has_mesh" and "with_mesh" not in meta["splits"][split]):  # fmt: skip
-            continue
-        path = folder / split / f"{key}.npy"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {again}.")
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(
-                f"{path} cannot be read, it is truncated or no plain array ({error}): {again}."
-            ) from None
-        if array.shape != (n, *shape) or array.dtype != dtype:
-            raise ValueError(
-                f"{path} holds {array.dtype} {array.shape}, expected {dtype} {(n, *shape)}: {again}."
-            )
-        if not all(np.isfinite(array[i : i + 65536]).all() for i in range(0, n, 65536)):
-            raise ValueError(f"{path} holds NaN or infinite values: {again}.")
-        arrays[key] = array
-    return arrays, meta
+    try:
+        return {name: _read(folder / split, meta, name) for name in _stored(meta, split)}, meta
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: {again}.") from None
+    except ValueError as error:
+        raise ValueError(f"{error}: {again}.") from None
+
+
+def _stored(meta, split):
+    """The names of the arrays of a split."""
+    drawn = {"x_s_det", "conf"} if split == "train" and meta["noise"] else set()
+    always = set() if "with_mesh" in meta["splits"][split] else {"has_mesh"}
+    return [name for name in ARRAYS if name not in drawn | always]
+
+
+def _read(folder, meta, name):
+    """One checked array of a split."""
+    path, (shape, dtype) = folder / f"{name}.npy", ARRAYS[name]
+    expected = (meta["splits"][folder.name]["n"], *shape)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        what = f"{path} cannot be read, it is truncated or no plain array"
+        raise ValueError(f"{what} ({error})") from None
+    if array.shape != expected or array.dtype != dtype:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected {dtype} {expected}")
+    if not all(np.isfinite(array[i : i + 65536]).all() for i in range(0, len(array), 65536)):
+        raise ValueError(f"{path} holds NaN or infinite values")
+    return array
 
 
 class Split:
-    """One split of a data set, read in blocks of tensors, with poses in normalised image
-    coordinates.
+    """One split of a data set, read in blocks of tensors. Poses come in normalised image
+    coordinates (`hipart.normalize_screen`).
 
-    limit: only so many samples, evenly spread (0: all). has_mesh: only the samples whose dense and
-    fine points are known. ValueError or OSError, with one sentence, if the data cannot be read.
+    limit: only so many samples, evenly spread (0: all). has_mesh: only samples that have dense and
+    fine points. Raises what `load` raises.
     """
 
-    def __init__(
-        self,
-        folder: Path | str,
-        name: str,
-        device: torch.device,
-        limit: int = 0,
-        has_mesh: bool = False,
-    ):
+    def __init__(self, folder: Path | str, name: str, device: torch.device, limit: int = 0,
+                 has_mesh: bool = False):
         self.arrays, self.meta = load(folder, name)
         self.w, self.h = self.meta["image_size"]
         self.device, self.n = device, len(self.arrays["x_s"])
-        self.rows = np.arange(self.n)
+        self.rows = np.arange(self.n)  # of the arrays; a part of them in what `_chosen` makes
         chosen = self.with_mesh() if has_mesh else self
         chosen = chosen.spread(limit) if limit else chosen
         self.rows, self.n = chosen.rows, chosen.n
@@ -222,24 +246,23 @@ class Split:
         return other
 
     def with_mesh(self) -> "Split":
-        """Only the samples whose dense and fine points are known."""
-        known = self.arrays.get("has_mesh")
-        return self if known is None else self._chosen(self.rows[known[self.rows]])
+        """Only the samples that have dense and fine points."""
+        has_mesh = self.arrays.get("has_mesh")
+        return self if has_mesh is None else self._chosen(self.rows[has_mesh[self.rows]])
 
     def spread(self, n: int) -> "Split":
         """At most n samples, evenly spread."""
         n = min(n, self.n)
         return self._chosen(self.rows[np.arange(n) * self.n // max(n, 1)])
 
-    def read(
-        self, rows, rng: np.random.Generator | None = None, clean: bool = False
-    ) -> dict[str, Tensor]:
+    def read(self, rows, rng: np.random.Generator | None = None, clean: bool = False
+             ) -> dict[str, Tensor]:
         """Samples `rows` as tensors: x_s [n, 17, 2], conf [n, 17], x_d [n, 48, 2], x_f [n, 96, 2],
         y [n, 17, 3] mm, action [n], height_px [n], has_mesh [n].
 
-        x_s is what the detector gives: the stored draw, or a fresh one if `rng` is given (real
-        detections get fresh joint dropout instead), or the clean projection. Where has_mesh is
-        False, x_d and x_f mean nothing.
+        x_s is what the detector gives: the stored detections; or, if `rng` is given, fresh ones of
+        the simulated detector, or the stored ones with fresh joint dropout; or, if `clean`, the
+        projected joints. Where has_mesh is False, x_d and x_f mean nothing.
         """
         a = {k: np.array(v[self.rows[rows]]) for k, v in self.arrays.items()}
         a.setdefault("has_mesh", np.ones(len(a["y"]), bool))
@@ -255,29 +278,26 @@ class Split:
         t = {k: torch.from_numpy(a[k]).to(self.device) for k in names}
         for k in ("x_s", "x_d", "x_f"):
             t[k] = normalize_screen(t[k], self.w, self.h)
-        t["x_s"] = t["x_s"] * (t["conf"] > 0)[..., None]
+        t["x_s"] = t["x_s"] * (t["conf"] > 0)[..., None]  # a missing joint is at 0 here, too
         return t
 
-    def blocks(
-        self, rng: np.random.Generator | None = None, clean: bool = False, size: int = BLOCK
-    ):
-        """All samples in order."""
+    def blocks(self, rng: np.random.Generator | None = None, clean: bool = False,
+               size: int = BLOCK):
+        """All samples in order, `size` at a time."""
         for start in range(0, self.n, size):
             yield self.read(slice(start, min(start + size, self.n)), rng, clean)
 
-    def batches(
-        self,
-        size: int,
-        rng: np.random.Generator | None,
-        clean: bool = False,
-        prepare=lambda block, rows: block,
-    ):
-        """One epoch of shuffled full batches, or one smaller batch if there are not enough samples
-        for a full one. The order comes from torch's random state. `prepare(block, rows)` sees each
-        block once, before it is cut into batches."""
+    def batches(self, size: int, rng: np.random.Generator | None, clean: bool = False,
+                prepare=lambda block, rows: block):
+        """One epoch of shuffled full batches, or a single smaller one if there are not enough
+        samples for a full one.
+
+        The order comes from torch's random state. `prepare(block, rows)` sees each block once and
+        returns what the batches are cut from.
+        """
         order = torch.randperm(self.n).numpy()
         for start in range(0, self.n, BLOCK):
-            rows = np.sort(order[start : start + BLOCK])
+            rows = np.sort(order[start : start + BLOCK])  # in order, which disks like better
             if start and len(rows) < size:
                 return
             block = prepare(self.read(rows, rng, clean), rows)
@@ -286,65 +306,55 @@ class Split:
                 yield {k: v[shuffled[i : i + size]] for k, v in block.items()}
 
     def steps(self, size: int) -> int:
-        """How many batches of that size an epoch has."""
+        """How many batches of `size` an epoch has."""
         return max(1, sum(min(BLOCK, self.n - start) // size for start in range(0, self.n, BLOCK)))
 
     def pixels(self, a: Tensor, b: Tensor) -> Tensor:
-        """Mean distance of normalised points, in pixels of the image."""
+        """Mean distance of normalised points [..., 2], in pixels of the image."""
         return (a - b).norm(dim=-1).mean() * (self.w / 2)
 
 
 def in_model_frame(block: dict[str, Tensor], rows=None) -> dict[str, Tensor]:
-    """The same block with x_s, x_d and x_f in the model frame, which is minus the detected
-    pelvis."""
+    """A block with x_s, x_d and x_f brought to the model frame; the rest stays as it is.
+
+    `rows` is unused: with it, this function can be the `prepare` of `Split.batches`.
+    """
     pelvis = detected_pelvis(block["x_s"], block["conf"])
     return block | {k: to_model_frame(block[k], pelvis) for k in ("x_s", "x_d", "x_f")}
 
 
 # --------------------------------------------------------------------------------------------------
-# A look at it
+# A picture
 
-BONE_COLOURS = {
-    "left": "#0072B2",
-    "right": "#D55E00",
-    "middle": "#444444",
-}  # Okabe-Ito: safe for the colour-blind
+BONE_COLOURS = {"left": "#0072B2", "right": "#D55E00", "middle": "#444444"}  # Okabe-Ito
 
 
 def draw_samples(path, arrays, meta):
-    """Random samples: clean skeleton (left blue, right orange), 96 fine points by part, simulated
-    detections."""
-    colours = colormaps["tab20"](np.arange(16))  # of parts
+    """Twelve random samples as a picture: the clean skeleton (left blue, right orange), the fine
+    points by part, and the detections. arrays: of the test split; meta: with seed and actions."""
+    colours = colormaps["tab20"](np.arange(16))  # of the parts
     rng = np.random.default_rng(meta["seed"])
     pick = rng.permutation(len(arrays["x_s"]))[:12]
     fig = Figure(figsize=(20, 7.6))
     axes = fig.subplots(2, 6)
     for ax, i in zip(axes.flat, pick, strict=False):
-        x_s, x_f, x_det, seen = (arrays[k][i] for k in ("x_s", "x_f", "x_s_det", "conf"))
+        x_s, x_f, x_det = (arrays[k][i] for k in ("x_s", "x_f", "x_s_det"))
+        visible = arrays["conf"][i] > 0
         ax.scatter(*x_f.T, s=16, color=colours[np.arange(96) // 6])
         for joint, parent in enumerate(PARENTS[1:], 1):
             side = "left" if joint in LEFT else "right" if joint in RIGHT else "middle"
             ax.plot(*x_s[[joint, parent]].T, color=BONE_COLOURS[side], lw=2)
-        seen = seen > 0
-        for joint in np.flatnonzero(seen):
+        for joint in np.flatnonzero(visible):
             ax.plot(*np.stack([x_s[joint], x_det[joint]]).T, color="k", lw=0.7)
-        ax.scatter(*x_det[seen].T, marker="x", s=22, c="k")
-        ax.scatter(*x_s[~seen].T, marker="o", s=60, facecolor="none", edgecolor="#CC0000")
-        middle, half = (x_s.max(0) + x_s.min(0)) / 2, 0.6 * max(np.ptp(x_s, 0).max(), 150)
-        ax.set(
-            xlim=(middle[0] - half, middle[0] + half),
-            ylim=(middle[1] + half, middle[1] - half),
-            aspect="equal",
-        )
+        ax.scatter(*x_det[visible].T, marker="x", s=22, c="k")
+        ax.scatter(*x_s[~visible].T, marker="o", s=60, facecolor="none", edgecolor="#CC0000")
+        (x, y), half = (x_s.max(0) + x_s.min(0)) / 2, 0.6 * max(np.ptp(x_s, 0).max(), 150)
+        ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half), aspect="equal")
         ax.set_xticks([]), ax.set_yticks([])
         action, body, camera = (arrays[k][i] for k in ("action", "subject", "camera"))
-        ax.set_title(
-            f"{('unknown', *meta['actions'])[action + 1]}, body {body}, camera {camera}",
-            fontsize=11,
-        )
-    fig.suptitle(
-        "Test samples: skeleton (left blue, right orange), 96 fine points by part, detected joints (x), "
-        "missing joints (red rings)"
-    )
+        action = ("unknown", *meta["actions"])[action + 1]
+        ax.set_title(f"{action}, body {body}, camera {camera}", fontsize=11)
+    fig.suptitle("Test samples: skeleton (left blue, right orange), 96 fine points by part, "
+                 "detected joints (x), missing joints (red rings)")
     fig.tight_layout()
     fig.savefig(path, dpi=70)

@@ -1,15 +1,14 @@
-"""Human3.6M (Ionescu et al. 2014) from the files that the field shares, with SMPL fits:
-`prepare_data.py --source h36m`.
+"""Human3.6M (Ionescu et al. 2014) from the files that the field shares, with SMPL fits: `prepare_data.py --source h36m`.
 
-    data_3d_h36m.npz, data_2d_h36m_NAME.npz    VideoPose3D's: 3D joints in the world, 2D joints of a
-    detector, 50 per second Human36M_subjectN_smpl_param.json          Pose2Mesh's: SMPL fits, for
-    some of the frames SMPL model, J_regressor_h36m_correct.npy   the body that was fitted, and
-    where Human3.6M's joints lie in it
+    data_3d_h36m.npz, data_2d_h36m_NAME.npz    VideoPose3D's: 3D joints in the world, 2D joints of a detector, 50 per second
+    Human36M_subjectN_smpl_param.json          Pose2Mesh's: SMPL fits, for some of the frames
+    SMPL model, J_regressor_h36m_correct.npy   the body that was fitted, and where Human3.6M's joints lie in it
 
-Every frame of every camera is a sample (of validation's, some): the input is what the detector
-gave, y is Human3.6M's own 3D pose. Dense and fine points are those of the fitted body, where there
-is a fit; elsewhere `has_mesh` is False. Stages 1 and 2 train where it is True, stage 3 everywhere.
-World and cameras are in mm, z up; X_camera = R X_world + t. """
+Every frame of every camera is a sample (of validation's, some): the input is what the detector gave, y is Human3.6M's own 3D
+pose. Dense and fine
+points are those of the fitted body, where there is a fit; elsewhere `fit` is False. Stages 1 and 2 train where it is True,
+stage 3 everywhere. World and cameras are in mm, z up; X_camera = R X_world + t.
+"""
 
 import json
 import re
@@ -35,89 +34,23 @@ from sources.keypoints import LAYOUTS, read_json, to_h36m, videopose_layout
 from sources.safe_pickle import load_arrays
 
 TRAIN, TEST = ("S1", "S5", "S6", "S7", "S8"), ("S9", "S11")
-VAL = {
-    ("S1", "Eating"),
-    ("S5", "Phoning"),
-    ("S6", "Posing"),
-    ("S7", "SittingDown"),
-    ("S8", "WalkDog"),
-}  # not trained on
-SHIFTED = {
-    ("S9", "Greeting"),
-    ("S9", "SittingDown 1"),
-    ("S9", "Waiting 1"),
-}  # 2D and 3D do not lie on the images
+VAL = {("S1", "Eating"), ("S5", "Phoning"), ("S6", "Posing"), ("S7", "SittingDown"), ("S8", "WalkDog")}  # not trained on
+SHIFTED = {("S9", "Greeting"), ("S9", "SittingDown 1"), ("S9", "Waiting 1")}  # 2D and 3D do not lie on the images
 ABSENT = {("S11", "Directions")}  # a damaged video
-ACTIONS = (
-    "Directions",
-    "Discussion",
-    "Eating",
-    "Greeting",
-    "Phoning",
-    "Photo",
-    "Posing",
-    "Purchases",
-    "Sitting",
-    "SittingDown",
-    "Smoking",
-    "Waiting",
-    "WalkDog",
-    "Walking",
-    "WalkTogether",
-)  # as papers print them
-KEPT = (
-    0,
-    1,
-    2,
-    3,
-    6,
-    7,
-    8,
-    12,
-    13,
-    14,
-    15,
-    17,
-    18,
-    19,
-    25,
-    26,
-    27,
-)  # of the 32 joints of motion capture
+ACTIONS = ("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Photo", "Posing", "Purchases", "Sitting",
+           "SittingDown", "Smoking", "Waiting", "WalkDog", "Walking", "WalkTogether")  # as papers print them
+KEPT = (0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27)  # of the 32 joints of motion capture
 IMAGE_SIZE = (1000, 1002)  # of cameras 0 and 3; the others' images end two rows earlier
 N_VAL = 2500
 FIT_ERROR = 25.0  # mm; a worse fit says nothing about the body (Pose2Mesh)
 WRONG = 100.0  # mm or px, in the median: the files do not belong together
-Z_UP = np.array(
-    [[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]
-)  # v @ Z_UP: SMPL's y up, facing z -> z up, facing -y
+Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # v @ Z_UP: SMPL's y up, facing z -> z up, facing -y
 LARGEST = 8 << 30  # bytes of a file, unpacked
 
-# Pose2Mesh numbers actions and sub-actions, VideoPose3D has names. As a rule the names of
-# sub-actions 1 and 2 are "Eating 1" and "Eating"; here is what follows no rule ("-": no number).
-# From Human3.6M's own metadata.xml.
-CODES = dict(
-    enumerate(
-        (
-            "Directions",
-            "Discussion",
-            "Eating",
-            "Greeting",
-            "Phoning",
-            "Posing",
-            "Purchases",
-            "Sitting",
-            "SittingDown",
-            "Smoking",
-            "Photo",
-            "Waiting",
-            "Walking",
-            "WalkDog",
-            "WalkTogether",
-        ),
-        start=2,
-    )
-)
+# Pose2Mesh numbers actions and sub-actions, VideoPose3D has names. As a rule the names of sub-actions 1 and 2 are
+# "Eating 1" and "Eating"; here is what follows no rule ("-": no number). From Human3.6M's own metadata.xml.
+CODES = dict(enumerate(("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Posing", "Purchases", "Sitting",
+                        "SittingDown", "Smoking", "Photo", "Waiting", "Walking", "WalkDog", "WalkTogether"), start=2))
 IRREGULAR = {
     "S1": {4: "2 -", 9: "1 2", 10: "2 -"},
     "S5": {2: "1 2", 3: "2 3", 5: "1 2", 10: "- 1", 12: "- 2", 13: "1 2"},
@@ -128,8 +61,7 @@ IRREGULAR = {
     "S11": {3: "1 2", 5: "2 -", 6: "3 2", 10: "- 1", 11: "2 -"},
 }
 
-# Camera to world as VideoPose3D has it: quaternion (w, x, y, z) and centre in mm, for the cameras
-# of H36M_INTRINSICS.
+# Camera to world as VideoPose3D has it: quaternion (w, x, y, z) and centre in mm, for the cameras of H36M_INTRINSICS.
 EXTRINSICS = {
     "S1": [
         (0.1407056450843811, -0.1500701755285263, -0.755240797996521, 0.6223280429840088,
@@ -214,8 +146,7 @@ def file_name(subject: str, code: int, sub: int) -> str:
 
 
 def camera(subject: str, index: int) -> dict:
-    """Camera 0..3 of a subject, as in geometry.make_cameras: R and t (mm) take the world to the
-    camera."""
+    """Camera 0..3 of a subject, as in prepare_data.make_cameras: R and t (mm) take the world to the camera."""
     name, (f, c, radial, tangential) = list(H36M_INTRINSICS.items())[index]
     pose = np.array(EXTRINSICS[subject][index])
     R = quat_to_matrix(pose[:4] / np.linalg.norm(pose[:4])).T
@@ -225,13 +156,9 @@ def camera(subject: str, index: int) -> dict:
 
 def recognise(path: Path) -> str | None:
     name = path.name.lower()
-    for kind, pattern in (
-        ("3D joints", r"data_3d_h36m\.npz"),
-        ("2D joints", r"data_2d_h36m_.+\.npz"),
-        ("SMPL fits", r"human36m_subject\d+_smpl_param\.json"),
-        ("cameras", r"human36m_subject\d+_camera\.json"),
-        ("joint regressor", smpl.REGRESSOR_NAME),
-    ):
+    for kind, pattern in (("3D joints", r"data_3d_h36m\.npz"), ("2D joints", r"data_2d_h36m_.+\.npz"),
+                          ("SMPL fits", r"human36m_subject\d+_smpl_param\.json"),
+                          ("cameras", r"human36m_subject\d+_camera\.json"), ("joint regressor", smpl.REGRESSOR_NAME)):
         if re.fullmatch(pattern, name):
             return kind
     return "SMPL model" if smpl.is_model(name) and "neutral" in name else None
@@ -263,39 +190,24 @@ def read_joints(path: Path) -> dict[tuple[str, str], np.ndarray]:
     joints = {}
     for subject, actions in _mapping(path, "positions_3d", content["positions_3d"]).items():
         for action, x in _mapping(path, f"positions_3d {subject}", actions).items():
-            if (
-                not isinstance(x, np.ndarray)
-                or x.dtype.kind != "f"
-                or x.ndim != 3
-                or x.shape[1:] != (32, 3)
-                or not len(x)
-            ):
-                raise ValueError(
-                    f"{path}, {subject} {action}: expected metres [T, 32, 3], found {_say(x)}"
-                )
+            if not isinstance(x, np.ndarray) or x.dtype.kind != "f" or x.ndim != 3 or x.shape[1:] != (32, 3) or not len(x):
+                raise ValueError(f"{path}, {subject} {action}: expected metres [T, 32, 3], found {_say(x)}")
             if not np.isfinite(x).all() or str(action).split(" ")[0] not in ACTIONS:
-                raise ValueError(
-                    f"{path}, {subject} {action}: expected finite numbers, of one of {', '.join(ACTIONS)}"
-                )
+                raise ValueError(f"{path}, {subject} {action}: expected finite numbers, of one of {', '.join(ACTIONS)}")
             joints[subject, action] = x[:, KEPT].astype(np.float64) * 1000
     _need_subjects(path, joints)
     largest = max(np.abs(x[:, 0]).max() for x in joints.values())
     if not 100 < largest < 20_000:
-        raise ValueError(
-            f"{path}: the pelvis is up to {largest / 1000:.3g} m away from the middle of the room: expected "
-            "metres in the world's frame"
-        )
+        raise ValueError(f"{path}: the pelvis is up to {largest / 1000:.3g} m away from the middle of the room: expected "
+                         "metres in the world's frame")
     return joints
 
 
 def read_detections(path: Path) -> tuple[dict[tuple[str, str], list], str]:
-    """data_2d_h36m_NAME.npz -> {(subject, action): 4 arrays [T', K, 2 or 3] px, or None}, and the
-    layout of the K joints."""
+    """data_2d_h36m_NAME.npz -> {(subject, action): 4 arrays [T', K, 2 or 3] px, or None}, and the layout of the K joints."""
     content = load_arrays(path, LARGEST)
     if not {"positions_2d", "metadata"} <= set(content):
-        raise ValueError(
-            f"{path} holds {', '.join(content) or 'nothing'}: expected positions_2d and metadata"
-        )
+        raise ValueError(f"{path} holds {', '.join(content) or 'nothing'}: expected positions_2d and metadata")
     try:
         layout = videopose_layout(path, _mapping(path, "metadata", content["metadata"]))
     except (TypeError, IndexError):
@@ -305,63 +217,38 @@ def read_detections(path: Path) -> tuple[dict[tuple[str, str], list], str]:
     found = {}
     for subject, actions in _mapping(path, "positions_2d", content["positions_2d"]).items():
         for action, views in _mapping(path, f"positions_2d {subject}", actions).items():
-            if (
-                not isinstance(views, list | np.ndarray)
-                or getattr(views, "shape", "list") == ()
-                or len(views) != 4
-            ):
-                raise ValueError(
-                    f"{path}, {subject} {action}: expected a list of 4 cameras, found {_say(views)}"
-                )
+            if not isinstance(views, list | np.ndarray) or getattr(views, "shape", "list") == () or len(views) != 4:
+                raise ValueError(f"{path}, {subject} {action}: expected a list of 4 cameras, found {_say(views)}")
             for x in views:
-                if x is not None and (
-                    not isinstance(x, np.ndarray)
-                    or x.dtype.kind != "f"
-                    or x.ndim != 3
-                    or x.shape[1] != LAYOUTS[layout][0]
-                    or x.shape[2] not in (2, 3)
-                ):
-                    raise ValueError(
-                        f"{path}, {subject} {action}: expected pixels [T, {LAYOUTS[layout][0]}, 2] ({layout}), "
-                        f"found {_say(x)}"
-                    )
+                if x is not None and (not isinstance(x, np.ndarray) or x.dtype.kind != "f" or x.ndim != 3
+                                      or x.shape[1] != LAYOUTS[layout][0] or x.shape[2] not in (2, 3)):
+                    raise ValueError(f"{path}, {subject} {action}: expected pixels [T, {LAYOUTS[layout][0]}, 2] ({layout}), "
+                                     f"found {_say(x)}")
             found[subject, action] = list(views)
     _need_subjects(path, found)
     return found, layout
 
 
 def read_fits(path: Path, subject: str) -> dict[str, tuple[np.ndarray, ...]]:
-    """Human36M_subjectN_smpl_param.json -> {action name: frames [M], pose [M, 24, 3], shape [M,
-    10], trans [M, 3] m}."""
+    """Human36M_subjectN_smpl_param.json -> {action name: frames [M], pose [M, 24, 3], shape [M, 10], trans [M, 3] m}."""
     result = {}
     for code, subs in _mapping(path, "it", read_json(path, LARGEST)).items():
         for sub, frames in _mapping(path, f"action {code}", subs).items():
             where = f"{path}, action {code}, sub-action {sub}"
             if code not in map(str, CODES) or sub not in ("1", "2"):
                 raise ValueError(f"{where}: expected actions 2 to 16 with sub-actions 1 and 2")
-            fits = [
-                _mapping(path, f"{where}, frame {k}", f)
-                for k, f in _mapping(path, where, frames).items()
-            ]
+            fits = [_mapping(path, f"{where}, frame {k}", f) for k, f in _mapping(path, where, frames).items()]
             try:
-                rows = np.array(
-                    [[*f["pose"], *f["shape"], *f["trans"]] for f in fits], np.float64
-                ).reshape(-1, 85)
+                rows = np.array([[*f["pose"], *f["shape"], *f["trans"]] for f in fits], np.float64).reshape(-1, 85)
                 at = np.array([int(k) for k in frames], np.int64)
             except (KeyError, TypeError, ValueError, OverflowError):
-                raise ValueError(
-                    f"{where}: expected frame -> pose (72 numbers), shape (10) and trans (3)"
-                ) from None
+                raise ValueError(f"{where}: expected frame -> pose (72 numbers), shape (10) and trans (3)") from None
             good = np.isfinite(rows).all(1) & (np.abs(rows) < 1e3).all(1) & (at >= 0)
             order = np.flatnonzero(good)[np.argsort(at[good])]
             shape = rows[order, 72:82]
             shape[(np.abs(shape) > 3).any(1)] = 0  # no such body: Pose2Mesh takes the mean one
             result[file_name(subject, int(code), int(sub))] = (
-                at[order],
-                rows[order, :72].reshape(-1, 24, 3),
-                shape,
-                rows[order, 82:],
-            )
+                at[order], rows[order, :72].reshape(-1, 24, 3), shape, rows[order, 82:])
     return result
 
 
@@ -376,9 +263,7 @@ def check_cameras(path: Path, subject: str) -> None:
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{path}: expected cameras 1 to 4 with R 3 x 3 and t") from None
         if not off < 1:  # NaN is off, too
-            raise ValueError(
-                f"{path}, camera {k + 1} is {off:.3g} mm off the one that is built in: other files?"
-            )
+            raise ValueError(f"{path}, camera {k + 1} is {off:.3g} mm off the one that is built in: other files?")
 
 
 def _mapping(path: Path, what: str, x) -> dict:
@@ -391,9 +276,7 @@ def _mapping(path: Path, what: str, x) -> dict:
 def _need_subjects(path: Path, found: dict) -> None:
     missing = [s for s in (*TRAIN, *TEST) if not any(subject == s for subject, _ in found)]
     if missing:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}: expected the subjects {', '.join((*TRAIN, *TEST))}"
-        )
+        raise ValueError(f"{path} lacks {', '.join(missing)}: expected the subjects {', '.join((*TRAIN, *TEST))}")
 
 
 def _say(x) -> str:
@@ -407,34 +290,22 @@ def _say(x) -> str:
 def rest_joints(model: smpl.SMPL) -> np.ndarray:
     """Human3.6M's joints in the rest pose, about, for the coarsening: [17, 3] m."""
     joints = (model.J_regressor @ model.v_template)[smpl.TO_H36M]
-    joints[10] = model.v_template[np.argsort(-model.v_template[:, 1])[:40]].mean(
-        0
-    )  # the top of the head
+    joints[10] = model.v_template[np.argsort(-model.v_template[:, 1])[:40]].mean(0)  # the top of the head
     return joints
 
 
 def standing_height(joints: np.ndarray) -> float:
-    """Height of a person with joints [T, 17, 3] mm: the bones from ankle to head, and 80 mm below
-    the ankle."""
+    """Height of a person with joints [T, 17, 3] mm: the bones from ankle to head, and 80 mm below the ankle."""
     chain = ((1, 2), (2, 3), (4, 5), (5, 6)), ((0, 7), (7, 8), (8, 9), (9, 10))
-    legs, trunk = (
-        sum(np.linalg.norm(joints[:, a] - joints[:, b], axis=-1) for a, b in c) for c in chain
-    )
+    legs, trunk = (sum(np.linalg.norm(joints[:, a] - joints[:, b], axis=-1) for a, b in c) for c in chain)
     return float(np.median(legs / 2 + trunk)) + 80
 
 
-def list_sequences(
-    joints: dict, found: dict, without_shifted: bool
-) -> tuple[list[tuple[str, str, int, int]], list[str]]:
-    """(subject, action, camera, frames) of everything that has 3D and 2D joints, and what was left
-    out, in words."""
+def list_sequences(joints: dict, found: dict, without_shifted: bool) -> tuple[list[tuple[str, str, int, int]], list[str]]:
+    """(subject, action, camera, frames) of everything that has 3D and 2D joints, and what was left out, in words."""
     sequences, unequal, absent = [], [], []
     for subject, action in sorted(joints):
-        if (
-            subject not in EXTRINSICS
-            or (subject, action) in ABSENT
-            or (without_shifted and (subject, action) in SHIFTED)
-        ):
+        if subject not in EXTRINSICS or (subject, action) in ABSENT or (without_shifted and (subject, action) in SHIFTED):
             continue
         for view, x in enumerate(found.get((subject, action), [None] * 4)):
             T, name = len(joints[subject, action]), f"{subject} {action} camera {view}"
@@ -444,28 +315,15 @@ def list_sequences(
             if len(x) != T:
                 unequal.append(name)
             sequences.append((subject, action, view, min(T, len(x))))
-    kinds = (
-        (unequal, "more or fewer frames than their 3D joints, and were trimmed"),
-        (absent, "no 2D joints"),
-    )
-    notes = [
-        f"{len(of)} sequences have {what} ({of[0]}{', ...' if len(of) > 1 else ''})"
-        for of, what in kinds
-        if of
-    ]
+    kinds = (unequal, "more or fewer frames than their 3D joints, and were trimmed"), (absent, "no 2D joints")
+    notes = [f"{len(of)} sequences have {what} ({of[0]}{', ...' if len(of) > 1 else ''})" for of, what in kinds if of]
     return sequences, notes
 
 
-def plan_splits(
-    joints: dict, found: dict, without_shifted: bool, with_fit
-) -> tuple[dict, dict[str, str]]:
-    """What to write: split -> {(subject, action): [(camera, frames), ...]}, and each split in
-    words; with_fit(key) -> the frames of a sequence that have a fit. Validation takes only these,
-    and so few of them that no epoch waits for it."""
-    plan, at_val = (
-        {"train": {}, "val": {}, "test": {}},
-        {key: with_fit(key) for key in VAL if key in joints},
-    )
+def plan_splits(joints: dict, found: dict, without_shifted: bool, fitted) -> tuple[dict, dict[str, str]]:
+    """What to write: split -> {(subject, action): [(camera, frames), ...]}, and each split in words; fitted(key) -> the
+    frames of a sequence that have a fit. Validation takes only these, and so few of them that no epoch waits for it."""
+    plan, at_val = {"train": {}, "val": {}, "test": {}}, {key: fitted(key) for key in VAL if key in joints}
     every = max(1, round(sum(4 * len(at) for at in at_val.values()) / N_VAL))
     sequences, notes = list_sequences(joints, found, without_shifted)
     for note in notes:
@@ -477,57 +335,32 @@ def plan_splits(
         split = "val" if key in VAL else "test" if subject in TEST else "train"
         plan[split].setdefault(key, []).append((view, at))
     shifted = f"{'without' if without_shifted else 'with'} the three shifted sequences of S9"
-    return plan, {
-        "train": f"{', '.join(TRAIN)} without the sequences of val",
-        "test": f"{' and '.join(TEST)}, {shifted}",
-        "val": f"one fitted frame in {every} of {', '.join(' '.join(key) for key in sorted(VAL))}",
-    }
+    return plan, {"train": f"{', '.join(TRAIN)} without the sequences of val", "test": f"{' and '.join(TEST)}, {shifted}",
+                  "val": f"one fitted frame in {every} of {', '.join(' '.join(key) for key in sorted(VAL))}"}
 
 
-def pose_fits(
-    points: smpl.Points, fit: tuple | None, joints: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fits of one sequence and its joints [T, 17, 3] mm -> frames [M], dense and fine points [M,
-    144, 3] mm in the world, of the fits that are good; and how far each fit is off the joints, mm
-    (0 if there is no joint regressor)."""
+def pose_fits(points: smpl.Points, fit: tuple | None, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fits of one sequence and its joints [T, 17, 3] mm -> frames [M], dense and fine points [M, 144, 3] mm in the world, of
+    the fits that are good; and how far each fit is off the joints, mm (0 if there is no joint regressor)."""
     if fit is None:
         return np.zeros(0, np.int64), np.zeros((0, 144, 3)), np.zeros(0)
     at, *pose = (a[fit[0] < len(joints)] for a in fit)
-    x = (
-        np.concatenate(
-            [points(*(p[i : i + 512] for p in pose)) for i in range(0, len(at) or 1, 512)]
-        )
-        * 1000
-    )
+    x = np.concatenate([points(*(p[i : i + 512] for p in pose)) for i in range(0, len(at) or 1, 512)]) * 1000
     own, true, off = x[:, 144:], joints[at], np.zeros(len(at))
     if own.shape[1]:
-        off = np.linalg.norm(
-            own - own.mean(1, keepdims=True) - true + true.mean(1, keepdims=True), axis=-1
-        ).mean(1)
+        off = np.linalg.norm(own - own.mean(1, keepdims=True) - true + true.mean(1, keepdims=True), axis=-1).mean(1)
     good = off <= FIT_ERROR
     return at[good], x[good, :144], off
 
 
-def samples(
-    key: tuple[str, str],
-    view: int,
-    at: np.ndarray,
-    world: np.ndarray,
-    detected: np.ndarray,
-    layout: str,
-    fit: list,
-    stature: float,
-) -> dict[str, np.ndarray]:
-    """Frames `at` of one sequence as one camera sees them: arrays as in dataset.ARRAYS."""
+def samples(key: tuple[str, str], view: int, at: np.ndarray, world: np.ndarray, detected: np.ndarray, layout: str, fit: list,
+            stature: float) -> dict[str, np.ndarray]:
+    """Frames `at` of one sequence as one camera sees them: arrays as in prepare_data.ARRAYS."""
     (subject, action), cam = key, camera(key[0], view)
     R, t = np.array(cam["R"]), np.array(cam["t"])
     joints = world[at] @ R.T + t
-    scores = (
-        np.ones((len(at), detected.shape[1], 1)) if detected.shape[2] == 2 else detected[at, :, 2:]
-    )
-    x_det, conf = to_h36m(
-        np.concatenate([detected[at, :, :2], scores], 2).astype(np.float64), layout
-    )
+    scores = np.ones((len(at), detected.shape[1], 1)) if detected.shape[2] == 2 else detected[at, :, 2:]
+    x_det, conf = to_h36m(np.concatenate([detected[at, :, :2], scores], 2).astype(np.float64), layout)
     row = np.full(len(world), -1)  # of a frame among the fits
     row[fit[0]] = np.arange(len(fit[0]))
     has = row[at] >= 0
@@ -539,45 +372,26 @@ def samples(
             "x_s_det": x_det, "conf": conf}  # fmt: skip
 
 
-def prepare(
-    source: Path,
-    out: Path,
-    detections: str | None = None,
-    without_shifted: bool = False,
-    overwrite: bool = False,
-) -> Path:
-    """Write the data set `out` from the files in `source`; `detections` names the 2D file if there
-    are several.
+def prepare(source: Path, out: Path, detections: str | None = None, without_shifted: bool = False,
+            overwrite: bool = False) -> Path:
+    """Write the data set `out` from the files in `source`; `detections` names the 2D file if there are several.
 
-    Memory holds the source's joints, detections and fits (about 1 GB for all of Human3.6M), one
-    number for every detected joint, and one sequence of samples. """
+    Memory holds the source's joints, detections and fits (about 1 GB for all of Human3.6M), one number for every detected
+    joint, and one sequence of samples.
+    """
     with new_data_set(out, overwrite) as folder:
         files = check_folder(source, recognise, WANTED)
-        names = one_each(
-            "2D joints",
-            files["2D joints"],
-            lambda path: path.stem.lower().removeprefix("data_2d_h36m_"),
-        )
+        names = one_each("2D joints", files["2D joints"], lambda path: path.stem.lower().removeprefix("data_2d_h36m_"))
         if detections is None and len(names) > 1:
-            raise ValueError(
-                f"{source} holds several 2D files: choose one with --detections {' | '.join(sorted(names))}."
-            )
+            raise ValueError(f"{source} holds several 2D files: choose one with --detections {' | '.join(sorted(names))}.")
         path_2d = names.get((detections or min(names)).lower())
         if path_2d is None:
-            raise ValueError(
-                f"{source} holds no data_2d_h36m_{detections}.npz: found {', '.join(sorted(names))}."
-            )
-        of = {
-            kind: one_each(f"{kind} of one subject", files[kind], subject_of)
-            for kind in ("cameras", "SMPL fits")
-        }
-        only = {
-            kind: one_each(kind, files[kind]).get("")
-            for kind in ("3D joints", "SMPL model", "joint regressor")
-        }
-        without = [s for s in EXTRINSICS if s not in of["SMPL fits"]]
-        if without:
-            print(f"no SMPL fits of {', '.join(without)}: these have no dense and fine points")
+            raise ValueError(f"{source} holds no data_2d_h36m_{detections}.npz: found {', '.join(sorted(names))}.")
+        of = {kind: one_each(f"{kind} of one subject", files[kind], subject_of) for kind in ("cameras", "SMPL fits")}
+        only = {kind: one_each(kind, files[kind]).get("") for kind in ("3D joints", "SMPL model", "joint regressor")}
+        unfitted = [s for s in EXTRINSICS if s not in of["SMPL fits"]]
+        if unfitted:
+            print(f"no SMPL fits of {', '.join(unfitted)}: these have no dense and fine points")
         for subject in sorted(set(of["cameras"]) & set(EXTRINSICS)):
             check_cameras(of["cameras"][subject], subject)
         model = smpl.read(only["SMPL model"])
@@ -590,36 +404,21 @@ def prepare(
         points = smpl.Points(model, np.concatenate(regressor))
 
         joints, (found, layout) = read_joints(only["3D joints"]), read_detections(path_2d)
-        fits = {
-            (s, a): f
-            for s in EXTRINSICS
-            if s in of["SMPL fits"]
-            for a, f in read_fits(of["SMPL fits"][s], s).items()
-        }
-        stature = {
-            s: standing_height(np.concatenate([x[::50] for k, x in joints.items() if k[0] == s]))
-            for s in EXTRINSICS
-        }
+        fits = {(s, a): f for s in EXTRINSICS if s in of["SMPL fits"] for a, f in read_fits(of["SMPL fits"][s], s).items()}
+        stature = {s: standing_height(np.concatenate([x[::50] for k, x in joints.items() if k[0] == s])) for s in EXTRINSICS}
 
         def posed(key):
             return pose_fits(points, fits.get(key), joints[key])
 
         plan, about = plan_splits(joints, found, without_shifted, lambda key: posed(key)[0])
-        sizes = {
-            split: sum(len(at) for views in part.values() for _, at in views)
-            for split, part in plan.items()
-        }
+        sizes = {split: sum(len(at) for views in part.values() for _, at in views) for split, part in plan.items()}
         empty = [split for split, n in sizes.items() if not n]
         if empty:
-            raise ValueError(
-                f"{source} has no sample for {' and '.join(empty)}: expected 2D and 3D joints of all subjects, "
-                f"and SMPL fits of {' or '.join(' '.join(k) for k in sorted(VAL))} for val."
-            )
+            raise ValueError(f"{source} has no sample for {' and '.join(empty)}: expected 2D and 3D joints of all subjects, "
+                             f"and SMPL fits of {' or '.join(' '.join(k) for k in sorted(VAL))} for val.")
 
-        n_mesh, error, off = dict.fromkeys(sizes, 0), {}, []
-        with tqdm(
-            total=sum(sizes.values()), desc=f"samples of {Path(out).name}", unit_scale=True
-        ) as bar:
+        n_fits, error, off = dict.fromkeys(sizes, 0), {}, []
+        with tqdm(total=sum(sizes.values()), desc=f"samples of {Path(out).name}", unit_scale=True) as bar:
             for split, part in plan.items():
                 create_split(folder / split, sizes[split])
                 pixels = []
@@ -627,56 +426,28 @@ def prepare(
                     *fit, distance = posed(key)
                     off.append(distance)
                     for view, at in views:
-                        new = samples(
-                            key,
-                            view,
-                            at,
-                            joints[key],
-                            found[key][view],
-                            layout,
-                            fit,
-                            stature[key[0]],
-                        )
+                        new = samples(key, view, at, joints[key], found[key][view], layout, fit, stature[key[0]])
                         append_samples(folder / split, new)
-                        n_mesh[split] += int(new["has_mesh"].sum())
-                        off_2d = np.linalg.norm(new["x_s_det"] - new["x_s"], axis=-1)[
-                            new["conf"] > 0
-                        ]
+                        n_fits[split] += int(new["has_mesh"].sum())
+                        off_2d = np.linalg.norm(new["x_s_det"] - new["x_s"], axis=-1)[new["conf"] > 0]
                         pixels.append(off_2d.astype(np.float32))
                         bar.update(len(at))
                 error[split] = np.concatenate(pixels)
-                if split == "train" and not n_mesh[split]:
-                    raise ValueError(
-                        f"{source}: no pose for training has a good SMPL fit; stages 1 and 2 train on these."
-                    )
-                for what, v in (
-                    (f"2D joints of {path_2d.name}, px", error[split]),
-                    ("SMPL fits, mm", np.concatenate(off) if any(map(len, off)) else [0]),
-                ):
+                if split == "train" and not n_fits[split]:
+                    raise ValueError(f"{source}: no pose for training has a good SMPL fit; stages 1 and 2 train on these.")
+                for what, v in ((f"2D joints of {path_2d.name}, px", error[split]),
+                                ("SMPL fits, mm", np.concatenate(off) if any(map(len, off)) else [0])):
                     middle = np.median(v) if len(v) else np.inf
                     if not middle < WRONG:
-                        raise ValueError(
-                            f"{source}: the {what}, are {middle:.0f} off the 3D joints in the median: "
-                            "expected files of the same frames, cameras and order of joints."
-                        )
+                        raise ValueError(f"{source}: the {what}, are {middle:.0f} off the 3D joints in the median: "
+                                         "expected files of the same frames, cameras and order of joints.")
                 if split == "test":
-                    draw_samples(
-                        folder / "samples.png",
-                        _shown(folder / split),
-                        {"seed": 0, "actions": ACTIONS},
-                    )
+                    draw_samples(folder / "samples.png", _shown(folder / split), {"seed": 0, "actions": ACTIONS})
         off = np.concatenate(off)
-        draw_coarsening(
-            folder / "coarsening.png",
-            rest,
-            model.faces,
-            rest_17,
-            levels,
-            vertex_areas(rest, model.faces),
-        )
+        draw_coarsening(folder / "coarsening.png", rest, model.faces, rest_17, levels, vertex_areas(rest, model.faces))
         meta = base_meta(out, "h36m") | {
             "actions": list(ACTIONS), "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
-            "splits": {s: {"n": n, "with_mesh": n_mesh[s], "about": about[s]} for s, n in sizes.items()},
+            "splits": {s: {"n": n, "with_mesh": n_fits[s], "about": about[s]} for s, n in sizes.items()},
             "cameras": {s: [camera(s, k) for k in range(4)] for s in EXTRINSICS}, "stature_mm": stature,
             "coarsening": {"sizes": [192, 96, 48], "weighting": "plain", "points": "means of vertices",
                            "assignment_mm": 1000 * levels["distance"]},
@@ -685,24 +456,16 @@ def prepare(
                         "fits_left_out": int((off > FIT_ERROR).sum()) if only["joint regressor"] else "not checked"},
         }  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-    print(
-        f"{path_2d.name}, {layout}: mean distance from the projected joints "
-        + ", ".join(f"{split} {e.mean():.1f} px" for split, e in error.items())
-    )
-    print(
-        f"{len(off)} SMPL fits, more than {FIT_ERROR:.0f} mm off and left out: {meta['sources']['fits_left_out']}"
-    )
+    print(f"{path_2d.name}, {layout}: mean distance from the projected joints "
+          + ", ".join(f"{split} {e.mean():.1f} px" for split, e in error.items()))
+    print(f"{len(off)} SMPL fits, more than {FIT_ERROR:.0f} mm off and left out: {meta['sources']['fits_left_out']}")
     for split, text in about.items():
-        print(f"{split}: {sizes[split]} samples, {n_mesh[split]} with a fit; {text}")
+        print(f"{split}: {sizes[split]} samples, {n_fits[split]} with a fit; {text}")
     return Path(out)
 
 
 def _shown(split: Path) -> dict[str, np.ndarray]:
     """Twelve samples from all over a split, with a fit if there are any."""
     arrays = {name: np.load(split / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    has = np.flatnonzero(arrays["has_mesh"])
-    has = has if len(has) else np.arange(len(arrays["has_mesh"]))
-    return {
-        name: np.array(a[has[np.linspace(0, len(has) - 1, 12).astype(int)]])
-        for name, a in arrays.items()
-    }
+    has = np.flatnonzero(arrays["has_mesh"]) if arrays["has_mesh"].any() else np.arange(len(arrays["has_mesh"]))
+    return {name: np.array(a[has[np.linspace(0, len(has) - 1, 12).astype(int)]]) for name, a in arrays.items()}

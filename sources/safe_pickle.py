@@ -1,9 +1,9 @@
 """Read NumPy files with object arrays, and pickles, without running what they say.
 
-Python's own unpickler, in pure Python, walks through the file; every global that it may name is one
-of the stand-ins below, which check their arguments and build plain arrays, containers, strings and
-numbers. Two kinds of objects become the arrays that they hold: chumpy's, in which SMPL files are
-written, and SciPy's sparse matrices. """
+Python's own unpickler, in pure Python, walks through the file; every global that it may name is one of the stand-ins below,
+which check their arguments and build plain arrays, containers, strings and numbers. Two kinds of objects become the arrays
+that they hold: chumpy's, in which SMPL files are written, and SciPy's sparse matrices.
+"""
 
 import math
 import pickle
@@ -19,9 +19,8 @@ SPARSE_CELLS = 10_000_000  # of a sparse matrix made dense, or of a selection th
 
 
 def load_arrays(path: Path, largest: int = LARGEST) -> dict[str, np.ndarray]:
-    """The arrays of a .npy (under the key "") or .npz file; object arrays too, if all they hold are
-    arrays, containers, strings and numbers. ValueError with one sentence otherwise, also if it
-    unpacks to more than `largest` bytes."""
+    """The arrays of a .npy (under the key "") or .npz file; object arrays too, if all they hold are arrays, containers,
+    strings and numbers. ValueError with one sentence otherwise, also if it unpacks to more than `largest` bytes."""
     try:
         if path.suffix.lower() == ".npy":
             if path.stat().st_size > largest:
@@ -30,23 +29,16 @@ def load_arrays(path: Path, largest: int = LARGEST) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(path) as z:
             if sum(m.file_size for m in z.infolist()) > largest:
                 raise ValueError(f"it unpacks to more than {largest >> 20} MB; split it")
-            if any(
-                m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                for m in z.infolist()
-            ):
+            if any(m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for m in z.infolist()):
                 raise ValueError("it is packed in a way that NumPy does not use")
-            return {
-                m.filename.removesuffix(".npy"): _npy(z.open(m).read(m.file_size))
-                for m in z.infolist()
-            }
+            return {m.filename.removesuffix(".npy"): _npy(z.open(m).read(m.file_size)) for m in z.infolist()}
     except Exception as e:  # a broken file can raise nearly anything
         what = " ".join(str(e).split())[:300] or type(e).__name__
         raise ValueError(f"{path} is not a NumPy file that can be read: {what}") from e
 
 
 def load_pickle(path: Path, largest: int = LARGEST):
-    """What a pickle of Python 2 or 3 holds, if that is arrays, containers, strings and numbers.
-    ValueError otherwise."""
+    """What a pickle of Python 2 or 3 holds, if that is arrays, containers, strings and numbers. ValueError otherwise."""
     try:
         if path.stat().st_size > largest:
             raise ValueError(f"it has more than {largest >> 20} MB")
@@ -59,10 +51,7 @@ def load_pickle(path: Path, largest: int = LARGEST):
 def _npy(content: bytes) -> np.ndarray:
     f = BytesIO(content)
     version = np.lib.format.read_magic(f)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read_header is None:
         raise ValueError(f"expected .npy version 1 or 2, found {version}")
     shape, fortran, dtype = read_header(f)
@@ -79,19 +68,13 @@ def _filled(shape, dtype: np.dtype, fortran: bool, raw: bytes | str) -> np.ndarr
     if not _is_shape(shape):
         raise ValueError("the shape of one of its arrays is none")
     if not isinstance(raw, bytes) or len(raw) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(
-            f"the size of one of its arrays is not that of {list(shape)} times {dtype}"
-        )
+        raise ValueError(f"the size of one of its arrays is not that of {list(shape)} times {dtype}")
     return np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _is_shape(shape) -> bool:
     """Checked before it is shown: a short file can hold a list that is endless when written out."""
-    return (
-        isinstance(shape, tuple)
-        and len(shape) <= 32
-        and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
-    )
+    return isinstance(shape, tuple) and len(shape) <= 32 and all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
 
 
 def _unpickled(f: BytesIO):
@@ -103,16 +86,12 @@ class _Dtype:
 
     def __init__(self, code: str):
         if not (isinstance(code, str) and re.fullmatch(r"[biufSUO][0-9]{1,6}", code)):
-            raise ValueError(
-                "its pickle holds a dtype that is not plain, and only plain ones are read here"
-            )
+            raise ValueError("its pickle holds a dtype that is not plain, and only plain ones are read here")
         self.code, self.order = code, "="
 
     def __setstate__(self, state):
         if state[1] not in ("<", ">", "=", "|") or tuple(state[2:5]) != (None, None, None):
-            raise ValueError(
-                "its pickle holds a dtype of many parts, and only plain ones are read here"
-            )
+            raise ValueError("its pickle holds a dtype of many parts, and only plain ones are read here")
         self.order = state[1]
 
     def real(self) -> np.dtype:
@@ -138,8 +117,7 @@ class _Array:
 
 
 class _Chumpy:
-    """Stands for an object of chumpy: an array in a wrapper, or a selection of another one's
-    numbers."""
+    """Stands for an object of chumpy: an array in a wrapper, or a selection of another one's numbers."""
 
     def __setstate__(self, state):
         self.state = state
@@ -149,9 +127,7 @@ class _Chumpy:
         if isinstance(state, dict) and "x" in state:
             return _numbers(state["x"], seen)
         if not isinstance(state, dict) or not {"a", "idxs"} <= set(state):
-            raise ValueError(
-                "its pickle holds an expression of chumpy, and only its arrays are read here"
-            )
+            raise ValueError("its pickle holds an expression of chumpy, and only its arrays are read here")
         a, idxs = _numbers(state["a"], seen), _numbers(state["idxs"], seen)
         shape = state.get("preferred_shape", idxs.shape)
         if not _is_shape(shape) or idxs.size > max(a.size, SPARSE_CELLS):
@@ -168,22 +144,14 @@ class _Sparse:
         self.state = state
 
     def real(self, seen: dict) -> np.ndarray:
-        data, indices, starts = (
-            _numbers(self.state[k], seen) for k in ("data", "indices", "indptr")
-        )
+        data, indices, starts = (_numbers(self.state[k], seen) for k in ("data", "indices", "indptr"))
         indices, starts = indices.astype(np.int64), starts.astype(np.int64)
         shape = self.state.get("_shape", self.state.get("shape"))
         rows, columns = (n.item() if isinstance(n, np.integer) else n for n in shape)
         lines, cells = (columns, rows) if self.by_column else (rows, columns)
-        if not (
-            type(rows) is type(columns) is int
-            and 0 < lines * cells <= SPARSE_CELLS
-            and len(starts) == lines + 1
-            and (np.diff(starts) >= 0).all()
-            and starts[0] == 0
-            and starts[-1] == len(indices) == len(data)
-            and ((indices >= 0) & (indices < cells)).all()
-        ):
+        if not (type(rows) is type(columns) is int and 0 < lines * cells <= SPARSE_CELLS and len(starts) == lines + 1
+                and (np.diff(starts) >= 0).all() and starts[0] == 0 and starts[-1] == len(indices) == len(data)
+                and ((indices >= 0) & (indices < cells)).all()):
             raise ValueError("its pickle holds a sparse matrix that contradicts itself")
         out = np.zeros((lines, cells))
         np.add.at(out, (np.repeat(np.arange(lines), np.diff(starts)), indices), data)
@@ -210,8 +178,7 @@ def _reconstruct(cls, *_):
 
 
 def _real(x, seen: dict):
-    """Stand-ins and what holds them -> real arrays in plain containers; everything once, however
-    often it is referred to."""
+    """Stand-ins and what holds them -> real arrays in plain containers; everything once, however often it is referred to."""
     if not isinstance(x, _Array | _Chumpy | _Sparse | dict | list | tuple):
         return x
     if id(x) not in seen:
@@ -249,24 +216,18 @@ class _ArraysOnly(pickle._Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.stand_ins:
-            raise ValueError(
-                f"its pickle asks for {f'{module}.{name}'[:99]!r}, and only arrays are read here"
-            )
+            raise ValueError(f"its pickle asks for {f'{module}.{name}'[:99]!r}, and only arrays are read here")
         return self.stand_ins[module, name]
 
     def load_build(self):
-        if not isinstance(
-            self.stack[-2], _Dtype | _Array | _Chumpy | _Sparse
-        ):  # or a stand-in function would keep it
+        if not isinstance(self.stack[-2], _Dtype | _Array | _Chumpy | _Sparse):  # or a stand-in function would keep it
             raise ValueError("its pickle sets the state of something that is no array")
         super().load_build()
 
     def keys(self, keys):
         """Python hashes what becomes a key, however deep it is: only plain keys are let through."""
         if not all(type(k) in (str, int, float, bool, bytes, type(None)) for k in keys):
-            raise ValueError(
-                "its pickle holds a dictionary or a set with keys that are neither text nor numbers"
-            )
+            raise ValueError("its pickle holds a dictionary or a set with keys that are neither text nor numbers")
 
     def load_setitem(self):
         self.keys(self.stack[-2:-1])
@@ -291,18 +252,7 @@ class _ArraysOnly(pickle._Unpickler):
     def load_unneeded(self):
         raise ValueError("its pickle uses an instruction that arrays do not need")
 
-    for method in (
-        load_build,
-        load_setitem,
-        load_setitems,
-        load_dict,
-        load_additems,
-        load_frozenset,
-    ):
+    for method in (load_build, load_setitem, load_setitems, load_dict, load_additems, load_frozenset):
         dispatch[getattr(pickle, method.__name__[5:].upper())[0]] = method
-    for code in (
-        pickle.BYTEARRAY8,
-        pickle.NEXT_BUFFER,
-        pickle.READONLY_BUFFER,
-    ):  # the first takes memory before it reads
+    for code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):  # the first takes memory before it reads
         dispatch[code[0]] = load_unneeded

@@ -8,12 +8,11 @@ import types
 
 import numpy as np
 import pytest
-import torch
 
 import prepare_data
-import train
 from hipart import RIGHT
-from sources import geometry, motion
+from sources import motion
+from sources.geometry import quat_from_rotvec
 
 FUZZ = int(os.environ.get("FUZZ", 1))  # how many times as long readers are fed with mutated files
 TINY_SIZES = {"train": 64, "val": 32, "test": 32, "unseen": 32}
@@ -79,7 +78,7 @@ def clip_text(seed, frames=60, dt=1 / 30, loop="wrap"):
     table[:, 0], table[:, 2] = dt, 0.85 + 0.05 * np.sin(phase)
     for column in motion.QUAT_COLUMNS:
         rotvec = rng.normal(size=3) * 0.4 * np.sin(phase + rng.uniform(0, 6))[:, None]
-        table[:, column : column + 4] = geometry.quat_from_rotvec(rotvec)
+        table[:, column : column + 4] = quat_from_rotvec(rotvec)
     for column, sign in zip(motion.HINGE_COLUMNS, (-1, 1, -1, 1), strict=True):
         table[:, column] = sign * (0.6 + 0.5 * np.sin(phase + rng.uniform(0, 6)))
     return json.dumps({"Loop": loop, "Frames": table.tolist()})
@@ -105,26 +104,26 @@ def tiny_data(tmp_path_factory):
 
 
 # Sizes of a run that trains in seconds, for the scripts that read one.
-RUN_SIZES = dict(
-    D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_width=12, token_hidden=8,
-    width=16, heads=2, mlp_ratio=2, gcsab_blocks=2, ph_blocks=1, dropout=0.1, lifter="mlp",
-    lifter_width=16, lifter_blocks=1, warmup_free=4, epochs_1=3, batch_1=16, epochs_2=2, batch_2=16,
-    epochs_3=2, batch_3=32, draws_3=1, epochs_r=2, regressor_width=32,
-)  # fmt: skip
+RUN_SIZES = dict(D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_width=12, token_hidden=8, width=16,
+                 heads=2, mlp_ratio=2, gcsab_blocks=2, ph_blocks=1, dropout=0.1, lifter="mlp", lifter_width=16,
+                 lifter_blocks=1, warmup_free=4, epochs_1=3, batch_1=16, epochs_2=2, batch_2=16, epochs_3=2, batch_3=32,
+                 draws_3=1, epochs_r=2, regressor_width=32)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_data, tmp_path_factory):
-    """A folder that holds runs/tiny: all stages, two lifters per input, trained on the set 'tiny'.
-    Do not write to it."""
+    """A folder that holds runs/tiny: all stages, two lifters per feed, trained on the set 'tiny'. Do not write to it."""
+    import torch
+
+    import train
+
     folder, precision = tmp_path_factory.mktemp("run"), torch.get_float32_matmul_precision()
     sizes = [part for k, v in RUN_SIZES.items() for part in (f"--{k}", str(v))]
-    told = ["--preset", "paper", "--name", "tiny", "--data", f"{tiny_data}/tiny", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as m:
         m.chdir(folder)
-        m.setattr(train, "script", lambda *command: None)  # no tables and figures
         for stage in "123":
-            m.setattr("sys.argv", ["train.py", *told, "--stage", stage, "--seeds", "2", *sizes])
+            m.setattr("sys.argv", ["train.py", "--preset", "paper", "--name", "tiny", "--data", f"{tiny_data}/tiny",
+                                   "--device", "cpu", "--stage", stage, "--seeds", "2", *sizes])  # fmt: skip
             train.main()
     torch.set_float32_matmul_precision(precision)
     return folder
