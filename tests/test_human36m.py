@@ -63,8 +63,10 @@ TRANSLATIONS = {
 }  # fmt: skip
 # Places of the 17 among the 32 joints, and the order of Table 1 in papers: written out again
 MOVING = [0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27]
-PRINTED = ("Directions Discussion Eating Greeting Phoning Photo Posing Purchases Sitting SittingDown Smoking Waiting "
-           "WalkDog Walking WalkTogether").split()
+PRINTED = (
+    "Directions Discussion Eating Greeting Phoning Photo Posing Purchases Sitting SittingDown Smoking Waiting "
+    "WalkDog Walking WalkTogether"
+).split()
 
 
 def names_of(subject):
@@ -82,7 +84,10 @@ def seen_by(subject, view, world):
         m = np.clip(camera[index][:2] / camera[index][2], -1, 1)
         r2 = m @ m
         radial = 1 + k[0] * r2 + k[1] * r2**2 + k[2] * r2**3
-        pixels[index] = (m * (radial + p[0] * m[0] + p[1] * m[1]) + np.array(p) * r2) * [fx, fy] + [cx, cy]
+        pixels[index] = (m * (radial + p[0] * m[0] + p[1] * m[1]) + np.array(p) * r2) * [fx, fy] + [
+            cx,
+            cy,
+        ]
     return camera, pixels
 
 
@@ -103,7 +108,10 @@ def write_source(folder, content, frames=T, every=EVERY):
     rest[10] += [0, 0.12, 0]
     regressor = regressor_onto(rest, content["v_template"])
     np.save(folder / "J_regressor_h36m_correct.npy", regressor)
-    made, points = {}, H.smpl.Points(H.smpl.read(H.smpl.neutral(sorted(folder.glob("*.pkl")))), regressor)
+    made, points = (
+        {},
+        H.smpl.Points(H.smpl.read(H.smpl.neutral(sorted(folder.glob("*.pkl")))), regressor),
+    )
     positions, positions_2d = {}, {}
     for subject in SUBJECTS:
         positions[subject], positions_2d[subject], fits = {}, {}, {}
@@ -117,14 +125,24 @@ def write_source(folder, content, frames=T, every=EVERY):
                 rng = np.random.default_rng(len(made))
                 cams = [H.camera(subject, v) for v in range(4)]
                 views = [P.project(joints * 1000 @ np.array(c["R"]).T + c["t"], c) for c in cams]
-                positions_2d[subject][name] = [np.float32(v + rng.normal(size=v.shape) * 4) for v in views]
+                positions_2d[subject][name] = [
+                    np.float32(v + rng.normal(size=v.shape) * 4) for v in views
+                ]
                 made[subject, name] = m, joints * 1000
                 fits.setdefault(str(code), {})[str(sub)] = {
-                    str(t): dict(pose=m[0][t].ravel().tolist(), shape=m[1][t].tolist(), trans=m[2][t].tolist())
-                    for t in range(0, frames, every)}
+                    str(t): dict(
+                        pose=m[0][t].ravel().tolist(),
+                        shape=m[1][t].tolist(),
+                        trans=m[2][t].tolist(),
+                    )
+                    for t in range(0, frames, every)
+                }
         n = subject[1:]
         (folder / f"Human36M_subject{n}_smpl_param.json").write_text(json.dumps(fits))
-        cameras = {str(k + 1): {key: H.camera(subject, k)[key] for key in ("R", "t", "f", "c")} for k in range(4)}
+        cameras = {
+            str(k + 1): {key: H.camera(subject, k)[key] for key in ("R", "t", "f", "c")}
+            for k in range(4)
+        }
         (folder / f"Human36M_subject{n}_camera.json").write_text(json.dumps(cameras))
     np.savez_compressed(folder / "data_3d_h36m.npz", positions_3d=np.array(positions, object))
     write_detections(folder, positions_2d)
@@ -132,8 +150,13 @@ def write_source(folder, content, frames=T, every=EVERY):
 
 
 def write_detections(folder, positions_2d):
-    np.savez_compressed(folder / "data_2d_h36m_cpn_ft_h36m_dbb.npz", positions_2d=np.array(positions_2d, object),
-                        metadata=np.array(dict(layout_name="h36m", num_joints=17, keypoints_symmetry=SYMMETRY), object))
+    np.savez_compressed(
+        folder / "data_2d_h36m_cpn_ft_h36m_dbb.npz",
+        positions_2d=np.array(positions_2d, object),
+        metadata=np.array(
+            dict(layout_name="h36m", num_joints=17, keypoints_symmetry=SYMMETRY), object
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +175,11 @@ def source(tmp_path_factory):
     path = folder / "Human36M_subject5_smpl_param.json"
     fits = json.loads(path.read_text())
     fits["8"]["1"]["-3"] = fits["8"]["1"]["0"]  # no frame
-    fits["8"]["1"]["6"]["pose"][48:51] = [0, 0, 0.9]  # an arm that the joints do not have: about 35 mm in the mean
+    fits["8"]["1"]["6"]["pose"][48:51] = [
+        0,
+        0,
+        0.9,
+    ]  # an arm that the joints do not have: about 35 mm in the mean
     fits["9"]["2"] = {}  # a sub-action without any
     fits["9"]["1"]["0"]["shape"][3] = 3.5  # no such body: the mean one
     fits["8"]["1"]["3"]["pose"][3:] = [0.9] * 69  # far from the joints
@@ -184,14 +211,21 @@ def test_names_of_sub_actions_follow_the_table():
 def test_cameras_stand_where_others_put_them(subject, view):
     c = H.camera(subject, view)
     assert np.allclose(c["t"], TRANSLATIONS[subject][view], atol=6e-4)
-    assert np.allclose(np.array(c["R"]) @ np.array(c["R"]).T, np.eye(3), atol=1e-12) and np.linalg.det(c["R"]) > 0
+    assert (
+        np.allclose(np.array(c["R"]) @ np.array(c["R"]).T, np.eye(3), atol=1e-12)
+        and np.linalg.det(c["R"]) > 0
+    )
 
 
 def test_every_camera_looks_at_the_middle_of_the_room():
     for subject in SUBJECTS:
         for view in range(4):
             camera, pixels = seen_by(subject, view, np.array([[0.0, 0, 900], [0, 0, 1000]]))
-            assert camera[0, 2] > 3000 and (np.abs(pixels[0] - 500) < 250).all() and pixels[1, 1] < pixels[0, 1]
+            assert (
+                camera[0, 2] > 3000
+                and (np.abs(pixels[0] - 500) < 250).all()
+                and pixels[1, 1] < pixels[0, 1]
+            )
 
 
 def test_counts_splits_and_actions(data, source, capsys):
@@ -199,9 +233,15 @@ def test_counts_splits_and_actions(data, source, capsys):
     arrays = {}
     for name, subjects in (("train", H.TRAIN), ("val", H.TRAIN), ("test", H.TEST)):
         arrays[name], meta = split_of(data, name)
-        assert set(arrays[name]["subject"]) == {int(s[1:]) for s in subjects} and set(arrays[name]["camera"]) == {0, 1, 2, 3}
-    n_train = sum(4 * T for s, a in made if s in H.TRAIN and (s, a) not in H.VAL) - T  # a camera of S8 has no detections
-    n_test = sum(4 * T for s, a in made if s in H.TEST) - 4 * T - 5  # S11's Directions; a camera of S9 has fewer
+        assert set(arrays[name]["subject"]) == {int(s[1:]) for s in subjects} and set(
+            arrays[name]["camera"]
+        ) == {0, 1, 2, 3}
+    n_train = (
+        sum(4 * T for s, a in made if s in H.TRAIN and (s, a) not in H.VAL) - T
+    )  # a camera of S8 has no detections
+    n_test = (
+        sum(4 * T for s, a in made if s in H.TEST) - 4 * T - 5
+    )  # S11's Directions; a camera of S9 has fewer
     assert H.ACTIONS == tuple(PRINTED) and H.KEPT == tuple(MOVING)
     assert H.SHIFTED == {("S9", "Greeting"), ("S9", "SittingDown 1"), ("S9", "Waiting 1")}
     directions = (arrays["test"]["subject"] == 11) & (arrays["test"]["action"] == 0)
@@ -211,10 +251,19 @@ def test_counts_splits_and_actions(data, source, capsys):
     assert arrays["val"]["fit"].all() and not arrays["test"]["fit"].all()
     assert {meta["actions"][a] for a in arrays["val"]["action"]} == {a for _, a in H.VAL}
     assert set(arrays["test"]["action"]) == set(range(15))
-    left_out = 4 * (3 + T // EVERY)  # two bad poses, a NaN and a sub-action without, seen by four cameras
-    assert arrays["train"]["fit"].sum() == meta["splits"]["train"]["fits"] == (n_train + T) // EVERY - T // EVERY - left_out
-    assert meta["sources"]["fits_left_out"] == 2 and meta["noise"] is None and "with the three shifted" in meta[
-        "splits"]["test"]["about"]
+    left_out = 4 * (
+        3 + T // EVERY
+    )  # two bad poses, a NaN and a sub-action without, seen by four cameras
+    assert (
+        arrays["train"]["fit"].sum()
+        == meta["splits"]["train"]["fits"]
+        == (n_train + T) // EVERY - T // EVERY - left_out
+    )
+    assert (
+        meta["sources"]["fits_left_out"] == 2
+        and meta["noise"] is None
+        and "with the three shifted" in meta["splits"]["test"]["about"]
+    )
 
 
 def test_numbers_from_the_world_to_the_pixel(data, source):
@@ -223,9 +272,13 @@ def test_numbers_from_the_world_to_the_pixel(data, source):
     rng = np.random.default_rng(0)
     model = H.smpl.read(sorted(source[0].glob("*.pkl"))[0])
     rest = H.rest_joints(model) @ H.Z_UP
-    levels = P.coarsen(model.v_template @ H.Z_UP, model.faces, rest[list(P.PART_JOINT)], weighting="plain")
-    for name, keys in (("test", sorted(k for k in made if k[0] in H.TEST and k != ("S11", "Directions"))),
-                       ("train", sorted(k for k in made if k[0] in H.TRAIN and k not in H.VAL))):
+    levels = P.coarsen(
+        model.v_template @ H.Z_UP, model.faces, rest[list(P.PART_JOINT)], weighting="plain"
+    )
+    for name, keys in (
+        ("test", sorted(k for k in made if k[0] in H.TEST and k != ("S11", "Directions"))),
+        ("train", sorted(k for k in made if k[0] in H.TRAIN and k not in H.VAL)),
+    ):
         arrays, meta = split_of(data, name)
         rows = {}
         for subject, action in keys:
@@ -239,19 +292,33 @@ def test_numbers_from_the_world_to_the_pixel(data, source):
             camera, pixels = seen_by(subject, view, made[subject, action][1][t])
             stored = {k: np.float64(a[i]) for k, a in arrays.items()}
             off = camera - camera[0]
-            assert np.abs(stored["y"] - off).max() < 1e-3 + 2e-4 and np.abs(stored["root"] - camera[0]).max() < 1e-3 + 5e-4
+            assert (
+                np.abs(stored["y"] - off).max() < 1e-3 + 2e-4
+                and np.abs(stored["root"] - camera[0]).max() < 1e-3 + 5e-4
+            )
             assert np.abs(stored["x_s"] - pixels).max() < 1e-4 + 6e-5
             x = np.concatenate([made[k][1] for k in made if k[0] == subject])[::50]
             legs = np.linalg.norm(x[:, [1, 2, 4, 5]] - x[:, [2, 3, 5, 6]], axis=-1).sum(1) / 2
             back = np.linalg.norm(x[:, [0, 7, 8, 9]] - x[:, [7, 8, 9, 10]], axis=-1).sum(1)
-            height = (np.median(legs + back) + 80) * list(P.H36M_INTRINSICS.values())[view][0][1] / camera[0, 2]
+            height = (
+                (np.median(legs + back) + 80)
+                * list(P.H36M_INTRINSICS.values())[view][0][1]
+                / camera[0, 2]
+            )
             assert abs(stored["height_px"] / height - 1) < 0.03  # the median is over other frames
-            assert np.array_equal(stored["x_s_det"], np.float64(detected[subject][action][view][t])
-                                  * (stored["conf"] > 0)[:, None])
-            assert meta["actions"][int(stored["action"])] == action.split()[0] and f"S{int(stored['subject'])}" == subject
+            assert np.array_equal(
+                stored["x_s_det"],
+                np.float64(detected[subject][action][view][t]) * (stored["conf"] > 0)[:, None],
+            )
+            assert (
+                meta["actions"][int(stored["action"])] == action.split()[0]
+                and f"S{int(stored['subject'])}" == subject
+            )
             if subject != "S5" or action.split()[0] not in ("Purchases", "Sitting"):
                 assert stored["fit"] == (t % EVERY == 0)
-        fitted = [i for i in np.flatnonzero(arrays["fit"]) if rng.random() < 3 / arrays["fit"].sum()]
+        fitted = [
+            i for i in np.flatnonzero(arrays["fit"]) if rng.random() < 3 / arrays["fit"].sum()
+        ]
         odd = [i for i in np.flatnonzero(arrays["fit"]) if rows[i] == ("S5", "Sitting 1", 2, 0)]
         assert bool(odd) == (name == "train")
         for i in [*odd, *fitted] or np.flatnonzero(arrays["fit"])[:2]:
@@ -276,8 +343,11 @@ def test_pixels_are_videopose3ds_own(source, tmp_path):
     for subject, action in made:
         x = np.stack([seen_by(subject, v, made[subject, action][1][:1])[1] for v in range(4)])
         gt[subject][action] = [np.float32(v) for v in x]
-    np.savez(tmp_path / "gt" / "data_2d_h36m_gt.npz", positions_2d=np.array(gt, object),
-             metadata=np.array(dict(num_joints=17, keypoints_symmetry=SYMMETRY), object))
+    np.savez(
+        tmp_path / "gt" / "data_2d_h36m_gt.npz",
+        positions_2d=np.array(gt, object),
+        metadata=np.array(dict(num_joints=17, keypoints_symmetry=SYMMETRY), object),
+    )
     arrays, _ = split_of(H.prepare(tmp_path / "gt", tmp_path / "data"), "test")
     assert np.abs(arrays["x_s_det"] - arrays["x_s"]).max() < 2e-4 and (arrays["conf"] == 1).all()
 
@@ -287,11 +357,20 @@ def test_real_detections_lose_joints_in_training_only(data):
     split = train.Split(str(data), "train", torch.device("cpu"))
     stored = split.read(slice(0, split.n))
     twice = [split.read(slice(0, split.n), np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(twice[0]["conf"], twice[1]["conf"]) and not torch.equal(twice[0]["conf"], twice[2]["conf"])
+    assert torch.equal(twice[0]["conf"], twice[1]["conf"]) and not torch.equal(
+        twice[0]["conf"], twice[2]["conf"]
+    )
     lost = ((twice[0]["conf"] == 0) & (stored["conf"] > 0)).float()
-    assert 0.02 < lost.mean() < 0.06 and (lost.sum(0) > 0).all() and (twice[0]["conf"] > 0).any(1).all()
+    assert (
+        0.02 < lost.mean() < 0.06
+        and (lost.sum(0) > 0).all()
+        and (twice[0]["conf"] > 0).any(1).all()
+    )
     kept = twice[0]["conf"] > 0
-    assert torch.equal(twice[0]["x_s"][kept], stored["x_s"][kept]) and (twice[0]["x_s"][~kept] == 0).all()
+    assert (
+        torch.equal(twice[0]["x_s"][kept], stored["x_s"][kept])
+        and (twice[0]["x_s"][~kept] == 0).all()
+    )
     assert (stored["conf"] == 0).sum() == 1
 
 
@@ -308,30 +387,49 @@ def run_main(module, monkeypatch, capsys, *arguments):
 def test_from_the_files_to_the_papers_table(source, data, tmp_path, monkeypatch, capsys):
     """One command from the user's folder to data, one to training; evaluate.py prints actions in the paper's order."""
     monkeypatch.chdir(tmp_path)
-    status, out, err = run_main(P, monkeypatch, capsys, "--source", "h36m", "--folder", source[0], "--without-shifted")
+    status, out, err = run_main(
+        P, monkeypatch, capsys, "--source", "h36m", "--folder", source[0], "--without-shifted"
+    )
     assert status == 0, err
     assert "SMPL fits: Human36M_subject11_smpl_param.json" in out and "not used: notes.txt" in out
-    assert "2 sequences have more or fewer frames" in out and "1 sequences have no 2D joints (S8 Photo camera 2)" in out
+    assert (
+        "2 sequences have more or fewer frames" in out
+        and "1 sequences have no 2D joints (S8 Photo camera 2)" in out
+    )
     arrays, meta = P.load("h36m", "test", "data")
-    assert len(arrays["y"]) == len(split_of(data, "test")[0]["y"]) - 3 * 4 * T and "without the three" in meta[
-        "splits"]["test"]["about"]
+    assert (
+        len(arrays["y"]) == len(split_of(data, "test")[0]["y"]) - 3 * 4 * T
+        and "without the three" in meta["splits"]["test"]["about"]
+    )
     assert (tmp_path / "data/h36m/samples.png").stat().st_size > 10_000
-    tiny = ("--preset quick --name tiny --data data/h36m --limit 400 --D 16 --K_s 32 --K_d 32 --encoder_width 16 "
-            "--decoder_width 16 --width 16 --heads 2 --lifter_width 32 --regressor_width 32 --epochs_1 2 --epochs_2 1 "
-            "--epochs_r 1 --epochs_3 1 --warmup_free 2 --gcsab_blocks 1 --draws_3 2 --device cpu").split()
+    tiny = (
+        "--preset quick --name tiny --data data/h36m --limit 400 --D 16 --K_s 32 --K_d 32 --encoder_width 16 "
+        "--decoder_width 16 --width 16 --heads 2 --lifter_width 32 --regressor_width 32 --epochs_1 2 --epochs_2 1 "
+        "--epochs_r 1 --epochs_3 1 --warmup_free 2 --gcsab_blocks 1 --draws_3 2 --device cpu"
+    ).split()
     for stage in (1, 2, 3):
         assert run_main(train, monkeypatch, capsys, *tiny, "--stage", stage)[0] in (0, None)
-    assert run_main(evaluate, monkeypatch, capsys, "--name", "tiny", "--data", "data/h36m")[0] in (0, None)
+    assert run_main(evaluate, monkeypatch, capsys, "--name", "tiny", "--data", "data/h36m")[0] in (
+        0,
+        None,
+    )
     table = (tmp_path / "runs/tiny/table.md").read_text()
     after = table.split("MPJPE per action:")[1].split("\n")
-    assert [line.split("|")[1].strip() for line in after if line.startswith("| ")][2:17] == list(H.ACTIONS)
+    assert [line.split("|")[1].strip() for line in after if line.startswith("| ")][2:17] == list(
+        H.ACTIONS
+    )
     assert "data_2d_h36m_cpn_ft_h36m_dbb.npz" in table and re.search(r"\| +42\.0 \|", table)
-    assert "Human3.6M. The paper:" in table and "not this one" not in table and "S9 and S11" in table
+    assert (
+        "Human3.6M. The paper:" in table and "not this one" not in table and "S9 and S11" in table
+    )
     has = meta["splits"]["test"]["fits"]
     assert f"{has} of {len(arrays['y'])} samples have true dense and fine points" in table
     numbers = json.loads((tmp_path / "runs/tiny/evaluation.json").read_text())["splits"]["test"]
     assert numbers["mpjpe/ground_truth/0"]["frames"] and numbers["px/detected/generated"]["frames"]
-    assert run_main(sample, monkeypatch, capsys, "--name", "tiny", "--data", "data/h36m")[0] in (0, None)
+    assert run_main(sample, monkeypatch, capsys, "--name", "tiny", "--data", "data/h36m")[0] in (
+        0,
+        None,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -408,14 +506,18 @@ def shift(content):
     (lambda f: (f / "Human36M_subject1_smpl_param.json").write_text("[" * 10**5), "not a JSON file"),
     (lambda f: (f / "data_3d_h36m.npz").write_bytes((f / "data_3d_h36m.npz").read_bytes()[:5000]), "not a NumPy file"),
 ], ids=str)  # fmt: skip
-def test_refusals_name_the_file_and_leave_earlier_output(source, tmp_path, monkeypatch, capsys, damage, message):
+def test_refusals_name_the_file_and_leave_earlier_output(
+    source, tmp_path, monkeypatch, capsys, damage, message
+):
     folder = tmp_path / "files"
     shutil.copytree(source[0], folder)
     damage(folder)
     (tmp_path / "data/h36m").mkdir(parents=True)
     (tmp_path / "data/h36m/meta.json").write_text("earlier")
     monkeypatch.chdir(tmp_path)
-    status, _, err = run_main(P, monkeypatch, capsys, "--source", "h36m", "--folder", folder, "--overwrite")
+    status, _, err = run_main(
+        P, monkeypatch, capsys, "--source", "h36m", "--folder", folder, "--overwrite"
+    )
     said = [line for line in err.splitlines() if line.startswith("prepare_data.py: ")]
     assert status == 2 and len(said) == 1 and str(folder) in said[0]
     assert re.search(message, said[0]), said
@@ -445,7 +547,9 @@ def test_spins_regressor_is_turned_round(source, tmp_path, capsys):
     model = H.smpl.read(next(folder.glob("basicModel*")))
     spin = regressor[[0, 4, 5, 6, 1, 2, 3, *range(7, 17)]]
     np.save(tmp_path / "J_regressor_h36m.npy", spin)
-    assert np.array_equal(H.smpl.read_regressor(tmp_path / "J_regressor_h36m.npy", model), regressor)
+    assert np.array_equal(
+        H.smpl.read_regressor(tmp_path / "J_regressor_h36m.npy", model), regressor
+    )
     assert "left and right legs swapped" in capsys.readouterr().out
     for bad in (spin[:, :-1], spin * 2, spin[[0, 1, 5, 3, 4, 2, *range(6, 17)]], spin * np.nan):
         np.save(tmp_path / "J_regressor_h36m.npy", bad)
@@ -458,11 +562,16 @@ def test_spins_regressor_is_turned_round(source, tmp_path, capsys):
 def test_mutated_fits_are_read_or_refused(source, tmp_path_factory, data):
     raw = bytearray((source[0] / "Human36M_subject1_smpl_param.json").read_bytes()[:30_000])
     for _ in range(data.draw(st.integers(1, 4))):
-        at, kind = data.draw(st.integers(0, len(raw))), data.draw(st.sampled_from(["cut", "byte", "insert"]))
+        at, kind = (
+            data.draw(st.integers(0, len(raw))),
+            data.draw(st.sampled_from(["cut", "byte", "insert"])),
+        )
         if kind == "cut":
             del raw[at : at + data.draw(st.integers(1, 3000))]
         else:
-            raw[at : at + (kind == "byte")] = data.draw(st.sampled_from([b"1e999", b"NaN", b"{}", b"[]", b'"', b"-"]))
+            raw[at : at + (kind == "byte")] = data.draw(
+                st.sampled_from([b"1e999", b"NaN", b"{}", b"[]", b'"', b"-"])
+            )
     path = tmp_path_factory.getbasetemp() / "mutated.json"
     path.write_bytes(raw)
     try:
@@ -477,9 +586,25 @@ def test_mutated_fits_are_read_or_refused(source, tmp_path_factory, data):
 @settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_arrays_are_read_or_refused(source, tmp_path_factory, data):
     """Both kinds of npz, of few frames: bytes changed in the file, or values of the dictionaries within."""
-    folder, name = tmp_path_factory.getbasetemp(), data.draw(st.sampled_from(["positions_3d", "positions_2d"]))
-    junk = st.sampled_from([None, 3, "x", [], {}, np.zeros((2, 32, 2)), np.full((2, 17, 2), np.nan), np.zeros((0, 17, 2)),
-                            np.array(["a"]), [np.full((2, 17, 2), 1e30)] * 4, np.full((3, 32, 3), 1e9)])
+    folder, name = (
+        tmp_path_factory.getbasetemp(),
+        data.draw(st.sampled_from(["positions_3d", "positions_2d"])),
+    )
+    junk = st.sampled_from(
+        [
+            None,
+            3,
+            "x",
+            [],
+            {},
+            np.zeros((2, 32, 2)),
+            np.full((2, 17, 2), np.nan),
+            np.zeros((0, 17, 2)),
+            np.array(["a"]),
+            [np.full((2, 17, 2), 1e30)] * 4,
+            np.full((3, 32, 3), 1e9),
+        ]
+    )
     good = np.full((2, 32, 3), 0.5) if name.endswith("3d") else [np.ones((2, 17, 2))] * 4
     value = {s: {"Eating": good} for s in SUBJECTS}
     where = data.draw(st.sampled_from(["file", "subject", "action"]))
@@ -504,4 +629,6 @@ def test_mutated_arrays_are_read_or_refused(source, tmp_path_factory, data):
             if name.endswith("3d"):
                 assert x.shape[1:] == (17, 3) and len(x) and np.isfinite(x).all()
             else:
-                assert len(x) == 4 and all(v is None or v.shape[1:] in ((17, 2), (17, 3)) for v in x)
+                assert len(x) == 4 and all(
+                    v is None or v.shape[1:] in ((17, 2), (17, 3)) for v in x
+                )

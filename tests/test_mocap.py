@@ -30,6 +30,7 @@ PARENTS = [NAMES.index(p) if p else -1 for _, p, _ in SKELETON]
 
 def bvh_text(angles, order="ZXY", prefix="", z_up=False, positions=None, frame_time=1 / 30):
     """angles [T, 21, 3] degrees in channel order; positions [T, 3] of the root."""
+
     def swap(v):
         return (v[0], -v[2], v[1]) if z_up else v
 
@@ -40,7 +41,10 @@ def bvh_text(angles, order="ZXY", prefix="", z_up=False, positions=None, frame_t
         channels = f"6 Xposition Yposition Zposition {rotations}" if not depth else f"3 {rotations}"
         offset = " ".join(f"{v:.6f}" for v in swap(SKELETON[j][2]))
         children = [k for k, p in enumerate(PARENTS) if p == j]
-        inside = "".join(joint(k, depth + 1) for k in children) or f"{pad}  End Site\n{pad}  {{ OFFSET 0 -5 0 }}\n"
+        inside = (
+            "".join(joint(k, depth + 1) for k in children)
+            or f"{pad}  End Site\n{pad}  {{ OFFSET 0 -5 0 }}\n"
+        )
         own = f"{pad}  OFFSET {offset}\n{pad}  CHANNELS {channels}\n"
         return f"{pad}{kind} {prefix}{NAMES[j]}\n{pad}{{\n{own}{inside}{pad}}}\n"
 
@@ -49,8 +53,15 @@ def bvh_text(angles, order="ZXY", prefix="", z_up=False, positions=None, frame_t
 
     T = len(angles)
     positions = np.zeros((T, 3)) + [0, 90, 0] if positions is None else positions
-    rows = [" ".join(f"{v:.6f}" for v in (*swap(positions[t]), *angles[t, depth_first(0)].ravel())) for t in range(T)]
-    return f"HIERARCHY\n{joint(0, 0)}MOTION\nFrames: {T}\nFrame Time: {frame_time:.8f}\n" + "\n".join(rows) + "\n"
+    rows = [
+        " ".join(f"{v:.6f}" for v in (*swap(positions[t]), *angles[t, depth_first(0)].ravel()))
+        for t in range(T)
+    ]
+    return (
+        f"HIERARCHY\n{joint(0, 0)}MOTION\nFrames: {T}\nFrame Time: {frame_time:.8f}\n"
+        + "\n".join(rows)
+        + "\n"
+    )
 
 
 def rotation(axis, degrees):
@@ -79,11 +90,16 @@ def second_reading(angles, order, root):
 @pytest.mark.parametrize("order", ["ZXY", "ZYX", "XYZ"])
 def test_positions_equal_a_second_reading(order):
     rng = np.random.default_rng(0)
-    angles, root = rng.uniform(-170, 170, (3, 21, 3)).round(4), rng.uniform(-100, 100, (3, 3)).round(4)
+    angles, root = (
+        rng.uniform(-170, 170, (3, 21, 3)).round(4),
+        rng.uniform(-100, 100, (3, 3)).round(4),
+    )
     bvh = mocap.parse_bvh(bvh_text(angles, order, positions=root))
     index = [bvh["names"].index(n) for n in NAMES]
     for t in range(3):
-        np.testing.assert_allclose(bvh["positions"][t, index], second_reading(angles[t], order, root[t]), atol=1e-4)
+        np.testing.assert_allclose(
+            bvh["positions"][t, index], second_reading(angles[t], order, root[t]), atol=1e-4
+        )
     assert bvh["fps"] == pytest.approx(30) and sum(n.endswith(" end") for n in bvh["names"]) == 5
 
 
@@ -96,7 +112,10 @@ def directions(clip):
     """Of thighs, shins, feet, arms and forearms, trunk and head: as the clip poses a body, in its own axes (y up)."""
     m = P.quat_to_matrix(P.bone_orientations((clip["quats"], clip["hinges"], clip["height"])))
     columns = {"root": 1, "chest": 1, "neck": 1, "r_foot": 0, "l_foot": 0}
-    return {b: m[:, i, :, columns.get(b, 1)] * (1 if b in columns else -1) for i, b in enumerate(P.BONES)}
+    return {
+        b: m[:, i, :, columns.get(b, 1)] * (1 if b in columns else -1)
+        for i, b in enumerate(P.BONES)
+    }
 
 
 def true_directions(angles, order="ZXY"):
@@ -105,8 +124,12 @@ def true_directions(angles, order="ZXY"):
         x = dict(zip(NAMES, second_reading(frame, order, np.zeros(3)), strict=True))
         pairs = {"chest": ("Spine1", "Neck"), "neck": ("Neck", "Head")}
         for letter, side in (("r", "Right"), ("l", "Left")):
-            for bone, a, b in (("thigh", "UpLeg", "Leg"), ("shin", "Leg", "Foot"), ("arm", "Arm", "ForeArm"),
-                               ("forearm", "ForeArm", "Hand")):
+            for bone, a, b in (
+                ("thigh", "UpLeg", "Leg"),
+                ("shin", "Leg", "Foot"),
+                ("arm", "Arm", "ForeArm"),
+                ("forearm", "ForeArm", "Hand"),
+            ):
                 pairs[f"{letter}_{bone}"] = side + a, side + b
         out.append({b: mocap.unit(x[q] - x[p]) for b, (p, q) in pairs.items()})
     return {b: np.stack([o[b] for o in out]) for b in out[0]}
@@ -120,9 +143,16 @@ def moving(T=40, seed=0):
     for name in ("Spine", "RightFoot", "LeftFoot", "RightShoulder", "LeftShoulder"):
         angles[:, NAMES.index(name)] *= 0.2
     for knee in ("RightLeg", "LeftLeg"):
-        angles[:, NAMES.index(knee)] = np.stack([np.zeros(T), rng.uniform(0, 120, T), np.zeros(T)], 1)
-    for elbow, way in (("RightForeArm", 1), ("LeftForeArm", -1)):  # arms to the sides: elbows bend forward about y
-        angles[:, NAMES.index(elbow)] = np.stack([np.zeros(T), np.zeros(T), way * rng.uniform(0, 120, T)], 1)
+        angles[:, NAMES.index(knee)] = np.stack(
+            [np.zeros(T), rng.uniform(0, 120, T), np.zeros(T)], 1
+        )
+    for elbow, way in (
+        ("RightForeArm", 1),
+        ("LeftForeArm", -1),
+    ):  # arms to the sides: elbows bend forward about y
+        angles[:, NAMES.index(elbow)] = np.stack(
+            [np.zeros(T), np.zeros(T), way * rng.uniform(0, 120, T)], 1
+        )
     return angles.round(4)
 
 
@@ -147,9 +177,14 @@ def test_standing_straight_is_the_clips_zero_pose(tmp_path):
     angles[:, 0, 2] = 0, 50, -120
     clip = clip_of(tmp_path, angles)
     still = [i for i in range(9) if i not in (P.ROOT, P.NECK)]
-    assert np.abs(clip["quats"][:, still, 0]).min() > np.cos(np.radians(1)) and np.abs(clip["hinges"]).max() < 0.02
+    assert (
+        np.abs(clip["quats"][:, still, 0]).min() > np.cos(np.radians(1))
+        and np.abs(clip["hinges"]).max() < 0.02
+    )
     forward = P.quat_to_matrix(clip["quats"][:, P.ROOT])[..., 0]
-    np.testing.assert_allclose(forward, [[np.sin(a), 0, np.cos(a)] for a in np.radians([0, 50, -120])], atol=1e-6)
+    np.testing.assert_allclose(
+        forward, [[np.sin(a), 0, np.cos(a)] for a in np.radians([0, 50, -120])], atol=1e-6
+    )
     assert clip["height"] == pytest.approx(np.full(3, P.CLIP_STANDING_HEIGHT), rel=0.15)
 
 
@@ -200,8 +235,29 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, data):
     for _ in range(data.draw(st.integers(1, 3))):
         a = data.draw(st.integers(0, len(text)))
         b = a + data.draw(st.integers(0, 60))
-        text = text[:a] + data.draw(st.one_of(st.text(max_size=5), st.just(text[a:b] * 2), st.sampled_from(
-            ["}", "{", "JOINT x", "End Site", "-1", "1e999", "CHANNELS 99999", "Frames: 0", "OFFSET"]))) + text[b:]
+        text = (
+            text[:a]
+            + data.draw(
+                st.one_of(
+                    st.text(max_size=5),
+                    st.just(text[a:b] * 2),
+                    st.sampled_from(
+                        [
+                            "}",
+                            "{",
+                            "JOINT x",
+                            "End Site",
+                            "-1",
+                            "1e999",
+                            "CHANNELS 99999",
+                            "Frames: 0",
+                            "OFFSET",
+                        ]
+                    ),
+                )
+            )
+            + text[b:]
+        )
     path = tmp_path_factory.getbasetemp() / "mutated.bvh"
     path.write_text(text, encoding="utf-8", errors="replace")
     try:
@@ -242,13 +298,25 @@ def body_rotations(T, seed=0):
 def amass(v, style="smplh", fps=120.0, **other):
     """The arrays of an AMASS file with the rotations v [T, 22, 3]; with random hands, and shapes that SMPL lacks."""
     T, rng = len(v), np.random.default_rng(1)
-    hands, betas = rng.normal(size=(T, 90)), np.concatenate([rng.normal(size=10), np.full(6, 100.0)])
+    hands, betas = (
+        rng.normal(size=(T, 90)),
+        np.concatenate([rng.normal(size=10), np.full(6, 100.0)]),
+    )
     trans = rng.normal(size=(T, 3)) + [0, 0, 1]
     if style == "smplh":
-        made = dict(poses=np.concatenate([v.reshape(T, 66), hands], 1), mocap_framerate=fps, dmpls=np.zeros((T, 8)))
+        made = dict(
+            poses=np.concatenate([v.reshape(T, 66), hands], 1),
+            mocap_framerate=fps,
+            dmpls=np.zeros((T, 8)),
+        )
     else:
-        made = dict(root_orient=v[:, 0], pose_body=v[:, 1:].reshape(T, 63), pose_hand=hands, mocap_frame_rate=fps,
-                    surface_model_type="smplx")
+        made = dict(
+            root_orient=v[:, 0],
+            pose_body=v[:, 1:].reshape(T, 63),
+            pose_hand=hands,
+            mocap_frame_rate=fps,
+            surface_model_type="smplx",
+        )
     return made | dict(trans=trans, betas=betas, gender="female") | other
 
 
@@ -277,21 +345,34 @@ def test_amass_limbs_point_where_the_files_do(tmp_path, model, style, fps, step,
     clip = read_amass(tmp_path, model, content)
     assert clip["action"] is None and clip["period"] is None
     np.testing.assert_allclose(clip["time"], np.arange(len(v[::step])) * step / fps)
-    bodies = [second_body(*frame) for frame in zip(v, [content["betas"]] * len(v), content["trans"], strict=True)]
+    bodies = [
+        second_body(*frame)
+        for frame in zip(v, [content["betas"]] * len(v), content["trans"], strict=True)
+    ]
     x, rest = np.stack([b[0] for b in bodies])[::step], bodies[0][1]
     ours = directions(clip)
 
     def degrees(bone, a, b):
-        return np.degrees(np.arccos(np.clip((ours[bone] * mocap.unit(x[:, b] - x[:, a])).sum(-1), -1, 1)))
+        return np.degrees(
+            np.arccos(np.clip((ours[bone] * mocap.unit(x[:, b] - x[:, a])).sum(-1), -1, 1))
+        )
 
     assert max(degrees(bone, *ends).max() for bone, ends in LIMBS.items()) < 0.01
-    sole = rest[11] - rest[8]  # the foot points as far above the line from ankle to toe as it does in the rest pose
+    sole = (
+        rest[11] - rest[8]
+    )  # the foot points as far above the line from ankle to toe as it does in the rest pose
     for bone, ends in (("l_foot", (7, 10)), ("r_foot", (8, 11))):
-        np.testing.assert_allclose(degrees(bone, *ends), np.degrees(np.arcsin(-sole[1] / np.linalg.norm(sole))), atol=0.01)
+        np.testing.assert_allclose(
+            degrees(bone, *ends), np.degrees(np.arcsin(-sole[1] / np.linalg.norm(sole))), atol=0.01
+        )
     floor = x[:, [7, 8, 10, 11], 1].min()
-    legs = [np.median([np.linalg.norm(x[:, a] - x[:, b], axis=-1) for a, b in ends]) for ends in (((1, 4), (2, 5)),
-                                                                                                   ((4, 7), (5, 8)))]
-    np.testing.assert_allclose(clip["height"], (x[:, 0, 1] - floor) * P.CLIP_STANDING_HEIGHT / sum(legs), rtol=1e-3)
+    legs = [
+        np.median([np.linalg.norm(x[:, a] - x[:, b], axis=-1) for a, b in ends])
+        for ends in (((1, 4), (2, 5)), ((4, 7), (5, 8)))
+    ]
+    np.testing.assert_allclose(
+        clip["height"], (x[:, 0, 1] - floor) * P.CLIP_STANDING_HEIGHT / sum(legs), rtol=1e-3
+    )
 
 
 def test_amass_t_pose_stands_and_faces_as_known(tmp_path, model):
@@ -303,10 +384,18 @@ def test_amass_t_pose_stands_and_faces_as_known(tmp_path, model):
     forward = P.quat_to_matrix(clip["quats"][:, P.ROOT])[..., 0]
     np.testing.assert_allclose(forward, [[0, 0, 1], [1, 0, 0], [0, 0, 1]], atol=1e-6)
     assert np.abs(clip["hinges"]).max() < np.radians(12)  # legs and arms are straight
-    np.testing.assert_allclose(np.diff(clip["height"]) / clip["height"][0], [0, 0.3 / 0.92], atol=1e-6)
-    assert np.abs(directions(clip)["r_foot"][:, 1]).max() < 0.05  # flat on the floor, though the line to the toe goes down
-    arm = mocap.unit(SMPL_JOINTS[18] - SMPL_JOINTS[16]) * np.ones((3, 1))  # the left one: along x, then along the world's y
-    np.testing.assert_allclose(directions(clip)["l_arm"], [arm[0], arm[0, [2, 1, 0]] * [1, 1, -1], arm[0]], atol=1e-6)
+    np.testing.assert_allclose(
+        np.diff(clip["height"]) / clip["height"][0], [0, 0.3 / 0.92], atol=1e-6
+    )
+    assert (
+        np.abs(directions(clip)["r_foot"][:, 1]).max() < 0.05
+    )  # flat on the floor, though the line to the toe goes down
+    arm = mocap.unit(SMPL_JOINTS[18] - SMPL_JOINTS[16]) * np.ones(
+        (3, 1)
+    )  # the left one: along x, then along the world's y
+    np.testing.assert_allclose(
+        directions(clip)["l_arm"], [arm[0], arm[0, [2, 1, 0]] * [1, 1, -1], arm[0]], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("gender", [
@@ -316,7 +405,11 @@ def test_amass_gender_and_shapes_of_any_kind(tmp_path, model, gender):
     v = body_rotations(9)
     first = read_amass(tmp_path, model, amass(v, poses=amass(v)["poses"].astype(np.float32)))
     betas = amass(v)["betas"][:10].astype(np.float32)
-    second = read_amass(tmp_path, model, amass(v, "smplx", gender=gender, betas=betas, labels=np.array([["a"], {}], object)))
+    second = read_amass(
+        tmp_path,
+        model,
+        amass(v, "smplx", gender=gender, betas=betas, labels=np.array([["a"], {}], object)),
+    )
     np.testing.assert_allclose(np.abs((first["quats"] * second["quats"]).sum(-1)), 1, atol=1e-6)
 
 
@@ -348,7 +441,9 @@ WITHOUT = object()
     ("smplh", dict(trans=np.zeros((0, 3)), poses=np.zeros((0, 156))), "at least two frames"),
 ])  # fmt: skip
 def test_bad_amass_files_get_one_sentence(tmp_path, model, style, change, expected):
-    content = {k: a for k, a in (amass(body_rotations(9), style) | change).items() if a is not WITHOUT}
+    content = {
+        k: a for k, a in (amass(body_rotations(9), style) | change).items() if a is not WITHOUT
+    }
     with pytest.raises(ValueError, match=expected) as e:
         read_amass(tmp_path, model, content)
     assert str(tmp_path / "a_poses.npz") in str(e.value) and "\n" not in str(e.value)
@@ -357,10 +452,24 @@ def test_bad_amass_files_get_one_sentence(tmp_path, model, style, change, expect
 @given(st.data())
 @settings(max_examples=100 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_amass_files_are_read_or_refused(tmp_path_factory, model, data):
-    content, path = amass(body_rotations(9), data.draw(st.sampled_from(["smplh", "smplx"]))), tmp_path_factory.getbasetemp()
+    content, path = (
+        amass(body_rotations(9), data.draw(st.sampled_from(["smplh", "smplx"]))),
+        tmp_path_factory.getbasetemp(),
+    )
     path = path / "mutated_poses.npz"
-    odd = [np.array(0), np.array(1e30), np.array([]), np.array(None), np.array("x"), np.zeros((2, 3), np.float16),
-           np.full((9, 66), 1e5), np.full((9, 3), -1e5), np.zeros((9, 156), bool), np.full(10, 1e5), np.full(16, 7, np.int8)]
+    odd = [
+        np.array(0),
+        np.array(1e30),
+        np.array([]),
+        np.array(None),
+        np.array("x"),
+        np.zeros((2, 3), np.float16),
+        np.full((9, 66), 1e5),
+        np.full((9, 3), -1e5),
+        np.zeros((9, 156), bool),
+        np.full(10, 1e5),
+        np.full(16, 7, np.int8),
+    ]
     for _ in range(data.draw(st.integers(0, 2))):
         key = data.draw(st.sampled_from(sorted(content)))
         content[key] = data.draw(st.sampled_from(odd))
@@ -388,7 +497,9 @@ def test_a_folder_of_amass_files(tmp_path, capsys):
         np.savez(tmp_path / name, **content)
 
     v = body_rotations(9)
-    with pytest.raises(ValueError, match="lacks motion .*amass.is.tue.mpg.de.*; smpl .*smpl.is.tue.mpg.de"):
+    with pytest.raises(
+        ValueError, match="lacks motion .*amass.is.tue.mpg.de.*; smpl .*smpl.is.tue.mpg.de"
+    ):
         mocap.read_folder(tmp_path, "amass")
     write("CMU/01/01_01_poses.npz", **amass(v))
     write("KIT/smplx walk_stageii.npz", **amass(v, "smplx"))
