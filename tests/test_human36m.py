@@ -1,5 +1,6 @@
-"""human36m.py on a small Human3.6M of our own: made-up motion of a made-up SMPL body, seen by the real cameras, written in
-the layouts of VideoPose3D and Pose2Mesh, and read back. What is expected is computed here in another way."""
+"""sources/human36m.py on a small Human3.6M of our own: made-up motion of a made-up SMPL body, seen by
+the real cameras, written in the layouts of VideoPose3D and Pose2Mesh, and read back. What is
+expected is computed here in another way."""
 
 import json
 import re
@@ -25,15 +26,19 @@ SUBJECTS = ("S1", "S5", "S6", "S7", "S8", "S9", "S11")
 T, EVERY = 12, 3  # frames of a sequence, and every which has a fit
 # Of Human3.6M's metadata.xml: file names of sub-actions 1 and 2, of S1, S5, S6, S7, S8, S9, S11
 TABLE = {
-    2: ["Directions 1, Directions", "Directions 1, Directions 2", *["Directions 1, Directions"] * 5],
+    2: ["Directions 1, Directions", "Directions 1, Directions 2",
+        *["Directions 1, Directions"] * 5],
     3: ["Discussion 1, Discussion", "Discussion 2, Discussion 3", *["Discussion 1, Discussion"] * 3,
         *["Discussion 1, Discussion 2"] * 2],
     4: ["Eating 2, Eating", "Eating 1, Eating", "Eating 1, Eating 2", *["Eating 1, Eating"] * 4],
-    5: ["Greeting 1, Greeting", "Greeting 1, Greeting 2", *["Greeting 1, Greeting"] * 4, "Greeting 2, Greeting"],
-    6: [*["Phoning 1, Phoning"] * 3, "Phoning 2, Phoning", *["Phoning 1, Phoning"] * 2, "Phoning 3, Phoning 2"],
+    5: ["Greeting 1, Greeting", "Greeting 1, Greeting 2", *["Greeting 1, Greeting"] * 4,
+        "Greeting 2, Greeting"],
+    6: [*["Phoning 1, Phoning"] * 3, "Phoning 2, Phoning", *["Phoning 1, Phoning"] * 2,
+        "Phoning 3, Phoning 2"],
     7: [*["Posing 1, Posing"] * 2, "Posing 2, Posing", *["Posing 1, Posing"] * 4],
     8: ["Purchases 1, Purchases"] * 7,
-    9: ["Sitting 1, Sitting 2", "Sitting 1, Sitting", "Sitting 1, Sitting 2", *["Sitting 1, Sitting"] * 4],
+    9: ["Sitting 1, Sitting 2", "Sitting 1, Sitting", "Sitting 1, Sitting 2",
+        *["Sitting 1, Sitting"] * 4],
     10: ["SittingDown 2, SittingDown", "SittingDown, SittingDown 1", "SittingDown 1, SittingDown",
          *["SittingDown, SittingDown 1"] * 4],
     11: [*["Smoking 1, Smoking"] * 6, "Smoking 2, Smoking"],
@@ -42,7 +47,8 @@ TABLE = {
          *["Waiting 1, Waiting"] * 3],
     14: [*["Walking 1, Walking"] * 3, "Walking 1, Walking 2", *["Walking 1, Walking"] * 3],
     15: ["WalkDog 1, WalkDog"] * 7,
-    16: [*["WalkTogether 1, WalkTogether"] * 4, "WalkTogether 1, WalkTogether 2", *["WalkTogether 1, WalkTogether"] * 2],
+    16: [*["WalkTogether 1, WalkTogether"] * 4, "WalkTogether 1, WalkTogether 2",
+         *["WalkTogether 1, WalkTogether"] * 2],
 }  # fmt: skip
 # t of X_camera = R X_world + t in mm, cameras 0 to 3, as others derived it from metadata.xml
 TRANSLATIONS = {
@@ -74,7 +80,8 @@ def names_of(subject):
 
 
 def seen_by(subject, view, world):
-    """Points [..., 3] mm in the world -> camera [..., 3] mm and pixels [..., 2], by VideoPose3D's formulas, one by one."""
+    """Points [..., 3] mm in the world -> camera [..., 3] mm and pixels [..., 2], by VideoPose3D's
+    formulas, one by one."""
     w, x, y, z, *centre = H.EXTRINSICS[subject][view]
     (fx, fy), (cx, cy), k, p = list(P.H36M_INTRINSICS.values())[view]
     camera, pixels = np.empty_like(world), np.empty((*world.shape[:-1], 2))
@@ -101,8 +108,9 @@ def motion(seed, n=T):
 
 
 def write_source(folder, content, frames=T, every=EVERY):
-    """A Human3.6M of `frames` frames a sequence, `every` one with a fit, in the layouts of its owners -> the regressor,
-    {(subject, action): (motion, joints [T, 17, 3] mm)}, and the detections {subject: {action: 4 x [T, 17, 2] px}}."""
+    """A Human3.6M of `frames` frames a sequence, every `every`-th with a fit, in the layouts of its
+    owners -> the regressor, {(subject, action): (motion, joints [T, 17, 3] mm)}, and the detections
+    {subject: {action: 4 x [T, 17, 2] px}}."""
     write_smpl_pkl(folder / "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl", content)
     rest = SMPL_JOINTS[H36M_OF_SMPL].copy()
     rest[10] += [0, 0.12, 0]
@@ -161,11 +169,13 @@ def write_detections(folder, positions_2d):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The folder, and what went into it: content of the SMPL file, and what write_source returns."""
+    """The folder, and what went into it: content of the SMPL file, and what write_source
+    returns."""
     folder = tmp_path_factory.mktemp("h36m")
     content = smpl_content(20, 16)
     regressor, made, positions_2d = write_source(folder, content)
-    # What differs from the rule: longer and shorter detections, a camera without any, bad fits, a joint that was not found
+    # What differs from the rule: longer and shorter detections, a camera without any, bad fits, a
+    # joint that was not found
     long = positions_2d["S9"]["Walking"]
     long[0] = np.concatenate([long[0], long[0][-3:]])
     positions_2d["S9"]["Eating"][1] = positions_2d["S9"]["Eating"][1][: T - 5]
@@ -267,7 +277,8 @@ def test_counts_splits_and_actions(data, source, capsys):
 
 
 def test_numbers_from_the_world_to_the_pixel(data, source):
-    """Against formulas written one by one, and a body posed vertex by vertex: 1e-3 mm and 1e-4 px, and float32 storage."""
+    """Against formulas written one by one, and a body posed vertex by vertex: 1e-3 mm and 1e-4 px,
+    and float32 storage."""
     _, content, regressor, made, detected = source
     rng = np.random.default_rng(0)
     model = H.smpl.read(sorted(source[0].glob("*.pkl"))[0])
@@ -335,7 +346,8 @@ def test_numbers_from_the_world_to_the_pixel(data, source):
 
 
 def test_pixels_are_videopose3ds_own(source, tmp_path):
-    """Ground-truth 2D of VideoPose3D is what our projection gives: then the input is the clean skeleton."""
+    """Ground-truth 2D of VideoPose3D is what our projection gives: then the input is the clean
+    skeleton."""
     folder, _, _, made, detected = source
     shutil.copytree(folder, tmp_path / "gt")
     (tmp_path / "gt" / "data_2d_h36m_cpn_ft_h36m_dbb.npz").unlink()
@@ -353,7 +365,8 @@ def test_pixels_are_videopose3ds_own(source, tmp_path):
 
 
 def test_real_detections_lose_joints_in_training_only(data):
-    """Joint dropout teaches the token of a missing joint; what remains is what was stored, and testing sees all of it."""
+    """Joint dropout teaches the token of a missing joint; what remains is what was stored, and
+    testing sees all of it."""
     split = train.Split(str(data), "train", torch.device("cpu"))
     stored = split.read(slice(0, split.n))
     twice = [split.read(slice(0, split.n), np.random.default_rng(seed)) for seed in (0, 0, 1)]
@@ -385,7 +398,8 @@ def run_main(module, monkeypatch, capsys, *arguments):
 
 
 def test_from_the_files_to_the_papers_table(source, data, tmp_path, monkeypatch, capsys):
-    """One command from the user's folder to data, one to training; evaluate.py prints actions in the paper's order."""
+    """One command from the user's folder to data, one to training; evaluate.py prints actions in
+    the paper's order."""
     monkeypatch.chdir(tmp_path)
     status, out, err = run_main(
         P, monkeypatch, capsys, "--source", "h36m", "--folder", source[0], "--without-shifted"
@@ -432,7 +446,7 @@ def test_from_the_files_to_the_papers_table(source, data, tmp_path, monkeypatch,
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is wrong with a folder, in one sentence
 
 
@@ -481,30 +495,47 @@ def shift(content):
     (delete("data_2d*"), "lacks 2D joints"),
     (delete("*_smpl_param.json"), "lacks SMPL fits"),
     (delete("basicModel*"), "lacks SMPL model"),
-    (lambda f: shutil.copy(f / "data_2d_h36m_cpn_ft_h36m_dbb.npz", f / "data_2d_h36m_gt.npz"), "choose one with --detec"),
+    (lambda f: shutil.copy(f / "data_2d_h36m_cpn_ft_h36m_dbb.npz", f / "data_2d_h36m_gt.npz"),
+     "choose one with --detec"),
     (edit_3d(lambda p: p.pop("S7")), "lacks S7"),
-    (edit_3d(lambda p: p["S1"].update(Eating=p["S1"]["Eating"][:, :17])), r"S1 Eating: expected metres \[T, 32, 3\]"),
-    (edit_3d(lambda p: [v.__imul__(1000) for a in p.values() for v in a.values()]), "expected metres in the world's frame"),
-    (edit_3d(lambda p: p["S9"].update(Dancing=p["S9"]["Eating"])), "S9 Dancing: expected .* of one of"),
-    (edit_3d(lambda p: p["S9"]["Eating"].__setitem__((0, 0, 0), np.nan)), "S9 Eating: expected finite"),
+    (edit_3d(lambda p: p["S1"].update(Eating=p["S1"]["Eating"][:, :17])),
+     r"S1 Eating: expected metres \[T, 32, 3\]"),
+    (edit_3d(lambda p: [v.__imul__(1000) for a in p.values() for v in a.values()]),
+     "expected metres in the world's frame"),
+    (edit_3d(lambda p: p["S9"].update(Dancing=p["S9"]["Eating"])),
+     "S9 Dancing: expected .* of one of"),
+    (edit_3d(lambda p: p["S9"]["Eating"].__setitem__((0, 0, 0), np.nan)),
+     "S9 Eating: expected finite"),
     (edit_2d(lambda c: c["positions_2d"]["S1"]["Eating"].pop()), "expected a list of 4"),
-    (edit_2d(lambda c: c["positions_2d"]["S1"]["Eating"].__setitem__(0, np.zeros((4, 16, 2)))), r"pixels \[T, 17, 2\]"),
-    (edit_2d(lambda c: c["metadata"].update(layout_name="mine", keypoints_symmetry=None)), "no order of joints"),
+    (edit_2d(lambda c: c["positions_2d"]["S1"]["Eating"].__setitem__(0, np.zeros((4, 16, 2)))),
+     r"pixels \[T, 17, 2\]"),
+    (edit_2d(lambda c: c["metadata"].update(layout_name="mine", keypoints_symmetry=None)),
+     "no order of joints"),
     (edit_2d(shift), "expected files of the same frames"),
     (edit_2d(lambda c: c["positions_2d"].pop("S11")), "lacks S11"),
-    (edit_2d(lambda c: c["metadata"].update(layout_name=[], keypoints_symmetry=5)), "no order of joints"),
-    (edit_2d(lambda c: c["positions_2d"]["S1"].update(Eating=np.array(3.0))), "expected a list of 4"),
+    (edit_2d(lambda c: c["metadata"].update(layout_name=[], keypoints_symmetry=5)),
+     "no order of joints"),
+    (edit_2d(lambda c: c["positions_2d"]["S1"].update(Eating=np.array(3.0))),
+     "expected a list of 4"),
     (edit_2d(lambda c: c["positions_2d"].update({3: {}})), "dictionary of names"),
     (edit_2d(lambda c: [v.__imul__(0) for a in c["positions_2d"].values() for x in a.values() for v in x if v is not None]),
      "2D joints of data_2d_h36m_cpn_ft_h36m_dbb.npz, px, are inf"),
-    (lambda f: shutil.move(f / "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl", f / "basicModel_f.pkl"), "lacks SMPL model"),
-    (lambda f: (f / "old").mkdir() or shutil.copy(f / "Human36M_subject1_smpl_param.json", f / "old"), "keep one of them"),
-    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c.update({"17": c["2"]})), "expected actions 2 to 16"),
-    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c["4"]["1"]["0"].pop("trans")), "sub-action 1: expected"),
-    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c["4"]["1"]["0"]["pose"].pop()), "pose .72 numbers"),
-    (edit_json("Human36M_subject9_camera.json", lambda c: c["2"].update(t=[0, 0, 5000])), "camera 2 is .* mm off"),
-    (lambda f: (f / "Human36M_subject1_smpl_param.json").write_text("[" * 10**5), "not a JSON file"),
-    (lambda f: (f / "data_3d_h36m.npz").write_bytes((f / "data_3d_h36m.npz").read_bytes()[:5000]), "not a NumPy file"),
+    (lambda f: shutil.move(f / "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl",
+                           f / "basicModel_f.pkl"), "lacks SMPL model"),
+    (lambda f: (f / "old").mkdir() or shutil.copy(f / "Human36M_subject1_smpl_param.json",
+                                                  f / "old"), "keep one of them"),
+    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c.update({"17": c["2"]})),
+     "expected actions 2 to 16"),
+    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c["4"]["1"]["0"].pop("trans")),
+     "sub-action 1: expected"),
+    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c["4"]["1"]["0"]["pose"].pop()),
+     "pose .72 numbers"),
+    (edit_json("Human36M_subject9_camera.json", lambda c: c["2"].update(t=[0, 0, 5000])),
+     "camera 2 is .* mm off"),
+    (lambda f: (f / "Human36M_subject1_smpl_param.json").write_text("[" * 10**5),
+     "not a JSON file"),
+    (lambda f: (f / "data_3d_h36m.npz").write_bytes((f / "data_3d_h36m.npz").read_bytes()[:5000]),
+     "not a NumPy file"),
 ], ids=str)  # fmt: skip
 def test_refusals_name_the_file_and_leave_earlier_output(
     source, tmp_path, monkeypatch, capsys, damage, message
@@ -585,7 +616,8 @@ def test_mutated_fits_are_read_or_refused(source, tmp_path_factory, data):
 @given(st.data())
 @settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_arrays_are_read_or_refused(source, tmp_path_factory, data):
-    """Both kinds of npz, of few frames: bytes changed in the file, or values of the dictionaries within."""
+    """Both kinds of npz, of few frames: bytes changed in the file, or values of the dictionaries
+    within."""
     folder, name = (
         tmp_path_factory.getbasetemp(),
         data.draw(st.sampled_from(["positions_3d", "positions_2d"])),

@@ -1,4 +1,5 @@
-"""BVH and AMASS files: as an independent reading has them, and turned into clips that stand as the file's person stands."""
+"""BVH and AMASS files: as an independent reading has them, and turned into clips that stand as the
+file's person stands."""
 
 import re
 
@@ -13,16 +14,22 @@ import mocap
 import prepare_data as P
 import smpl
 
-# A person in CMU's names, facing +z, left = +x, arms to the sides; centimetres. (name, parent, offset)
+# A person in CMU's names, facing +z, left = +x, arms to the sides; centimetres. (name, parent,
+# offset)
 SKELETON = [
-    ("Hips", None, (0, 0, 0)), ("RightUpLeg", "Hips", (-9, -4, 0)), ("RightLeg", "RightUpLeg", (0, -42, 0)),
+    ("Hips", None, (0, 0, 0)), ("RightUpLeg", "Hips", (-9, -4, 0)),
+    ("RightLeg", "RightUpLeg", (0, -42, 0)),
     ("RightFoot", "RightLeg", (0, -41, 0)), ("RightToeBase", "RightFoot", (0, -7, 14)),
-    ("LeftUpLeg", "Hips", (9, -4, 0)), ("LeftLeg", "LeftUpLeg", (0, -42, 0)), ("LeftFoot", "LeftLeg", (0, -41, 0)),
-    ("LeftToeBase", "LeftFoot", (0, -7, 14)), ("Spine", "Hips", (0, 12, 0)), ("Spine1", "Spine", (0, 20, 0)),
-    ("Neck", "Spine1", (0, 22, 0)), ("Head", "Neck", (0, 10, 2)), ("RightShoulder", "Spine1", (-4, 18, 0)),
+    ("LeftUpLeg", "Hips", (9, -4, 0)), ("LeftLeg", "LeftUpLeg", (0, -42, 0)),
+    ("LeftFoot", "LeftLeg", (0, -41, 0)),
+    ("LeftToeBase", "LeftFoot", (0, -7, 14)), ("Spine", "Hips", (0, 12, 0)),
+    ("Spine1", "Spine", (0, 20, 0)),
+    ("Neck", "Spine1", (0, 22, 0)), ("Head", "Neck", (0, 10, 2)),
+    ("RightShoulder", "Spine1", (-4, 18, 0)),
     ("RightArm", "RightShoulder", (-13, 0, 0)), ("RightForeArm", "RightArm", (-28, 0, 0)),
     ("RightHand", "RightForeArm", (-25, 0, 0)), ("LeftShoulder", "Spine1", (4, 18, 0)),
-    ("LeftArm", "LeftShoulder", (13, 0, 0)), ("LeftForeArm", "LeftArm", (28, 0, 0)), ("LeftHand", "LeftForeArm", (25, 0, 0)),
+    ("LeftArm", "LeftShoulder", (13, 0, 0)), ("LeftForeArm", "LeftArm", (28, 0, 0)),
+    ("LeftHand", "LeftForeArm", (25, 0, 0)),
 ]  # fmt: skip
 NAMES = [n for n, _, _ in SKELETON]
 PARENTS = [NAMES.index(p) if p else -1 for _, p, _ in SKELETON]
@@ -109,7 +116,8 @@ def clip_of(tmp_path, angles, **options):
 
 
 def directions(clip):
-    """Of thighs, shins, feet, arms and forearms, trunk and head: as the clip poses a body, in its own axes (y up)."""
+    """Of thighs, shins, feet, arms and forearms, trunk and head: as the clip poses a body, in its
+    own axes (y up)."""
     m = P.quat_to_matrix(P.bone_orientations((clip["quats"], clip["hinges"], clip["height"])))
     columns = {"root": 1, "chest": 1, "neck": 1, "r_foot": 0, "l_foot": 0}
     return {
@@ -136,7 +144,8 @@ def true_directions(angles, order="ZXY"):
 
 
 def moving(T=40, seed=0):
-    """Random poses that a person could take: knees and elbows bend one way, by anything up to 120 degrees."""
+    """Random poses that a person could take: knees and elbows bend one way, by anything up to 120
+    degrees."""
     rng = np.random.default_rng(seed)
     angles = rng.uniform(-25, 25, (T, 21, 3))  # channels Z, X, Y
     angles[:, 0, 2] = rng.uniform(-180, 180, T)
@@ -165,13 +174,15 @@ def test_limbs_point_where_the_files_do(tmp_path, options):
     ours, true = directions(clip), true_directions(angles[::step])
     for bone, expected in true.items():
         angle = np.degrees(np.arccos(np.clip((ours[bone] * expected).sum(-1), -1, 1)))
-        # a limb that is all but straight does not show its twist, so its small bend may go a little astray
+        # a limb that is all but straight does not show its twist, so its small bend may go a little
+        # astray
         most = 3 if bone[2:] in ("shin", "forearm") else 0.05
         assert np.median(angle) < 0.01 and angle.max() < most, (bone, angle.max())
 
 
 def test_standing_straight_is_the_clips_zero_pose(tmp_path):
-    """Arms down, facing anywhere: no rotation anywhere but about the vertical axis, and 0.86 m high."""
+    """Arms down, facing anywhere: no rotation anywhere but about the vertical axis, and 0.86 m
+    high."""
     angles = np.zeros((3, 21, 3))
     angles[:, NAMES.index("RightArm"), 0], angles[:, NAMES.index("LeftArm"), 0] = 90, -90
     angles[:, 0, 2] = 0, 50, -120
@@ -208,10 +219,13 @@ def test_quaternions_of_matrices(seed):
 @pytest.mark.parametrize("change, expected", [
     (lambda t: t.replace("MOTION", ""), "found .Frames:."), (lambda t: t[:400], "then MOTION"),
     (lambda t: "", "then MOTION"),
-    (lambda t: t.replace("Frames: 3", "Frames: 4"), "expected 4 frames"), (lambda t: t[:-30], "finite numbers"),
+    (lambda t: t.replace("Frames: 3", "Frames: 4"), "expected 4 frames"),
+    (lambda t: t[:-30], "finite numbers"),
     (lambda t: t.replace("HIERARCHY", "HIERARCHY {"), "found '{'"),
-    (lambda t: t.replace("Frame Time:", "Time:"), "Frame Time"), (lambda t: t.replace("Zrot", "Wrot"), "Wrotation"),
-    (lambda t: t.replace("90.000000", "nan"), "finite"), (lambda t: t.replace("RightUpLeg", "R2"), "no joint for r hip"),
+    (lambda t: t.replace("Frame Time:", "Time:"), "Frame Time"),
+    (lambda t: t.replace("Zrot", "Wrot"), "Wrotation"),
+    (lambda t: t.replace("90.000000", "nan"), "finite"),
+    (lambda t: t.replace("RightUpLeg", "R2"), "no joint for r hip"),
     (lambda t: t.replace("OFFSET", "OFFSETS"), "found 'OFFSETS'"),
     (lambda t: t.replace("Time: 0.0", "Time: 1e9"), "Frame Time to mean 1 to 10,000"),
     (lambda t: re.sub(r"-4[12]\.0{6}", "0", t), "no length"),
@@ -268,12 +282,14 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, data):
         assert np.isfinite(clip["quats"]).all() and clip["quats"].shape[1:] == (9, 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # AMASS
 
 BODY = smpl_content(10, 8)
-LIMBS = {"root": (0, 9), "chest": (9, 12), "neck": (12, 15), "l_thigh": (1, 4), "l_shin": (4, 7), "r_thigh": (2, 5),
-         "r_shin": (5, 8), "l_arm": (16, 18), "l_forearm": (18, 20), "r_arm": (17, 19), "r_forearm": (19, 21)}  # fmt: skip
+LIMBS = {"root": (0, 9), "chest": (9, 12), "neck": (12, 15), "l_thigh": (1, 4), "l_shin": (4, 7),
+         "r_thigh": (2, 5),
+         "r_shin": (5, 8), "l_arm": (16, 18), "l_forearm": (18, 20), "r_arm": (17, 19),
+         "r_forearm": (19, 21)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +300,8 @@ def model(tmp_path_factory):
 
 
 def body_rotations(T, seed=0):
-    """Axis-angle [T, 22, 3] of somebody upright in a world with z up, with knees and elbows bent by 30 to 110 degrees."""
+    """Axis-angle [T, 22, 3] of somebody upright in a world with z up, with knees and elbows bent by
+    30 to 110 degrees."""
     rng = np.random.default_rng(seed)
     v = rng.normal(size=(T, 22, 3)) * 0.15
     v[:, 0] = rng.normal(size=(T, 3)) * 0.3 + [np.pi / 2, 0, 0]
@@ -296,7 +313,8 @@ def body_rotations(T, seed=0):
 
 
 def amass(v, style="smplh", fps=120.0, **other):
-    """The arrays of an AMASS file with the rotations v [T, 22, 3]; with random hands, and shapes that SMPL lacks."""
+    """The arrays of an AMASS file with the rotations v [T, 22, 3]; with random hands, and shapes
+    that SMPL lacks."""
     T, rng = len(v), np.random.default_rng(1)
     hands, betas = (
         rng.normal(size=(T, 90)),
@@ -326,7 +344,8 @@ def read_amass(tmp_path, model, content):
 
 
 def second_body(v, betas, trans):
-    """Joints [22, 3] of one frame in the clips' axes, and [24, 3] in rest: 4 x 4 matrices, an implementation of its own."""
+    """Joints [22, 3] of one frame in the clips' axes, and [24, 3] in rest: 4 x 4 matrices, an
+    implementation of its own."""
     rest, world = BODY["J_regressor"] @ (BODY["v_template"] + BODY["shapedirs"] @ betas[:10]), []
     for j, parent in enumerate(SMPL_PARENTS[:22]):
         m = np.eye(4)
@@ -376,7 +395,8 @@ def test_amass_limbs_point_where_the_files_do(tmp_path, model, style, fps, step,
 
 
 def test_amass_t_pose_stands_and_faces_as_known(tmp_path, model):
-    """Upright in z up: body y -> world z, so that the T-pose faces -y; then turned by 90 degrees, to x; then in the air."""
+    """Upright in z up: body y -> world z, so that the T-pose faces -y; then turned by 90 degrees,
+    to x; then in the air."""
     v = np.zeros((3, 22, 3))
     v[:, 0] = [np.pi / 2, 0, 0], np.full(3, 2 * np.pi / 3 / 3**0.5), [np.pi / 2, 0, 0]
     trans = np.array([[0, 0, 0], [5, 5, 0], [0, 0, 0.3]])
@@ -399,7 +419,8 @@ def test_amass_t_pose_stands_and_faces_as_known(tmp_path, model):
 
 
 @pytest.mark.parametrize("gender", [
-    np.array("male"), np.array(b"male"), np.array("neutral", object), np.array(b"male", object), np.array(["male"], object),
+    np.array("male"), np.array(b"male"), np.array("neutral", object), np.array(b"male", object),
+    np.array(["male"], object),
 ], ids=["str", "bytes", "object", "object bytes", "list"])  # fmt: skip
 def test_amass_gender_and_shapes_of_any_kind(tmp_path, model, gender):
     v = body_rotations(9)
@@ -417,26 +438,36 @@ WITHOUT = object()
 
 
 @pytest.mark.parametrize("style, change, expected", [
-    ("smplh", dict(poses=WITHOUT), r"expected poses to be numbers \[9, 66 or more\], found only mocap_framerate, dmpls"),
+    ("smplh", dict(poses=WITHOUT),
+     r"expected poses to be numbers \[9, 66 or more\], found only mocap_framerate, dmpls"),
     ("smplh", dict(poses=np.zeros((9, 65))), r"poses .*66 or more\], found float64 \[9, 65\]"),
-    ("smplh", dict(poses=np.zeros((8, 156))), r"poses .*\[9, 66 or more\], found float64 \[8, 156\]"),
+    ("smplh", dict(poses=np.zeros((8, 156))),
+     r"poses .*\[9, 66 or more\], found float64 \[8, 156\]"),
     ("smplh", dict(poses=np.zeros((9, 52, 3))), "poses .*found float64"),
     ("smplh", dict(poses=np.full((9, 156), np.nan)), "poses .*finite and below a million"),
-    ("smplh", dict(poses=np.array(3.0)), "expected poses"), ("smplh", dict(poses=np.full((9, 156), "a")), "found <U1"),
-    ("smplx", dict(pose_body=WITHOUT), r"expected pose_body to be numbers \[9, 63\], found only root_orient"),
+    ("smplh", dict(poses=np.array(3.0)), "expected poses"),
+    ("smplh", dict(poses=np.full((9, 156), "a")), "found <U1"),
+    ("smplx", dict(pose_body=WITHOUT),
+     r"expected pose_body to be numbers \[9, 63\], found only root_orient"),
     ("smplx", dict(pose_body=np.zeros((9, 66))), r"pose_body .*\[9, 63\], found float64 \[9, 66\]"),
     ("smplx", dict(root_orient=np.zeros((8, 3))), "expected root_orient"),
     ("smplh", dict(trans=WITHOUT), r"expected trans to be numbers \[any, 3\]"),
     ("smplh", dict(trans=np.full((9, 3), np.inf)), "trans .*finite"),
     ("smplh", dict(trans=np.zeros((9, 2))), "expected trans"),
     ("smplh", dict(betas=WITHOUT), r"expected betas to be numbers \[10 or more\]"),
-    ("smplh", dict(betas=np.zeros(9)), r"betas .*found float64 \[9\]"), ("smplh", dict(betas=np.zeros((1, 16))), "betas"),
-    ("smplh", dict(betas=np.array(None)), "found object"), ("smplh", dict(betas=np.full(10, 1e300)), "betas .*million"),
-    ("smplh", dict(mocap_framerate=WITHOUT), "expected mocap_framerate to be one number, found only"),
-    ("smplh", dict(mocap_framerate=0), "expected mocap_framerate to mean 1 to 10,000 frames per second, found 0"),
-    ("smplh", dict(mocap_framerate=-120.0), "found -120"), ("smplh", dict(mocap_framerate=np.nan), "framerate .*finite"),
+    ("smplh", dict(betas=np.zeros(9)), r"betas .*found float64 \[9\]"),
+    ("smplh", dict(betas=np.zeros((1, 16))), "betas"),
+    ("smplh", dict(betas=np.array(None)), "found object"),
+    ("smplh", dict(betas=np.full(10, 1e300)), "betas .*million"),
+    ("smplh", dict(mocap_framerate=WITHOUT),
+     "expected mocap_framerate to be one number, found only"),
+    ("smplh", dict(mocap_framerate=0),
+     "expected mocap_framerate to mean 1 to 10,000 frames per second, found 0"),
+    ("smplh", dict(mocap_framerate=-120.0), "found -120"),
+    ("smplh", dict(mocap_framerate=np.nan), "framerate .*finite"),
     ("smplh", dict(mocap_framerate="120"), "mocap_framerate to be one number, found <U3"),
-    ("smplx", dict(mocap_frame_rate=np.zeros(2)), r"mocap_frame_rate to be one number, found float64 \[2\]"),
+    ("smplx", dict(mocap_frame_rate=np.zeros(2)),
+     r"mocap_frame_rate to be one number, found float64 \[2\]"),
     ("smplh", dict(mocap_framerate=2000.0), "at least two frames at 30 per second, found 1"),
     ("smplh", dict(trans=np.zeros((0, 3)), poses=np.zeros((0, 156))), "at least two frames"),
 ])  # fmt: skip

@@ -1,4 +1,5 @@
-"""threedpw.py: files in 3DPW's layout from known geometry, read back against bodies that are posed vertex by vertex."""
+"""threedpw.py: files in 3DPW's layout from known geometry, read back against bodies that are posed
+vertex by vertex."""
 
 import copy
 import pickle
@@ -31,12 +32,15 @@ COCO18 = ("nose neck r_shoulder r_elbow r_wrist l_shoulder l_elbow l_wrist r_hip
           "r_eye l_eye r_ear l_ear").split()  # fmt: skip
 SMPL_OF_COCO = [15, 12, 17, 19, 21, 16, 18, 20, 2, 5, 8, 1, 4, 7, 15, 15, 15, 15]
 H36M = [["l_hip", "r_hip"], ["r_hip"], ["r_knee"], ["r_ankle"], ["l_hip"], ["l_knee"], ["l_ankle"],
-        ["l_hip", "r_hip", "l_shoulder", "r_shoulder"], ["l_shoulder", "r_shoulder"], ["nose"], ["r_eye", "l_eye"],
-        ["l_shoulder"], ["l_elbow"], ["l_wrist"], ["r_shoulder"], ["r_elbow"], ["r_wrist"]]  # fmt: skip
+        ["l_hip", "r_hip", "l_shoulder", "r_shoulder"], ["l_shoulder", "r_shoulder"], ["nose"],
+        ["r_eye", "l_eye"],
+        ["l_shoulder"], ["l_elbow"], ["l_wrist"], ["r_shoulder"], ["r_elbow"],
+        ["r_wrist"]]  # fmt: skip
 
 
 def make_sequence(seed, K, genders="mf", gender_key="genders", n_betas=10):
-    """A file's content. The camera is anywhere in the world; the people are 3 to 6 m in front of it."""
+    """A file's content. The camera is anywhere in the world; the people are 3 to 6 m in front of
+    it."""
     rng, K, P = np.random.default_rng(seed), np.array(K, float), len(genders)
     cam = np.tile(np.eye(4), (N, 1, 1))
     for c in cam:
@@ -51,15 +55,19 @@ def make_sequence(seed, K, genders="mf", gender_key="genders", n_betas=10):
         -1, -2
     )  # [P, N, 3, 18]
     return {
-        "sequence": "any", "cam_intrinsics": K, "cam_poses": cam, "img_frame_ids": np.arange(N) * 2 + 7,
-        "betas": list(betas), "poses": list(poses.reshape(P, N, 72)), "trans": list(trans), "poses2d": list(poses2d),
+        "sequence": "any", "cam_intrinsics": K, "cam_poses": cam,
+        "img_frame_ids": np.arange(N) * 2 + 7,
+        "betas": list(betas), "poses": list(poses.reshape(P, N, 72)), "trans": list(trans),
+        "poses2d": list(poses2d),
         gender_key: list(genders), "campose_valid": [np.ones(N, bool) for _ in genders],
-        "poses_60Hz": [np.zeros((2 * N, 72))] * P, "jointPositions": [np.zeros((N, 72))] * P, "texture_maps": [],
+        "poses_60Hz": [np.zeros((2 * N, 72))] * P, "jointPositions": [np.zeros((N, 72))] * P,
+        "texture_maps": [],
     }  # fmt: skip
 
 
 def make_sequences():
-    """Folder and name -> content, with everything that may be wrong with a frame in the first one."""
+    """Folder and name -> content, with everything that may be wrong with a frame in the first
+    one."""
     first = make_sequence(0, LANDSCAPE)
     first["campose_valid"][0][1] = False
     first["poses2d"][0][2, :, [9, 13, 17]] = (
@@ -122,7 +130,8 @@ def frames_that_count(names):
 
 
 def expected_sample(name, person, frame):
-    """One sample on its own: a loop over vertices and homogeneous matrices, from metres in the world to pixels."""
+    """One sample on its own: a loop over vertices and homogeneous matrices, from metres in the
+    world to pixels."""
     c = SEQUENCES[name]
     gender = c["genders" if "genders" in c else "gender"][person]
     model, betas = MODELS[gender], c["betas"][person][:10]
@@ -143,11 +152,13 @@ def expected_sample(name, person, frame):
             detected[j], conf[j] = np.mean([p for p, _ in here], 0), min(s for _, s in here)
     body = model["v_template"] + model["shapedirs"] @ betas
     stature = 1000 * (body[:, 1].max() - body[:, 1].min())
-    return {"root": 1000 * seen[0], "y": 1000 * (seen - seen[0]), "x_s": image, "x_s_det": detected, "conf": conf,
+    return {"root": 1000 * seen[0], "y": 1000 * (seen - seen[0]), "x_s": image, "x_s_det": detected,
+            "conf": conf,
             "height_px": 1145 * stature / (1000 * seen[0, 2])}  # fmt: skip
 
 
-# float32 stores 8000 mm to 2.5e-4 mm and 1000 px to 3e-5 px. Detections are rounded twice, once of them as 2000 px or more.
+# float32 stores 8000 mm to 2.5e-4 mm and 1000 px to 3e-5 px. Detections are rounded twice, once of
+# them as 2000 px or more.
 TOLERANCE = {"root": 1e-3, "y": 1e-3, "x_s": 1e-4, "x_s_det": 2e-4, "conf": 1e-6, "height_px": 1e-4}
 
 
@@ -232,9 +243,12 @@ def test_what_is_printed(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, kind", [
-    ("SMPL_FEMALE.npz", "female"), ("basicmodel_m_lbs_10_207_0_v1.1.0.pkl", "male"), ("model_f.pkl", "female"),
-    ("SMPL_MALE.PKL", "male"), ("basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl", None), ("J_regressor_h36m.npy", "regressor"),
-    ("J_regressor_coco.npy", None), ("train/downtown_bar_00.pkl", "train"), ("train/._downtown_bar_00.pkl", None),
+    ("SMPL_FEMALE.npz", "female"), ("basicmodel_m_lbs_10_207_0_v1.1.0.pkl", "male"),
+    ("model_f.pkl", "female"),
+    ("SMPL_MALE.PKL", "male"), ("basicmodel_neutral_lbs_10_207_0_v1.1.0.pkl", None),
+    ("J_regressor_h36m.npy", "regressor"),
+    ("J_regressor_coco.npy", None), ("train/downtown_bar_00.pkl", "train"),
+    ("train/._downtown_bar_00.pkl", None),
     ("male.txt", None), ("smpl_mean_params.npz", None), ("other.pkl", None),
 ])  # fmt: skip
 def test_files_are_known_by_their_names(tmp_path, name, kind):
@@ -242,10 +256,12 @@ def test_files_are_known_by_their_names(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("missing, said", [
-    ("models/SMPL_MALE.npz", "lacks male .the male SMPL model, .pkl or .npz, https://smpl.is.tue.mpg.de"),
+    ("models/SMPL_MALE.npz",
+     "lacks male .the male SMPL model, .pkl or .npz, https://smpl.is.tue.mpg.de"),
     ("models/basicModel_f_lbs_10_207_0_v1.0.0.pkl", "lacks female"),
     ("J_regressor_h36m_correct.npy", "lacks regressor .*Pose2Mesh_RELEASE"),
-    ("sequenceFiles/test", "lacks test .sequenceFiles/test/.*virtualhumans"), ("sequenceFiles/train", "lacks train"),
+    ("sequenceFiles/test", "lacks test .sequenceFiles/test/.*virtualhumans"),
+    ("sequenceFiles/train", "lacks train"),
     ("sequenceFiles/validation", "lacks validation"),
 ])  # fmt: skip
 def test_missing_parts_are_said_before_any_work(folder, tmp_path, missing, said):
@@ -276,14 +292,21 @@ def without_occluded(folder):
 @pytest.mark.parametrize("change, said", [
     (without_detections, "the split test would be empty: .*downtown_bar_00, flat_guitar_01"),
     (without_occluded, "the split occ would be empty: .*none found"),
-    (lambda d: np.save(d / "J_regressor_h36m_correct.npy", REGRESSOR[:, 1:]), r"J_regressor.*\[17, 82\].*found .* .17, 81"),
-    (lambda d: np.save(d / "J_regressor_h36m_correct.npy", REGRESSOR * np.nan), "J_regressor.*expected finite numbers"),
-    (lambda d: np.save(d / "J_regressor_h36m_correct.npy", np.roll(REGRESSOR, 1, 0)), r"J_regressor.*rows .1, 2, 3. and"),
-    (lambda d: np.save(d / "J_regressor_h36m.npy", REGRESSOR), "J_regressor.*second regressor file beside"),
+    (lambda d: np.save(d / "J_regressor_h36m_correct.npy", REGRESSOR[:, 1:]),
+     r"J_regressor.*\[17, 82\].*found .* .17, 81"),
+    (lambda d: np.save(d / "J_regressor_h36m_correct.npy", REGRESSOR * np.nan),
+     "J_regressor.*expected finite numbers"),
+    (lambda d: np.save(d / "J_regressor_h36m_correct.npy", np.roll(REGRESSOR, 1, 0)),
+     r"J_regressor.*rows .1, 2, 3. and"),
+    (lambda d: np.save(d / "J_regressor_h36m.npy", REGRESSOR),
+     "J_regressor.*second regressor file beside"),
     (lambda d: np.savez(d / "model_m.npz", **MODELS["m"]), "second male file beside"),
-    (lambda d: write_smpl_pkl(next(d.rglob("*_f_*.pkl")), smpl_content(3, 3)), "_f_lbs.*as many vertices .* 82"),
-    (lambda d: shutil.copy(d / "sequenceFiles/test/flat_guitar_01.pkl", d / "sequenceFiles/train"), "second flat_guitar_01"),
-    (lambda d: (d / "sequenceFiles/test/flat_guitar_01.pkl").write_bytes(pickle.dumps([])), "flat_guitar_01.*found list"),
+    (lambda d: write_smpl_pkl(next(d.rglob("*_f_*.pkl")), smpl_content(3, 3)),
+     "_f_lbs.*as many vertices .* 82"),
+    (lambda d: shutil.copy(d / "sequenceFiles/test/flat_guitar_01.pkl", d / "sequenceFiles/train"),
+     "second flat_guitar_01"),
+    (lambda d: (d / "sequenceFiles/test/flat_guitar_01.pkl").write_bytes(pickle.dumps([])),
+     "flat_guitar_01.*found list"),
 ])  # fmt: skip
 def test_other_files_get_one_sentence_and_leave_nothing(folder, tmp_path, change, said):
     shutil.copytree(folder, tmp_path / "in")
@@ -354,11 +377,14 @@ KEYS = [
     "campose_valid",
     "genders",
 ]
-JUNK = [None, 3, "text", [], [[]], [[1.0], [1.0, 2.0]], {}, np.float64(2), np.zeros((2, 0)), np.array("text"),
-        np.array(["a", None], object), [np.zeros(3), "x"], np.full((3, 3), -1.0), np.full((2, N + 1), np.nan)]  # fmt: skip
+JUNK = [None, 3, "text", [], [[]], [[1.0], [1.0, 2.0]], {}, np.float64(2), np.zeros((2, 0)),
+        np.array("text"),
+        np.array(["a", None], object), [np.zeros(3), "x"], np.full((3, 3), -1.0),
+        np.full((2, N + 1), np.nan)]  # fmt: skip
 
 
-@given(key=st.sampled_from(KEYS), kind=st.sampled_from(["drop", "junk", "cut", "more", "part", "text", "bytes"]),
+@given(key=st.sampled_from(KEYS),
+       kind=st.sampled_from(["drop", "junk", "cut", "more", "part", "text", "bytes"]),
        junk=st.sampled_from(JUNK), where=st.floats(0, 1))  # fmt: skip
 @settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_sequences_are_refused(folder, data, tmp_path_factory, key, kind, junk, where):
