@@ -30,6 +30,7 @@ from tqdm import tqdm
 from hipart import Config
 from sources.dataset import Split
 
+
 @dataclass
 class Run:
     """Where a run writes, and what it was told."""

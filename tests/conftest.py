@@ -9,7 +9,10 @@ import types
 import numpy as np
 import pytest
 
-import prepare_data as P
+import prepare_data
+from hipart import RIGHT
+from sources import motion
+from sources.geometry import quat_from_rotvec
 
 FUZZ = int(os.environ.get("FUZZ", 1))  # how many times as long readers are fed with mutated files
 TINY_SIZES = {"train": 64, "val": 32, "test": 32, "unseen": 32}
@@ -22,7 +25,7 @@ def rest_joints():
     joints[[0, 7, 8, 9, 10]] = [0, 0, 0.95], [0, 0, 1.2], [0, 0, 1.45], [0, -0.06, 1.6], [0, 0, 1.75]
     joints[[4, 5, 6]] = [0.1, 0, 0.95], [0.12, 0, 0.52], [0.13, 0.02, 0.09]
     joints[[11, 12, 13]] = [0.18, 0, 1.4], [0.38, 0, 1.2], [0.52, -0.08, 1.02]
-    joints[list(P.RIGHT)] = joints[[4, 5, 6, 11, 12, 13]] * [-1, 1, 1]
+    joints[list(RIGHT)] = joints[[4, 5, 6, 11, 12, 13]] * [-1, 1, 1]
     return joints
 
 
@@ -73,23 +76,23 @@ def clip_text(seed, frames=60, dt=1 / 30, loop="wrap"):
     rng, phase = np.random.default_rng(seed), np.linspace(0, 2 * np.pi, frames, endpoint=False)
     table = np.zeros((frames, 44))
     table[:, 0], table[:, 2] = dt, 0.85 + 0.05 * np.sin(phase)
-    for column in P.QUAT_COLUMNS:
+    for column in motion.QUAT_COLUMNS:
         rotvec = rng.normal(size=3) * 0.4 * np.sin(phase + rng.uniform(0, 6))[:, None]
-        table[:, column : column + 4] = P.quat_from_rotvec(rotvec)
-    for column, sign in zip(P.HINGE_COLUMNS, (-1, 1, -1, 1), strict=True):
+        table[:, column : column + 4] = quat_from_rotvec(rotvec)
+    for column, sign in zip(motion.HINGE_COLUMNS, (-1, 1, -1, 1), strict=True):
         table[:, column] = sign * (0.6 + 0.5 * np.sin(phase + rng.uniform(0, 6)))
     return json.dumps({"Loop": loop, "Frames": table.tolist()})
 
 
 def make_clips():
-    clips = {name: P.parse_clip(clip_text(i)) for i, name in enumerate(("jump", "kick", "punch", "walk"))}
+    clips = {name: motion.parse_clip(clip_text(i)) for i, name in enumerate(("jump", "kick", "punch", "walk"))}
     clips["jump"]["height"] += 0.5  # high in the air, all the time
     return clips
 
 
 def write_tiny(folder, sizes=TINY_SIZES, seed=0, **options):
     sources = {"clips": "synthetic"}
-    return P.write_data_set(folder, make_clips(), make_bodies(), sizes, seed, sources, unseen=("kick",), **options)
+    return prepare_data.write_data_set(folder, make_clips(), make_bodies(), sizes, seed, sources, unseen=("kick",), **options)
 
 
 @pytest.fixture(scope="session")

@@ -17,26 +17,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import smpl
 from hipart import J_D, PART_JOINT
-from keypoints import LAYOUTS, read_json, to_h36m, videopose_layout
-from prepare_data import (
+from sources import smpl
+from sources.coarsening import coarsen, draw_coarsening, level_matrix, vertex_areas
+from sources.dataset import (
     ARRAYS,
-    H36M_INTRINSICS,
     append_samples,
     base_meta,
     check_folder,
-    coarsen,
     create_split,
-    draw_coarsening,
     draw_samples,
-    level_matrix,
     new_data_set,
-    project,
-    quat_to_matrix,
-    vertex_areas,
 )
-from safe_pickle import load_arrays
+from sources.geometry import H36M_INTRINSICS, project, quat_to_matrix
+from sources.keypoints import LAYOUTS, read_json, to_h36m, videopose_layout
+from sources.safe_pickle import load_arrays
 
 TRAIN, TEST = ("S1", "S5", "S6", "S7", "S8"), ("S9", "S11")
 VAL = {("S1", "Eating"), ("S5", "Phoning"), ("S6", "Posing"), ("S7", "SittingDown"), ("S8", "WalkDog")}  # not trained on
@@ -371,7 +366,7 @@ def samples(key: tuple[str, str], view: int, at: np.ndarray, world: np.ndarray, 
     has = row[at] >= 0
     dense_fine = np.zeros((len(at), 144, 2))
     dense_fine[has] = project(fit[1][row[at[has]]] @ R.T + t, cam)
-    return {"x_s": project(joints, cam), "x_d": dense_fine[:, :J_D], "x_f": dense_fine[:, J_D:], "fit": has,
+    return {"x_s": project(joints, cam), "x_d": dense_fine[:, :J_D], "x_f": dense_fine[:, J_D:], "has_mesh": has,
             "y": joints - joints[:, :1], "root": joints[:, 0], "height_px": cam["f"][1] * stature / joints[:, 0, 2],
             "action": ACTIONS.index(action.split(" ")[0]), "subject": int(subject[1:]), "camera": view,
             "x_s_det": x_det, "conf": conf}  # fmt: skip
@@ -433,7 +428,7 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
                     for view, at in views:
                         new = samples(key, view, at, joints[key], found[key][view], layout, fit, stature[key[0]])
                         append_samples(folder / split, new)
-                        n_fits[split] += int(new["fit"].sum())
+                        n_fits[split] += int(new["has_mesh"].sum())
                         off_2d = np.linalg.norm(new["x_s_det"] - new["x_s"], axis=-1)[new["conf"] > 0]
                         pixels.append(off_2d.astype(np.float32))
                         bar.update(len(at))
@@ -452,7 +447,7 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
         draw_coarsening(folder / "coarsening.png", rest, model.faces, rest_17, levels, vertex_areas(rest, model.faces))
         meta = base_meta(out, "h36m") | {
             "actions": list(ACTIONS), "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
-            "splits": {s: {"n": n, "fits": n_fits[s], "about": about[s]} for s, n in sizes.items()},
+            "splits": {s: {"n": n, "with_mesh": n_fits[s], "about": about[s]} for s, n in sizes.items()},
             "cameras": {s: [camera(s, k) for k in range(4)] for s in EXTRINSICS}, "stature_mm": stature,
             "coarsening": {"sizes": [192, 96, 48], "weighting": "plain", "points": "means of vertices",
                            "assignment_mm": 1000 * levels["distance"]},
@@ -472,5 +467,5 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
 def _shown(split: Path) -> dict[str, np.ndarray]:
     """Twelve samples from all over a split, with a fit if there are any."""
     arrays = {name: np.load(split / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    has = np.flatnonzero(arrays["fit"]) if arrays["fit"].any() else np.arange(len(arrays["fit"]))
+    has = np.flatnonzero(arrays["has_mesh"]) if arrays["has_mesh"].any() else np.arange(len(arrays["has_mesh"]))
     return {name: np.array(a[has[np.linspace(0, len(has) - 1, 12).astype(int)]]) for name, a in arrays.items()}

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from hipart import JOINT_NAMES
-from safe_pickle import LARGEST, load_arrays
+from sources.safe_pickle import LARGEST, load_arrays
 
 # For each of Human3.6M's joints the source joints whose mean it is. A joint is missing if any of its sources is; but the
 # head (10), where it is the mean of the eyes, is content with one, since a profile shows no more.

@@ -14,10 +14,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import smpl
-from keypoints import to_h36m
-from prepare_data import ARRAYS, IMAGE_SIZE, append_samples, base_meta, check_folder, create_split, new_data_set
-from safe_pickle import load_pickle
+from sources import smpl
+from sources.dataset import (
+    ARRAYS,
+    append_samples,
+    base_meta,
+    check_folder,
+    create_split,
+    new_data_set,
+)
+from sources.geometry import IMAGE_SIZE
+from sources.keypoints import to_h36m
+from sources.safe_pickle import load_pickle
 
 FOCAL, CENTRE = 1145.0, 500.0  # px, of Human3.6M's cameras, about
 N_SURE, SURE = 6, 0.3  # a frame counts if more than so many of OpenPose's 18 joints have more than this confidence (VIBE)
@@ -194,7 +202,7 @@ def prepare(source: Path, out: Path, overwrite: bool) -> Path:
                 append_samples(temporary / s, arrays | {"action": actions.index(who[0]), "subject": people.index(who)})
         meta = base_meta(out, "3dpw") | {
             "actions": actions, "people": people, "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
-            "splits": {s: {"n": n[s], "fits": 0, "about": about} for s, about in ABOUT.items()},
+            "splits": {s: {"n": n[s], "with_mesh": 0, "about": about} for s, about in ABOUT.items()},
             "joints_14": [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16],
             "sources": {
                 "sequences": "3DPW, https://virtualhumans.mpi-inf.mpg.de/3DPW",

@@ -13,17 +13,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import smpl
-from prepare_data import (
-    CLIP_STANDING_HEIGHT,
-    HINGE_LIMITS,
-    check_folder,
-    quat_from_rotvec,
-    quat_mul,
-    quat_to_matrix,
-    rotation_between,
-)
-from safe_pickle import load_arrays
+from sources import smpl
+from sources.dataset import check_folder
+from sources.geometry import quat_from_rotvec, quat_mul, quat_to_matrix, rotation_between
+from sources.motion import CLIP_STANDING_HEIGHT, HINGE_LIMITS
+from sources.safe_pickle import load_arrays
 
 FPS = 30  # of the clips; faster recordings are thinned out
 LARGEST = 1 << 30  # bytes of an AMASS file, unpacked: an hour at 120 frames per second has about 0.5 GB

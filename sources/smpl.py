@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from hipart import LEFT, RIGHT
-from prepare_data import quat_from_rotvec, quat_to_matrix
-from safe_pickle import load_arrays, load_pickle
+from sources.geometry import quat_from_rotvec, quat_to_matrix
+from sources.safe_pickle import load_arrays, load_pickle
 
 N_JOINTS, N_SHAPE = 24, 10
 LARGEST = 2 << 30  # bytes: a model with 300 shapes unpacks to 0.2 GB
