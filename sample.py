@@ -248,7 +248,7 @@ def draw_reconstruction(path: Path, p: dict, rows, names: list[str]) -> None:
     """True fine points and what the tokenizer makes of them, four samples in a row."""
     columns = 4
     lines = math.ceil(len(rows) / columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(12, 0.6 + 3.2 * lines),
+    fig, axes = plt.subplots(lines, columns, figsize=(12, 0.5 + 3.15 * lines),
                              layout="constrained", squeeze=False)
     for ax in axes.flat[len(rows) :]:
         ax.axis("off")
@@ -323,7 +323,7 @@ def draw_one_swap(ax, moved: np.ndarray, poses: dict, x_s: np.ndarray, level: in
     ax.add_collection(LineCollection(np.stack([kept, new], 1), colors=ORANGE, lw=1.2, zorder=2))
     ax.scatter(*kept.T, s=16, c=np.where(mine, "black", "#999999"), zorder=3)
     ax.scatter(*new[mine].T, s=36, c=ORANGE, edgecolor="white", lw=0.8, zorder=4)
-    frame(ax, kept, margin=0.08)
+    frame(ax, np.concatenate([kept, x_s[n]]), margin=0.06)
     ax.set_title(f"{('sparse', 'dense')[level]} token, {PART_NAMES[i]}:\n{shift[i]:.0f} px there, "
                  f"elsewhere {np.delete(shift, i).mean():.1f} px", fontsize=11)
 
@@ -445,7 +445,8 @@ def main() -> None:
     p, block = predict(split, rows, msst, hipart, lifter), split.read(rows)
     pelvis = detected_pelvis(block["x_s"], block["conf"])
     x_f = to_model_frame(block["x_f"], pelvis)
-    few, actions, figures = range(min(args.n, len(rows))), split.meta["actions"], run.path / "figures"
+    few, actions = range(min(args.n, len(rows))), split.meta["actions"]
+    figures = run.path / "figures"
     figures.mkdir(parents=True, exist_ok=True)
 
     def px(x: np.ndarray) -> np.ndarray:
