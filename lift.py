@@ -143,7 +143,7 @@ def draw_person(axes, p: dict, i: int, box: np.ndarray, reach: np.ndarray) -> No
                  zorder=4)
     left.scatter(*p["x_f"][i].T, s=7, c=np.repeat(PART_COLOURS, 2 * R), zorder=5)
     frame(left, box)
-    left.set_title(f"{visible.sum()} of 17 joints visible; 48 dense (rings), 96 fine (dots)",
+    left.set_title(f"{visible.sum()} of 17 joints, 48 dense (rings), 96 fine (dots)",
                    fontsize=11)
     solid(right, p["y"][i], None, reach)
     right.set_title("3D, from the side of the camera", fontsize=11)

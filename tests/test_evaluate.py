@@ -16,14 +16,24 @@ from hypothesis import strategies as st
 
 import evaluate
 import train
-from evaluate import alignment, interpolate_missing, mpjpe, number, pa_mpjpe, summarize, table
-from hipart import MSST, Config, HiPART, Regressor, detected_pelvis, from_model_frame, normalize_screen, to_model_frame
-from prepare_data import load
+from baselines import Regressor
+from evaluate import Models, alignment, interpolate_missing, mpjpe, pa_mpjpe
+from hipart import (
+    MSST,
+    Config,
+    HiPART,
+    detected_pelvis,
+    from_model_frame,
+    normalize_screen,
+    to_model_frame,
+)
+from sources.dataset import Split, load
+from train import Training
 
 SCRIPT = Path(evaluate.__file__)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics
 
 
@@ -170,7 +180,7 @@ def test_alignment_by_loops_and_in_the_extremes():
     assert alignment(torch.ones(1, 16, 4), torch.ones(1, 48, 4)).item() == pytest.approx(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Averages and tables
 
 
@@ -199,7 +209,7 @@ def test_table_is_aligned_markdown():
     assert text == "| name   |   x |\n| ------ | --: |\n| a      | 1.0 |\n| longer |   - |"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A real run
 
 
@@ -441,7 +451,7 @@ def test_one_seed_has_no_spread(run, data, monkeypatch, capsys, result):
     assert cells(text, "3D error on `test`", "a  detected")[0] == f"{expected:.1f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input: one sentence, exit status 2
 
 
@@ -493,7 +503,7 @@ def test_senseless_options_are_said(run, data, monkeypatch, capsys):
         assert "--device" in refused(monkeypatch, capsys, run, "--data", data, "--device", "cuda")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Joints hidden on purpose
 
 
