@@ -1,12 +1,12 @@
 """HiPART: Hierarchical Pose AutoRegressive Transformer for occluded 3D human pose estimation
 (CVPR 2025, arXiv 2503.23331), in one file that is read from top to bottom.
 
-    python hipart.py        # walks one random pose through the model and prints every step
+    python hipart.py       # walks random poses through an untrained model: symbols and shapes
 
-    stage 1  MSST            a fine 2D pose <-> 16 sparse and 48 dense tokens    section 4.1, Eq. 1-6
-    stage 2  HiARM           a detector's sparse 2D pose -> those tokens         section 4.2, Eq. 7-12
-             HiPART          both together: sparse 2D -> dense and fine 2D       Alg. 1
-    stage 3  SpatialLifter   17 (+ 48 + 96) 2D points -> 17 joints in 3D         Fig. 11
+    stage 1  MSST            a fine 2D pose <-> 16 sparse and 48 dense tokens   section 4.1, Eq. 1-6
+    stage 2  HiARM           a detector's sparse 2D pose -> those tokens       section 4.2, Eq. 7-12
+             HiPART          both together: sparse 2D -> dense and fine 2D     Alg. 1
+    stage 3  SpatialLifter   17 (+ 48 + 96) 2D points -> 17 joints in 3D       Fig. 11
 
 Symbols are the paper's. A name that ends in _s, _d or _f is sparse, dense or fine; zh_s is z-hat_s
 and zp_d is z'_d. Sizes: B poses in a batch, J = 17 joints, J_S = 16 of them own a token and R = 3
@@ -67,8 +67,8 @@ class Config:
     restart_below: float = 0.01  # ours: a code with less than this part of a fair share is dead
     # Stage 2: HiARM (section 4.2)
     width: int = 128  # W
-    heads: int = 8
-    mlp_ratio: int = 4
+    heads: int = 8  # ours
+    mlp_ratio: int = 4  # ours
     lsab_blocks: int = 1  # Eq. 9
     gcsab_blocks: int = 12  # Eq. 10
     ph_blocks: int = 4  # Eq. 11
@@ -113,8 +113,8 @@ def visible_joints(x_s: Tensor, conf: Tensor | None) -> Tensor:
 
 
 def hide_missing(x_s: Tensor, visible: Tensor) -> Tensor:
-    """x_s [B, n, 2], but 0 wherever visible [B, n] is 0, whatever a detector left there."""
-    # A product would not do: 0 times NaN is NaN.
+    """x_s [B, n, 2], but 0 wherever visible [B, n] is 0, whatever a detector left there (NaN too,
+    which a product with 0 would keep)."""
     return x_s.masked_fill(visible[..., None] == 0, 0.0)
 
 
@@ -172,12 +172,12 @@ def joint_map(n_in: int, n_out: int) -> nn.Linear:
 
     Nothing in the paper says which output row belongs to which part. So the map starts as the
     skeleton's own hierarchy: a coarse row is the mean of its fine rows, and a fine row is a copy
-    of its coarse row. Token (i, j) thus begins life as a summary of part i.
+    of its coarse row. Sparse row i thus begins as the mean of its own three dense rows.
     """
     layer = nn.Linear(n_in, n_out)
     fine, coarse = max(n_in, n_out), min(n_in, n_out)
     member = torch.eye(coarse).repeat_interleave(fine // coarse, dim=1)  # [coarse, fine]
-    start = member / member.sum(1, keepdims=True) if n_in >= n_out else member.T
+    start = member / member.sum(1, keepdim=True) if n_in >= n_out else member.T
     with torch.no_grad():
         layer.weight.mul_(0.1).add_(start)  # a little of PyTorch's noise, to break the symmetry
     return layer
@@ -248,8 +248,8 @@ class Quantizer(nn.Module):
         """One EMA step from the rows z [B, n, D] that were quantized to q [B, n]."""
         if self.training and self.active:
             rows, K = z.detach().float().flatten(0, 1), len(self.codebook)
-            # Row k stands by in case code k restarts. The permutation keeps them all different,
-            # unless there are more codes than rows.
+            # Code k would restart as row spare[k]. No two of these rows are the same, unless there
+            # are more codes than rows.
             spare = torch.randperm(max(len(rows), K), device=rows.device)[:K] % len(rows)
             ema_update_(
                 self.codebook, self.count, self.total, rows, q.flatten(), self.decay,
@@ -271,6 +271,7 @@ class Quantizer(nn.Module):
             ema_update_(
                 self.codebook, self.count, self.total, z, q, decay=0.0, eps=0.0,
                 restart_below=1.0, restart_rows=spare)
+        # No count starts below a tenth of a fair share, so that no code is dead at once.
         self.count.mul_(rows_per_step / len(z)).clamp_min_(rows_per_step / K * 0.1)
         # total / count must be the codebook, or all codes would jump at the first update.
         self.total.copy_(self.codebook * self.count[:, None])
@@ -307,7 +308,7 @@ class MSST(nn.Module):
         zh_s, q_s = self.Q_s(z_s)  # Eq. 1
         # The dense tokens need not repeat what the sparse ones say already: as in VQ-VAE-2, they
         # see the decoded sparse level beside their own.
-        up_s = self.D_s(zh_s)  # [B, 48, D]
+        up_s = self.D_s(zh_s)  # z-hat'_s [B, 48, D]
         zp_d = self.fuse(torch.cat([z_d, up_s], -1))  # z'_d [B, 48, D]
         zh_d, q_d = self.Q_d(zp_d)  # Eq. 2
         return dict(z_s=z_s, zp_d=zp_d, zh_s=zh_s, zh_d=zh_d, q_s=q_s, q_d=q_d, up_s=up_s)
@@ -365,7 +366,7 @@ class MSST(nn.Module):
     def initialize_codebooks(self, x_f: Tensor, batch: int) -> None:
         """k-means on the encoder outputs of x_f [N, 96, 2], for training steps of `batch` poses:
         first C_s, then C_d on what C_s has left to tell."""
-        z_d = torch.cat([self.E_f(part) for part in x_f.split(1024)])
+        z_d = torch.cat([self.E_f(some) for some in x_f.split(1024)])
         z_s = self.E_d(z_d)
         self.Q_s.initialize(z_s.flatten(0, 1), batch * J_S)
         zp_d = self.fuse(torch.cat([z_d, self.D_s(self.Q_s(z_s)[0])], -1))
@@ -375,11 +376,11 @@ class MSST(nn.Module):
 def local_alignment(zh_s: Tensor, zh_d: Tensor, tau: float, cosine: bool = True) -> Tensor:
     """L_local (Eq. 3): InfoNCE between each sparse token zh_s [B, 16, D] and the mean of its own
     part's dense tokens zh_d [B, 48, D], against the other parts of the same pose."""
-    part = zh_d.unflatten(1, (J_S, R)).mean(2)  # [B, 16, D]
+    mean_d = zh_d.unflatten(1, (J_S, R)).mean(2)  # [B, 16, D]
     if cosine:
         # Plain dot products grow with the embeddings, and at tau = 0.07 they overwhelm all else.
-        zh_s, part = F.normalize(zh_s, dim=-1), F.normalize(part, dim=-1)
-    logits = zh_s @ part.transpose(1, 2) / tau  # [B, 16, 16]: sparse token i, part k
+        zh_s, mean_d = F.normalize(zh_s, dim=-1), F.normalize(mean_d, dim=-1)
+    logits = zh_s @ mean_d.transpose(1, 2) / tau  # [B, 16, 16]: sparse token i, part k
     own = torch.arange(J_S, device=zh_s.device).repeat(len(zh_s))
     return F.cross_entropy(logits.flatten(0, 1), own)
 
@@ -387,7 +388,7 @@ def local_alignment(zh_s: Tensor, zh_d: Tensor, tau: float, cosine: bool = True)
 def global_alignment(p_A: Tensor, a: Tensor) -> Tensor:
     """L_global (Eq. 5): cross-entropy of the logits p_A [B, actions] and the labels a [B]. Poses
     of unknown action (-1) do not count."""
-    known = (a >= 0).sum().clamp_min(1)
+    known = (a >= 0).sum().clamp_min(1)  # PyTorch's own mean is NaN where no action is known
     return F.cross_entropy(p_A, a, ignore_index=-1, reduction="sum") / known
 
 
@@ -451,12 +452,12 @@ class HiARM(nn.Module):
     `forward` is *teacher-forced*: it sees the true tokens of all parts at once, and masks hide
     what lies ahead. `rollout` is *free-running*: it goes part by part on its own choices, and needs
     no mask, since its caches hold the past alone. Both are made of the same four steps:
-    `condition`, `summarize`, `remember` and `predict`.
+    `begin`, `summarize`, `remember` and `predict`.
 
-    Two switches go beyond the paper. condition="every": one SOS token is a narrow door for a whole
-    pose, so an MLP of x_s also adds to every position. soft=True: a step hands on the *expected*
-    embedding, softmax(logits) @ C, instead of the likeliest code. Being differentiable, this can
-    be trained through (`HiPART.loss`, on_rollout).
+    Two switches of Config change the paper's method. condition="every": one SOS token is a narrow
+    door for a whole pose, so an MLP of x_s also adds to every position. soft=True: a step hands on
+    the *expected* embedding, softmax(logits) @ C, instead of the likeliest code. As that is
+    differentiable, it can be trained through (`HiPART.loss`, on_rollout).
     """
 
     def __init__(self, config: Config):
@@ -473,8 +474,8 @@ class HiARM(nn.Module):
                 nn.Linear(J * 3, 4 * W), nn.GELU(), nn.Linear(4 * W, 4 * W), nn.GELU(),
                 nn.Linear(4 * W, J_S * W))
         self.in_s, self.in_d = nn.Linear(c.D, W), nn.Linear(c.D, W)
-        # Without these, a part could not tell where in the body it is, nor a dense token which of
-        # the R it is: their inputs would be the same.
+        # Ours: without these, a part would not know where in the body it is, LSAB would not know
+        # the order of its dense tokens, and in PH the R dense slots would all be the same.
         self.part = nn.Parameter(0.02 * torch.randn(J_S, W))  # the 16 positions of GCSAB
         self.slot_l = nn.Parameter(0.02 * torch.randn(1 + R, W))  # the 1 + R slots of LSAB
         self.slot_p = nn.Parameter(0.02 * torch.randn(1 + R, W))  # and those of PH
@@ -497,7 +498,7 @@ class HiARM(nn.Module):
         self.C_s.copy_(msst.Q_s.codebook)
         self.C_d.copy_(msst.Q_d.codebook)
 
-    def condition(self, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor, Tensor]:
+    def begin(self, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor, Tensor]:
         """x_s [B, 17, 2] -> the SOS token g^0 = P_c(x_s) [B, 1, W], and what is added at every
         position [B or 1, 16, W]."""
         visible = visible_joints(x_s, conf)
@@ -521,18 +522,20 @@ class HiARM(nn.Module):
 
     def predict(self, slots: Tensor, mask: Tensor | None = None, caches=None) -> Tensor:
         """Eq. 11: PH, in the slots of one part, [B, 1..1 + R, W] -> the same shape. The sparse
-        slot holds h^i; a dense slot holds the part's own sparse token (Eq. 8 decides so)."""
+        slot holds h^i; a dense slot holds the part's own sparse token, as Eq. 8 says (by the
+        index in Eq. 11 it would be that of the part before)."""
         return self.norm_p(run_blocks(self.PH, slots, mask, caches))
 
     def forward(self, x_s: Tensor, q_s: Tensor, q_d: Tensor,
                 conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits for the true tokens q_s [B, 16] and q_d [B, 48]:
-        logits_s [B, 16, K_s] and logits_d [B, 48, K_d]. Part i sees only the parts before it."""
+        logits_s [B, 16, K_s] and logits_d [B, 48, K_d]. A part sees only the parts before it, and
+        its dense logits also see its own true sparse token."""
         zh_s, zh_d = self.C_s[q_s], self.C_d[q_d].unflatten(1, (J_S, R))
-        g_0, position = self.condition(x_s, conf)
+        g_0, position = self.begin(x_s, conf)
         g = self.summarize(zh_s[:, :-1], zh_d[:, :-1])  # g^1..g^15: nothing follows the last part
         h = self.remember(torch.cat([g_0, g], 1) + position, self.mask_h)  # [B, 16, W]
-        # Position i predicts part i here, which is pair i + 1 in the paper's numbering.
+        # We count parts from 0, the paper from 1: h^i predicts our part i, which is its pair i + 1.
         dense = self.in_s(zh_s)[:, :, None].expand(-1, -1, R, -1)
         slots = torch.cat([h[:, :, None], dense], 2) + self.slot_p  # [B, 16, 1 + R, W]
         p = self.predict(slots.flatten(0, 1), self.mask_p).unflatten(0, (-1, J_S))
@@ -544,16 +547,16 @@ class HiARM(nn.Module):
         Returns logits_s [B, 16, K_s] and logits_d [B, 48, K_d], and the embeddings zh_s [B, 16, D]
         and zh_d [B, 48, D] that the steps handed on. The tokens are the argmax of the logits.
         """
-        past: list[list[Tensor]] = [[] for _ in self.GCSAB]
-        g, position = self.condition(x_s, conf)
+        past = [[] for _ in self.GCSAB]  # keys and values of all parts so far
+        g, position = self.begin(x_s, conf)
         steps = []
         for i in range(J_S):
             h = self.remember(g + position[:, i : i + 1], caches=past)  # [B, 1, W]
-            part: list[list[Tensor]] = [[] for _ in self.PH]  # caches of this part's slots
-            logits_s = self.head_s(self.predict(h + self.slot_p[:1], caches=part))  # [B, 1, K_s]
+            here = [[] for _ in self.PH]  # those of this part's slots
+            logits_s = self.head_s(self.predict(h + self.slot_p[:1], caches=here))  # [B, 1, K_s]
             zh_s = self.pick(logits_s, self.C_s)
             # One vector becomes R slots: only the slots' embeddings tell them apart.
-            logits_d = self.head_d(self.predict(self.in_s(zh_s) + self.slot_p[1:], caches=part))
+            logits_d = self.head_d(self.predict(self.in_s(zh_s) + self.slot_p[1:], caches=here))
             zh_d = self.pick(logits_d, self.C_d)  # [B, R, D]
             g = self.summarize(zh_s, zh_d[:, None])
             steps.append(dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s, zh_d=zh_d))
@@ -576,7 +579,7 @@ class HiPART(nn.Module):
              q_d: Tensor, on_rollout: bool = False) -> tuple[Tensor, dict, dict]:
         """L_2 (Eq. 12) for the tokens q_s [B, 16] and q_d [B, 48] of the true poses x_d [B, 48, 2]
         and x_f [B, 96, 2], given x_s [B, 17, 2], all in the model frame -> the loss, its terms and
-        the accuracies of both kinds of token (detached, unweighted), and the logits.
+        the accuracies of both kinds of token (detached, unweighted), and what HiARM put out.
 
         on_rollout (ours): the same on free-running generation, so that the model learns to live
         with its own history, plus lambda_p times the error of the poses that the frozen tokenizer
@@ -585,8 +588,8 @@ class HiPART(nn.Module):
         c = self.config
         if on_rollout:
             o = self.hiarm.rollout(x_s, conf)
-            y_d, y_f = self.msst.decode_embeddings(o["zh_s"], o["zh_d"])
-            pose = (y_d - x_d).norm(dim=-1).mean() + (y_f - x_f).norm(dim=-1).mean()
+            xh_d, xh_f = self.msst.decode_embeddings(o["zh_s"], o["zh_d"])
+            pose = (xh_d - x_d).norm(dim=-1).mean() + (xh_f - x_f).norm(dim=-1).mean()
         else:
             logits_s, logits_d = self.hiarm(x_s, q_s, q_d, conf)
             o, pose = dict(logits_s=logits_s, logits_d=logits_d), x_s.new_zeros(())
@@ -619,7 +622,8 @@ def lifting_features(x: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]
     """What a lifter sees of x [B, 17 or 161, 2] (normalised image coordinates): offsets down the
     hierarchy. Raw coordinates train far worse: a network would spend itself on these differences.
 
-    sparse [B, 17, 2]  the pelvis' place in the image, then every joint minus the pelvis
+    sparse [B, 17, 2]  the pelvis' place in the image, then every joint minus the pelvis; lifters
+                       put what stands for a missing joint in the place of a missing pelvis, too
     dense [B, 48, 6]   the mean of the point's part minus the pelvis, that mean minus the part's
                        sparse joint, and the point minus that mean
     fine [B, 96, 2]    the point minus its dense point
@@ -675,8 +679,7 @@ class SpatialLifter(Lifter):
     """The vanilla spatial transformer of PoseFormer and MixSTE (Fig. 11): a token per point, and
     the head reads the first 17 of them.
 
-    With 17 points it has 900,003 parameters, the paper's 0.9M, and 96 more in the learned token of
-    a missing joint.
+    With 17 points it has the paper's 0.9M parameters, and a learned token for a missing joint.
     """
 
     def __init__(self, n_points: int = J + J_D + J_F, width: int = 96, blocks: int = 12,
@@ -700,7 +703,8 @@ class SpatialLifter(Lifter):
         tokens = torch.where(visible[..., None] > 0, self.embed_s(f["sparse"]), self.missing)
         if self.n_points > J:
             tokens = torch.cat([tokens, self.embed_d(f["dense"]), self.embed_f(f["fine"])], 1)
-        tokens = run_blocks(self.blocks, tokens + self.position)  # [B, n_points, W]
+        tokens = run_blocks(self.blocks, tokens + self.position)  # [B, n_points, width]
+        # Two LayerNorms in a row, as in PoseFormer: one ends the blocks, one begins the head.
         return self.head(self.norm(tokens[:, :J])) * self.std_y + self.mean_y
 
 
@@ -708,7 +712,7 @@ class SpatialLifter(Lifter):
 
 
 def main() -> None:
-    """Walk one random pose through an untrained model of the paper's sizes."""
+    """Walk random poses through an untrained model of the paper's sizes, and print each step."""
     model, lifter = HiPART(Config()).eval(), SpatialLifter().eval()
     x_s, conf = torch.rand(1, J, 2) - 0.5, torch.ones(1, J)
     conf[0, 16] = 0  # the detector missed the right wrist
@@ -717,20 +721,19 @@ def main() -> None:
     x_d, x_f = model.densify(x_s, conf)
     y = lifter(torch.cat([x_s, x_d, x_f], 1), conf)
     for text, values in {
-        "Stage 1, MSST: a fine pose becomes tokens, and a pose again": {},
+        "Stage 1, MSST: from a fine pose to tokens and back": {},
         "sparse embeddings and their tokens, Eq. 1": dict(z_s=o["z_s"], q_s=o["q_s"]),
         "dense embeddings z'_d and their tokens, Eq. 2": dict(zp_d=o["zp_d"], q_d=o["q_d"]),
-        "action logits, Eq. 4": dict(p_A=o["p_A"]),
-        "decoded dense and fine points, Alg. 2": dict(x_d=o["x_d"], x_f=o["x_f"]),
-        "Stage 2, HiARM: tokens from a sparse pose, in 16 steps of Eq. 9, 10 and 11": {},
-        "a detection without its right wrist": dict(x_s=x_s),
-        "logits of the tokens, Eq. 11": dict(p_s=r["logits_s"], p_d=r["logits_d"]),
+        "decoded dense and fine points; actions, Eq. 4": {k: o[k] for k in ("x_d", "x_f", "p_A")},
+        "Stage 2, HiARM: tokens from a detection, in 16 steps of Eq. 9, 10 and 11": {},
+        "a detection, and the logits of the tokens": dict(
+            x_s=x_s, p_s=r["logits_s"], p_d=r["logits_d"]),
         "generated dense and fine points, Alg. 1": dict(x_d=x_d, x_f=x_f),
         "Stage 3, SpatialLifter: 17 + 48 + 96 points become 3D, Fig. 11": {},
         "joints in mm, relative to the pelvis": dict(y=y),
     }.items():
         shapes = "  ".join(f"{name} {list(value.shape)}" for name, value in values.items())
-        print(f"  {shapes:40}{text}" if values else text)
+        print(f"  {shapes:55}{text}" if values else text)
 
 
 if __name__ == "__main__":

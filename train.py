@@ -177,13 +177,32 @@ def trained_stages(run: Run, seeds: int = 1) -> int:
 
 
 def next_command(run: Run, stage: int, seeds: int = 1) -> str:
-    """The command that trains a stage of this run."""
-    name = run.path.name
-    words = [f"python train.py --{'preset' if name in PRESETS else 'name'} {name}"]
+    """The command that trains a stage of this run, with the options of its first stage."""
+    words, name = ["python train.py"], run.path.name
+    if (run.path / "stage1.pt").exists():
+        saved = load_checkpoint(run, "stage1")
+        preset, changed = nearest_preset(saved["config"] | saved["training"])
+        words += [f"--preset {preset}", *[f"--name {name}"] * (name != preset)]
+        for field, value in changed.items():
+            words.append(f"--{'' if value else 'no-'}{field}" if type(value) is bool
+                         else f"--{field} {value}")
+        words += [f"--seed {saved['run']['seed']}"] * (saved["run"]["seed"] != 0)
+    else:
+        words.append(f"--{'preset' if name in PRESETS else 'name'} {name}")
     words += [f"--data {run.data}"] * (run.data != Run.data)
     words += [f"--stage {stage}", *[f"--seeds {seeds}"] * (seeds > 1)]
     begun = any((run.path / f"{n}.pt").exists() for n in checkpoints_of(stage, seeds))
     return " ".join(words + ["--resume"] * begun)
+
+
+def nearest_preset(fields: dict) -> tuple[str, dict]:
+    """The preset that differs least from the given fields of Config and Training, and what does."""
+    changed = {}
+    for preset, (config, training) in PRESETS.items():
+        built = vars(Config(**config)) | vars(Training(**training))
+        changed[preset] = {k: v for k, v in fields.items() if v != built[k]}
+    nearest = min(changed, key=lambda preset: len(changed[preset]))
+    return nearest, changed[nearest]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -972,23 +972,46 @@ def test_a_generated_set_of_another_size_is_made_again(run, data, tmp_path):
     assert x.shape == (2, 161, 2) and conf.shape == (2, 17)
 
 
-def test_finished_stages_are_counted_and_the_next_one_is_named(run, data, tmp_path, monkeypatch):
+def test_finished_stages_are_counted(run, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "INPUTS", {name: train.INPUTS[name] for name in INPUTS})
     shutil.copytree(Path(run) / "runs", tmp_path / "runs")
     there = run_in(tmp_path / "runs/tiny", data)
-    assert train.trained_stages(there) == 3
-    command = f"python train.py --name tiny --data {data} --stage 3 --seeds 2 --resume"
-    assert train.trained_stages(there, seeds=2) == 2 and train.next_command(there, 3, 2) == command
+    assert train.trained_stages(there) == 3 and train.trained_stages(there, seeds=2) == 2
     (there.path / "stage3_generated_0.pt").unlink()
     assert train.trained_stages(there) == 2
-    saved = checkpoint(tmp_path, "stage2")
-    torch.save(saved | dict(epoch=1), there.path / "stage2.pt")
+    torch.save(checkpoint(tmp_path, "stage2") | dict(epoch=1), there.path / "stage2.pt")
     assert train.trained_stages(there) == 1
     (there.path / "stage1.pt").unlink()
-    command = f"python train.py --name tiny --data {data} --stage 1"
-    assert train.trained_stages(there) == 0 and train.next_command(there, 1) == command
-    quick = run_in(tmp_path / "runs/quick")
+    assert train.trained_stages(there) == 0
+
+
+def test_the_next_command_has_the_options_of_stage_1(run, data, tmp_path, monkeypatch):
+    """It is run as it is printed: a resumed stage with other options would be refused."""
+    begin(run, tmp_path, "stage1", "stage2")
+    command = train.next_command(run_in(tmp_path / "runs/tiny", data), 2)
+    assert command.startswith("python train.py --preset ") and "--name tiny" in command
+    assert command.endswith(f"--data {data} --stage 2 --resume")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    monkeypatch.setattr(train, "script", lambda *command: None)
+    train.main()
+    assert checkpoint(tmp_path, "stage2")["epoch"] == 3
+
+
+def test_the_next_command_is_short_where_it_can_be(tmp_path):
+    quick, other = (run_in(tmp_path / "runs" / name) for name in ("quick", "other"))
     assert train.next_command(quick, 1) == "python train.py --preset quick --stage 1"
+    assert train.next_command(other, 1) == "python train.py --name other --stage 1"
+    config, training = train.PRESETS["quick"]
+    fields = vars(Config(**config)) | vars(train.Training(**training | dict(turn_3=0.1)))
+    assert train.nearest_preset(fields) == ("quick", dict(turn_3=0.1))
+    config, training = (dict(vars(kind())) for kind in (Config, train.Training))
+    other.path.mkdir(parents=True)
+    content = dict(model={}, epoch=1, epochs=1, run=dict(seed=3), config=config | dict(soft=True),
+                   training=training | dict(epochs_1=40, limit=9))
+    torch.save(content, other.path / "stage1.pt")
+    assert train.next_command(other, 3, seeds=2) == (
+        "python train.py --preset paper --name other --soft --limit 9 --seed 3 --stage 3 --seeds 2")
 
 
 def test_a_run_ends_with_tables_and_figures(run, data, tmp_path, monkeypatch):
