@@ -437,7 +437,7 @@ def open_run(name: str, device: str | None, data: str = Run.data,
     if stages < 3 and trained_stages(run) == 3:
         # Tables without 3D would take the place of those that the run has.
         stop(f"{run.path} has not all lifters of {seeds} seeds: run "
-             f"`{next_command(trained_on_own_data(run), 3, seeds)}` with the options of the first")
+             f"`{next_command(trained_on_own_data(run), 3, seeds)}` first")
     return run, stages
 
 
@@ -450,8 +450,7 @@ def left_out(run: Run, stages: int, contents: dict[int, str]) -> str:
     """One sentence: what the stages that are not trained would add, and the command to go on."""
     missing = [f"{what} (stage {stage})" for stage, what in contents.items() if stage > stages]
     command = next_command(trained_on_own_data(run), stages + 1)
-    return (f"Left out: {' and '.join(missing)}; `{command}`, with the options of stage 1, "
-            "trains the next stage.")
+    return f"Left out: {' and '.join(missing)}; `{command}` trains the next stage."
 
 
 def load_models(run: Run, stages: int, seeds: int) -> tuple[Models, dict[str, dict]]:
@@ -503,7 +502,8 @@ def main() -> None:
     at = "" if own == Path(run.data).name else f"_{Path(run.data).name}"
     if args.occlusion:
         if stages < 3:
-            stop(f"--occlusion needs all three stages: `{next_command(run, stages + 1)}`")
+            stop("--occlusion needs all three stages: go on with "
+                 f"`{next_command(trained_on_own_data(run), stages + 1)}`")
         return report_occlusion(run, models, at)
 
     splits, sizes = open_splits(run, stages)

@@ -230,7 +230,7 @@ def main() -> None:
     if stages < 3:
         command = next_command(trained_on_own_data(run), stages + 1)
         stop(f"{run.path} has {stages} of the three stages that lifting needs: go on with "
-             f"`{command}` and the options of stage 1")
+             f"`{command}`")
     path = Path(args.keypoints).resolve()
     try:
         k, said = keep_confident(keypoints.read(path, args.layout), args.min_score)
