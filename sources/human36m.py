@@ -506,7 +506,7 @@ def plan_splits(capture: Capture, without_shifted: bool) -> tuple[dict, dict[str
     val = ", ".join(" ".join(key) for key in sorted(VAL))
     return plan, {
         "train": f"{', '.join(TRAIN)} without the sequences of val",
-        "val": f"one fitted frame in {every} of {val}",
+        "val": f"one in {every} of the frames with a fit, of {val}",
         "test": f"{' and '.join(TEST)}, {shifted}",
     }
 
