@@ -1,4 +1,4 @@
-"""How long, and in how much memory, prepare_data.py reads a set of Human3.6M's size (--source h36m).
+"""How long and in how much memory prepare_data.py reads a Human3.6M of full size (--source h36m).
 
     python benchmarks/human36m.py
 

@@ -217,23 +217,17 @@ def test_names_of_sub_actions_follow_the_table():
 
 @pytest.mark.parametrize("subject, view", [(s, v) for s in SUBJECTS for v in range(4)])
 def test_cameras_stand_where_others_put_them(subject, view):
-    c = H.camera(subject, view)
-    assert np.allclose(c["t"], TRANSLATIONS[subject][view], atol=6e-4)
-    assert (
-        np.allclose(np.array(c["R"]) @ np.array(c["R"]).T, np.eye(3), atol=1e-12)
-        and np.linalg.det(c["R"]) > 0
-    )
+    R, t = (np.array(H.camera(subject, view)[key]) for key in ("R", "t"))
+    assert np.allclose(t, TRANSLATIONS[subject][view], atol=6e-4)
+    assert np.allclose(R @ R.T, np.eye(3), atol=1e-12) and np.linalg.det(R) > 0
 
 
 def test_every_camera_looks_at_the_middle_of_the_room():
     for subject in SUBJECTS:
         for view in range(4):
             camera, pixels = seen_by(subject, view, np.array([[0.0, 0, 900], [0, 0, 1000]]))
-            assert (
-                camera[0, 2] > 3000
-                and (np.abs(pixels[0] - 500) < 250).all()
-                and pixels[1, 1] < pixels[0, 1]
-            )
+            assert camera[0, 2] > 3000 and (np.abs(pixels[0] - 500) < 250).all()
+            assert pixels[1, 1] < pixels[0, 1]
 
 
 def test_counts_splits_and_actions(data, source):

@@ -97,10 +97,8 @@ def test_arrays_of_every_kind_come_back(tmp_path, protocol):
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
-    with (
-        zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as z,
-        z.open("a.npy", "w", force_zip64=True) as f,
-    ):
+    bomb = zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED)
+    with bomb, bomb.open("a.npy", "w", force_zip64=True) as f:
         for _ in range(300):
             f.write(bytes(1 << 20))
     with pytest.raises(ValueError, match="unpacks to more than"):
@@ -109,9 +107,8 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path):
 
 def test_a_header_that_promises_too_much(tmp_path):
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        buffer, dict(descr="<f4", fortran_order=False, shape=(10**12, 17, 3))
-    )
+    header = dict(descr="<f4", fortran_order=False, shape=(10**12, 17, 3))
+    np.lib.format.write_array_header_1_0(buffer, header)
     (tmp_path / "a.npy").write_bytes(buffer.getvalue() + bytes(100))
     with pytest.raises(ValueError, match="size of one of its arrays"):
         read(tmp_path / "a.npy")
@@ -145,12 +142,8 @@ def test_nothing_of_a_pickle_runs(tmp_path, raw):
 ])  # fmt: skip
 def test_sparse_matrices_that_contradict_themselves(change):
     made = safe_pickle._Sparse()
-    good = dict(
-        _shape=(2, 3),
-        data=np.array([1.0, 2.0]),
-        indices=np.array([0, 1]),
-        indptr=np.array([0, 1, 1, 2]),
-    )
+    good = dict(_shape=(2, 3), data=np.array([1.0, 2.0]), indices=np.array([0, 1]),
+                indptr=np.array([0, 1, 1, 2]))
     made.__setstate__(good)
     assert made.real({}).tolist() == [[1, 0, 0], [0, 0, 2]]
     rows = safe_pickle._SparseRows()
@@ -239,11 +232,8 @@ def test_limits_and_orders_of_arrays(tmp_path, monkeypatch):
     a = np.asfortranarray(np.arange(6.0).reshape(2, 3))
     path.write_bytes(pickle.dumps({"a": a, "b": a.astype(">i2")}, protocol=2))
     found = safe_pickle.load_pickle(path)
-    assert (
-        np.array_equal(found["a"], a)
-        and np.array_equal(found["b"], a)
-        and found["b"].dtype == ">i2"
-    )
+    assert np.array_equal(found["a"], a) and np.array_equal(found["b"], a)
+    assert found["b"].dtype == ">i2"
     with pytest.raises(ValueError, match="has more than 0 MB"):
         safe_pickle.load_pickle(path, 100)
     made = safe_pickle._Sparse()

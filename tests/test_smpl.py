@@ -56,11 +56,8 @@ def direct(content, pose, shape, trans):
 def test_points_equal_a_body_posed_vertex_by_vertex(content, model, size):
     rng = np.random.default_rng(1)
     regressor = rng.normal(size=(7, len(content["v_template"])))
-    pose, shape, trans = (
-        rng.normal(size=(3, 24, 3)) * size,
-        rng.normal(size=(3, 10)),
-        rng.normal(size=(3, 3)),
-    )
+    pose = rng.normal(size=(3, 24, 3)) * size
+    shape, trans = rng.normal(size=(3, 10)), rng.normal(size=(3, 3))
     found = smpl.Points(model, regressor)(pose, shape, trans)
     for i in range(3):
         expected = regressor @ direct(content, pose[i], shape[i], trans[i])
