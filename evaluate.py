@@ -446,10 +446,10 @@ def trained_on_own_data(run: Run) -> Run:
     return replace(run, data=load_finished(run, "stage1")["run"]["data"])
 
 
-def left_out(run: Run, stages: int, contents: dict[int, str]) -> str:
+def left_out(run: Run, stages: int, contents: dict[int, str], seeds: int = 1) -> str:
     """One sentence: what the stages that are not trained would add, and the command to go on."""
     missing = [f"{what} (stage {stage})" for stage, what in contents.items() if stage > stages]
-    command = next_command(trained_on_own_data(run), stages + 1)
+    command = next_command(trained_on_own_data(run), stages + 1, seeds if stages == 2 else 1)
     return f"Left out: {' and '.join(missing)}; `{command}` trains the next stage."
 
 
@@ -525,7 +525,7 @@ def main() -> None:
     print(f"\n{shown}\n")
     if stages < 3:
         rest = left_out(run, stages, {2: "where the error of generated 2D poses comes from",
-                                      3: "the errors in 3D"})
+                                      3: "the errors in 3D"}, args.seeds)
         text += f"\n{rest}\n"
         print(rest)
     numbers = dict(run=args.name, about=header, training=about, splits=summaries,

@@ -248,7 +248,7 @@ def draw_reconstruction(path: Path, p: dict, rows, names: list[str]) -> None:
     """True fine points and what the tokenizer makes of them, four samples in a row."""
     columns = 4
     lines = math.ceil(len(rows) / columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(12, 0.5 + 3.15 * lines),
+    fig, axes = plt.subplots(lines, columns, figsize=(12, 0.3 + 3.2 * lines),
                              layout="constrained", squeeze=False)
     for ax in axes.flat[len(rows) :]:
         ax.axis("off")

@@ -643,6 +643,7 @@ def test_a_missing_or_damaged_checkpoint_is_said(tiny_run, data, tmp_path, monke
         said = capsys.readouterr().out
         assert f"--stage {stage}" in said and "MPJPE" not in said
         assert "--resume" in said or (damage == "gone" and name == "stage2")
+        assert ("--seeds 2" in said) == (stage == 3)
         return
     assert not (folder / "table.md").exists()
 

@@ -310,12 +310,11 @@ def test_more_samples_than_there_are_and_another_split(run, data, monkeypatch, d
     assert [ax.axison for ax in drawn["reconstruction.png"].axes] == [True, True, False, False]
 
 
-def test_the_reconstruction_shows_true_and_decoded_points(run, data, monkeypatch, drawn):
-    main(monkeypatch, run, "--data", data, "--n", 5)
+def test_the_reconstruction_shows_true_and_decoded_points(run, data, model, monkeypatch, drawn):
+    main(monkeypatch, run, "--data", data, "--n", 5, name="no_local")  # stage 1 is enough
     split = Split(data, "test", torch.device("cpu"))
     rows = np.random.default_rng(0).permutation(split.n)
-    msst = sample.load_msst(sample.open_run(str(run / "runs/tiny"), "cpu", data)[0])
-    p = sample.predict(split, rows, msst)
+    p = sample.predict(split, rows, model.msst)
     fig = drawn["reconstruction.png"]
     assert f"tokenizer: {p['px_rebuilt'].mean():.1f} px, mean of 32 poses" in fig.get_suptitle()
     assert [ax.axison for ax in fig.axes] == [True] * 5 + [False] * 3  # four in a row
