@@ -167,14 +167,15 @@ def _say(t: Tensor) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # The ops. Each hands its arguments to the implementation that serves their device. The compiled
-# ones are ops as well, hipart_cpp::... and hipart_cuda::..., so that their libraries need no Python.
+# libraries register ops of their own, hipart_cpp::... and hipart_cuda::...
 
 torch.library.define("hipart::quantize",
                      "(Tensor x, Tensor codebook, bool with_distance=True) -> (Tensor, Tensor)")
 torch.library.define("hipart::code_statistics", "(Tensor x, Tensor idx, int K) -> (Tensor, Tensor)")
-torch.library.define("hipart::ema_apply_",
-                     "(Tensor(a!) codebook, Tensor(b!) count, Tensor(c!) total, Tensor n, Tensor s, "
-                     "Tensor? candidates, float decay, float eps, float restart_below) -> Tensor")
+torch.library.define(
+    "hipart::ema_apply_",
+    "(Tensor(a!) codebook, Tensor(b!) count, Tensor(c!) total, Tensor n, Tensor s, "
+    "Tensor? candidates, float decay, float eps, float restart_below) -> Tensor")
 
 
 @torch.library.impl("hipart::quantize", "default")

@@ -19,7 +19,7 @@ namespace {
 using at::Tensor;
 
 void check_launch(int error) {
-  TORCH_CHECK(error == 0, "a kernel of hipart failed to start: CUDA error " + std::to_string(error));
+  TORCH_CHECK(error == 0, "a CUDA kernel failed to start: error " + std::to_string(error));
 }
 
 // x [N, D], codebook [K, D] on one GPU, no float64 -> idx [N], d [N] or [0]
