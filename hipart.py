@@ -1,15 +1,16 @@
-"""HiPART: Hierarchical Pose AutoRegressive Transformer for occluded 3D human pose estimation (CVPR 2025), in one file.
+"""HiPART: Hierarchical Pose AutoRegressive Transformer for occluded 3D human pose estimation
+(CVPR 2025, arXiv 2503.23331), in one file that is read from top to bottom.
 
-Read it top to bottom; data flows the same way. Symbols are the paper's, section and equation numbers refer to it.
+    python hipart.py       # walks random poses through an untrained model: symbols and shapes
 
-  skeleton tables, Config, coordinate frame
-  stage 1  MSST    tokenizes a fine 2D pose into 16 sparse + 48 dense tokens, and back          section 4.1, Eq. 1-6
-  stage 2  HiARM   writes those tokens given only a detector's sparse 2D pose                  section 4.2, Eq. 7-12
-           HiPART  both together: sparse 2D pose -> dense and fine 2D pose
-  stage 3  lifters 17 (+ 48 + 96) 2D points -> 17 3D joints                                    Fig. 11
+    stage 1  MSST            a fine 2D pose <-> 16 sparse and 48 dense tokens   section 4.1, Eq. 1-6
+    stage 2  HiARM           a detector's sparse 2D pose -> those tokens       section 4.2, Eq. 7-12
+             HiPART          both together: sparse 2D -> dense and fine 2D     Alg. 1
+    stage 3  SpatialLifter   17 (+ 48 + 96) 2D points -> 17 joints in 3D       Fig. 11
 
-Sizes: B batch, J_s = 16 sparse joints that own a token, r = 3 dense points each, J_d = 48, J_f = 96, D code width.
-    model = HiPART(Config()).eval(); x_d, x_f = model.densify(x_s, conf)   # [B, 17, 2] -> [B, 48, 2], [B, 96, 2]
+Symbols are the paper's. A name that ends in _s, _d or _f is sparse, dense or fine; zh_s is z-hat_s
+and zp_d is z'_d. Sizes: B poses in a batch, J = 17 joints, J_S = 16 of them own a token and R = 3
+dense points each, J_D = 48 dense and J_F = 96 fine points, D the width of a code, W that of HiARM.
 """
 
 from dataclasses import dataclass
@@ -20,251 +21,268 @@ from torch import Tensor, nn
 
 from kernels import ema_update_, nearest_code
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Skeleton: the 17 joints of Human3.6M. x_s and y keep all 17; the 16 that are not the pelvis own tokens.
+# --------------------------------------------------------------------------------------------------
+# Skeleton: the 17 joints of Human3.6M. x_s and y keep all 17; all but the pelvis own a token.
 
-JOINT_NAMES = ("pelvis", "right hip", "right knee", "right ankle", "left hip", "left knee", "left ankle", "spine", "thorax",
-               "neck/nose", "head", "left shoulder", "left elbow", "left wrist", "right shoulder", "right elbow",
-               "right wrist")
+JOINT_NAMES = (
+    "pelvis", "right hip", "right knee", "right ankle", "left hip", "left knee", "left ankle",
+    "spine", "thorax", "neck/nose", "head", "left shoulder", "left elbow", "left wrist",
+    "right shoulder", "right elbow", "right wrist",
+)  # fmt: skip
 PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 8, 11, 12, 8, 14, 15)
 LEFT, RIGHT = (4, 5, 6, 11, 12, 13), (1, 2, 3, 14, 15, 16)
-# A *part* is one sparse joint and its r dense points. Parts are numbered from the centre to the periphery: by bones from
-# the pelvis, ties by joint number. PART_JOINT[i] is the joint of part i; this is also the order of generation.
+
+# A *part* is one sparse joint with its R dense points. Parts are numbered from the centre of the
+# body to its periphery: by the number of bones from the pelvis, and ties by the number of the
+# joint. PART_JOINT[i] is the joint of part i. This order is also the order of generation.
 PART_JOINT = (1, 4, 7, 2, 5, 8, 3, 6, 9, 11, 14, 10, 12, 15, 13, 16)
 J, J_S, J_D, J_F = 17, 16, 48, 96
-R = J_D // J_S  # dense tokens of a part: rows 3i, 3i + 1, 3i + 2 of a dense array; fine rows 2k, 2k + 1 refine dense k
+# Dense points of a part: rows 3i, 3i + 1 and 3i + 2 of a dense array belong to part i. Fine rows
+# 2k and 2k + 1 refine dense point k.
+R = J_D // J_S
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and training constants. The defaults are the paper's (section 5.1, appendix C); presets shrink them."""
+    """What the model is made of. The defaults are the paper's (section 5.1, appendix C) unless a
+    comment says "ours". How it is trained stands in `train.Training`."""
 
-    # Stage 1: MSST
+    # Stage 1: MSST (section 4.1)
     D: int = 128  # width of embeddings and codes
-    K_s: int = 2048  # size of the sparse codebook C_s
-    K_d: int = 2048  # size of the dense codebook C_d
+    K_s: int = 2048  # codes in the sparse codebook C_s
+    K_d: int = 2048  # codes in the dense codebook C_d
     encoder_blocks: int = 4  # Mixer blocks of E_f and of E_d
     encoder_width: int = 128
-    decoder_blocks: int = 1  # Mixer blocks of D_s, D_d, D_f
+    decoder_blocks: int = 1  # Mixer blocks of D_s, of D_d and of D_f
     decoder_width: int = 96
-    token_hidden: int = 64  # hidden width of token mixing (PCT)
-    n_actions: int = 15
-    beta: float = 0.25  # commitment weight, Eq. 6
+    token_hidden: int = 64  # hidden width of token mixing (PCT's)
+    n_actions: int = 15  # action labels of Human3.6M
+    beta: float = 0.25  # weight of the commitment terms, Eq. 6
     lambda_l: float = 1.0  # weight of L_local, Eq. 6
     lambda_g: float = 0.3  # weight of L_global, Eq. 6
     tau: float = 0.07  # temperature of L_local, Eq. 3
-    cosine_local: bool = True  # L_local on L2-normalised embeddings; False: Eq. 3 to the letter, plain dot products
-    lambda_r: float = 20.0  # weight of both reconstruction terms (ours: the paper states no reductions; 100 collapses)
-    ema_decay: float = 0.99
-    restart_below: float = 0.01  # a code whose running count is below this part of a fair share N / K is dead
-    warmup_free: int = 150  # steps without quantization before the codebooks are set by k-means (ours)
-    epochs_1: int = 20
-    batch_1: int = 128
-    lr_1: float = 1e-3
-    weight_decay_1: float = 0.15
-    warmup_1: int = 500  # iterations of linear learning-rate warm-up, then cosine decay
-    # Stage 2: HiARM
-    width: int = 128
-    heads: int = 8
-    mlp_ratio: int = 4
-    lsab_blocks: int = 1
-    gcsab_blocks: int = 12
-    ph_blocks: int = 4
+    cosine_local: bool = True  # ours: L_local compares directions; False is Eq. 3 to the letter
+    lambda_r: float = 20.0  # ours: weight of the two reconstruction terms, Eq. 6
+    ema_decay: float = 0.99  # ours: memory of the codebooks' running means
+    restart_below: float = 0.01  # ours: a code with less than this part of a fair share is dead
+    # Stage 2: HiARM (section 4.2)
+    width: int = 128  # W
+    heads: int = 8  # ours
+    mlp_ratio: int = 4  # ours
+    lsab_blocks: int = 1  # Eq. 9
+    gcsab_blocks: int = 12  # Eq. 10
+    ph_blocks: int = 4  # Eq. 11
     dropout: float = 0.25
     lambda_d: float = 1.5  # weight of the dense tokens, Eq. 12
-    condition: str = "sos"  # "sos": x_s is g^0 and no more (the paper); "every": it reaches every position (ours)
-    soft: bool = False  # True: generation hands on expected embeddings instead of the most probable code (ours)
-    epochs_soft: int = 0  # so many last epochs of stage 2 train on that generation itself, with a pose error (ours)
-    lambda_p: float = 3.0  # its weight
-    epochs_2: int = 50
-    batch_2: int = 64
-    lr_2: float = 5e-4
-    weight_decay_2: float = 0.03
-    warmup_2: int = 500
-    # Stage 3: the lifter
-    lifter: str = "spatial"  # "spatial" (Fig. 11) or "mlp" (after Martinez et al. 2017, for small machines)
-    lifter_width: int = 96
-    lifter_blocks: int = 12
-    epochs_3: int = 25
-    batch_3: int = 256
-    lr_3: float = 1e-3  # AdamW, times 0.96 every 4 epochs
-    weight_decay_3: float = 0.0  # on all parameters; 0: Adam, as in the paper
-    cosine_3: bool = False  # warm-up and cosine decay instead
-    turn_3: float = 0.0  # training poses turn about the ray to the pelvis: standard deviation of the angle, rad (ours)
-    draws_3: int = 25  # draws of detections that HiPART densifies for training: one for each epoch
-    lambda_aux: float = 0.1  # rival (e): weight of the auxiliary loss on dense and fine points
-    epochs_r: int = 50  # rival (d): the plain regressor
-    regressor_width: int = 1024
+    condition: str = "sos"  # "sos": x_s is g^0 alone; "every" (ours): it reaches every position
+    soft: bool = False  # ours: True hands on expected embeddings instead of the likeliest code
+    lambda_p: float = 3.0  # ours: weight of the pose error when training on generation itself
 
     def __post_init__(self):
-        for name, value, choices in (("condition", self.condition, ("sos", "every")),
-                                     ("lifter", self.lifter, ("spatial", "mlp"))):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, found {value!r}")
+        if self.condition not in ("sos", "every"):
+            raise ValueError(f"condition must be one of sos, every, found {self.condition!r}")
         if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads, found {self.width} and {self.heads}")
-        if self.epochs_soft and not self.soft:
-            raise ValueError("epochs_soft trains through expected embeddings: it needs soft")
+            raise ValueError(
+                f"width must be a multiple of heads, found {self.width} and {self.heads}")
         for name, value in vars(self).items():
-            if type(value) is int and value < 1 and not name.startswith(("warmup", "epochs_soft")):
+            if type(value) is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Coordinates. Poses come in VideoPose3D's normalised image coordinates: x in [-1, 1] over the image width, y on the same
-# scale. MSST and HiARM work in the *model frame*: minus the detected pelvis, divided by SCALE (about unit variance).
+# --------------------------------------------------------------------------------------------------
+# Coordinates. Poses come in VideoPose3D's *normalised image coordinates*: x runs from -1 to 1 over
+# the width of the image, and y has the same scale. MSST and HiARM work in the *model frame*: minus
+# the detected pelvis, divided by SCALE, which leaves about unit variance.
 
 SCALE = 0.125
 
 
 def normalize_screen(x: Tensor, w: int, h: int) -> Tensor:
-    """Pixels [..., 2] -> normalised image coordinates (VideoPose3D's normalize_screen_coordinates)."""
+    """Pixels [..., 2] of an image w x h -> normalised image coordinates (as VideoPose3D)."""
     return x * (2 / w) - x.new_tensor([1, h / w])
 
 
 def to_pixels(x: Tensor, w: int, h: int) -> Tensor:
-    """Inverse of `normalize_screen`."""
+    """The inverse of `normalize_screen`."""
     return (x + x.new_tensor([1, h / w])) * (w / 2)
 
 
-def hide_missing(x_s: Tensor, seen: Tensor) -> Tensor:
-    """x_s [B, 17, 2] with 0 wherever seen [B, 17] is 0, whatever a detector left there (NaN too)."""
-    return x_s.masked_fill(seen[..., None] == 0, 0.0)
+def visible_joints(x_s: Tensor, conf: Tensor | None) -> Tensor:
+    """x_s [B, 17, 2], conf [B, 17] or None (all visible, the paper's form) -> [B, 17], 1 or 0."""
+    return torch.ones_like(x_s[..., 0]) if conf is None else (conf > 0).to(x_s)
+
+
+def hide_missing(x_s: Tensor, visible: Tensor) -> Tensor:
+    """x_s [B, n, 2], but 0 wherever visible [B, n] is 0, whatever a detector left there (NaN too,
+    which a product with 0 would keep)."""
+    return x_s.masked_fill(visible[..., None] == 0, 0.0)
 
 
 def detected_pelvis(x_s: Tensor, conf: Tensor | None = None) -> Tensor:
-    """Where the detector puts the pelvis, [B, 17, 2] -> [B, 1, 2]: joint 0, or the mean of the visible joints without it."""
-    if conf is None:
-        return x_s[:, :1]
-    seen = (conf > 0).to(x_s)
-    mean = hide_missing(x_s, seen).sum(1, keepdim=True) / seen.sum(1).clamp_min(1)[:, None, None]
-    return torch.where(conf[:, :1, None] > 0, x_s[:, :1], mean)
+    """Where the detector sees the pelvis, x_s [B, 17, 2] -> [B, 1, 2]; without a visible pelvis,
+    the mean of the visible joints."""
+    visible = visible_joints(x_s, conf)
+    n = visible.sum(1).clamp_min(1)[:, None, None]
+    mean = hide_missing(x_s, visible).sum(1, keepdim=True) / n
+    return torch.where(visible[:, :1, None] > 0, x_s[:, :1], mean)
 
 
 def to_model_frame(x: Tensor, pelvis: Tensor) -> Tensor:
-    """Normalised image coordinates [B, n, 2] -> model frame, given the detected pelvis [B, 1, 2]."""
+    """Normalised image coordinates [B, n, 2] and a detected pelvis [B, 1, 2] -> model frame."""
     return (x - pelvis) / SCALE
 
 
 def from_model_frame(x: Tensor, pelvis: Tensor) -> Tensor:
-    """Inverse of `to_model_frame`."""
+    """The inverse of `to_model_frame`."""
     return x * SCALE + pelvis
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 1: Multi-Scale Skeletal Tokenization (section 4.1, Fig. 10, Alg. 2)
 
 
+def mlp(n_in: int, hidden: int, n_out: int) -> nn.Sequential:
+    """The two-layer perceptron of Mixer and transformer blocks."""
+    return nn.Sequential(nn.Linear(n_in, hidden), nn.GELU(), nn.Linear(hidden, n_out))
+
+
 class MixerBlock(nn.Module):
-    """MLP-Mixer block (Tolstikhin et al. 2021; PCT's sizes): mix tokens, then channels; pre-norm, residual, GELU."""
+    """An MLP-Mixer block (Tolstikhin et al. 2021; sizes of PCT, Geng et al. 2023): an MLP over the
+    tokens, then one over the channels, each pre-norm and with a residual."""
 
     def __init__(self, tokens: int, width: int, token_hidden: int):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mix_tokens = nn.Sequential(nn.Linear(tokens, token_hidden), nn.GELU(), nn.Linear(token_hidden, tokens))
-        self.mix_channels = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        self.mix_tokens = mlp(tokens, token_hidden, tokens)
+        self.mix_channels = mlp(width, width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, tokens, width]
         x = x + self.mix_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         return x + self.mix_channels(self.norm2(x))
 
 
+def mixer(tokens: int, width: int, blocks: int, c: Config) -> nn.Sequential:
+    """Mixer blocks, with a LayerNorm after the last one as in PCT."""
+    stack = [MixerBlock(tokens, width, c.token_hidden) for _ in range(blocks)]
+    return nn.Sequential(*stack, nn.LayerNorm(width))
+
+
 def joint_map(n_in: int, n_out: int) -> nn.Linear:
-    """Linear map along the joint axis. It starts as the skeleton's own hierarchy (each coarse row the mean of its fine
-    rows, or each fine row a copy of its coarse row), so that token (i, j) begins life as a summary of part i."""
+    """The linear map along the joint axis, n_in joints -> n_out joints.
+
+    Nothing in the paper says which output row belongs to which part. So the map starts as the
+    skeleton's own hierarchy: a coarse row is the mean of its fine rows, and a fine row is a copy
+    of its coarse row. Sparse row i thus begins as the mean of its own three dense rows.
+    """
     layer = nn.Linear(n_in, n_out)
     fine, coarse = max(n_in, n_out), min(n_in, n_out)
     member = torch.eye(coarse).repeat_interleave(fine // coarse, dim=1)  # [coarse, fine]
+    start = member / member.sum(1, keepdim=True) if n_in >= n_out else member.T
     with torch.no_grad():
-        layer.weight.mul_(0.1).add_(member / member.sum(1, keepdim=True) if n_in >= n_out else member.T)
+        layer.weight.mul_(0.1).add_(start)  # a little of PyTorch's noise, to break the symmetry
     return layer
 
 
 class Encoder(nn.Module):
-    """E_f, E_d (Fig. 10): per-joint linear, L Mixer blocks, linear along the joint axis, linear to the output width."""
+    """E_f and E_d (Fig. 10): a linear map per joint, Mixer blocks, a linear map along the joint
+    axis, and a linear map to the width of a code."""
 
     def __init__(self, c_in: int, n_in: int, n_out: int, c: Config):
         super().__init__()
         self.embed = nn.Linear(c_in, c.encoder_width)
-        self.blocks = nn.Sequential(*[MixerBlock(n_in, c.encoder_width, c.token_hidden) for _ in range(c.encoder_blocks)])
-        self.norm = nn.LayerNorm(c.encoder_width)
+        self.mixer = mixer(n_in, c.encoder_width, c.encoder_blocks, c)
         self.joints = joint_map(n_in, n_out)
         self.out = nn.Linear(c.encoder_width, c.D)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, n_in, c_in]
-        x = self.norm(self.blocks(self.embed(x)))
+        x = self.mixer(self.embed(x))  # [B, n_in, width]
         return self.out(self.joints(x.transpose(1, 2)).transpose(1, 2))  # [B, n_out, D]
 
 
 class Decoder(nn.Module):
-    """D_s, D_d, D_f: the encoder turned round. The joint axis is mapped first, then the Mixer blocks run."""
+    """D_s, D_d and D_f: the encoder turned round. The joint axis is mapped first, so that the
+    Mixer blocks work at the finer level."""
 
     def __init__(self, c_in: int, n_in: int, n_out: int, c_out: int, c: Config):
         super().__init__()
         self.joints = joint_map(n_in, n_out)
         self.embed = nn.Linear(c_in, c.decoder_width)
-        self.blocks = nn.Sequential(*[MixerBlock(n_out, c.decoder_width, c.token_hidden) for _ in range(c.decoder_blocks)])
-        self.norm = nn.LayerNorm(c.decoder_width)
+        self.mixer = mixer(n_out, c.decoder_width, c.decoder_blocks, c)
         self.out = nn.Linear(c.decoder_width, c_out)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, n_in, c_in]
-        x = self.embed(self.joints(x.transpose(1, 2)).transpose(1, 2))
-        return self.out(self.norm(self.blocks(x)))  # [B, n_out, c_out]
+        x = self.embed(self.joints(x.transpose(1, 2)).transpose(1, 2))  # [B, n_out, width]
+        return self.out(self.mixer(x))  # [B, n_out, c_out]
 
 
 class Quantizer(nn.Module):
-    """Q(z; C): nearest code, straight-through gradient, EMA codebook (Eq. 1, 2; van den Oord et al. 2017, appendix A.1).
+    """Q(z; C) of Eq. 1 and 2: the nearest code, and a codebook that follows the encoder as an
+    exponential moving average (EMA; van den Oord et al. 2017, appendix A.1).
 
-    The codebook is a buffer: the optimiser never sees it. It is *initialised* by k-means on encoder outputs after some
-    steps without quantization (`active` is False till then: z passes unchanged), and *updated* after each training step
-    by `update`, never in eval mode. A code that has become unused restarts as a random encoder output of the batch.
+    The codebook is a buffer: the optimiser never sees it.
+    - It is *initialised* by k-means on encoder outputs, after some steps without quantization.
+      Until then `active` is False and z passes unchanged.
+    - It is *updated* after each training step by `update`, and never in eval mode.
+    - A code that has become unused *restarts* as a random encoder output of the batch.
     """
 
     def __init__(self, K: int, D: int, decay: float, restart_below: float):
         super().__init__()
         self.decay, self.restart_below = decay, restart_below
         self.register_buffer("codebook", torch.randn(K, D))
-        self.register_buffer("count", torch.ones(K))  # EMA of rows per code and step
-        self.register_buffer("total", self.codebook.clone())  # EMA of their sum
+        self.register_buffer("count", torch.ones(K))  # EMA of the rows per code in a step
+        self.register_buffer("total", self.codebook.clone())  # EMA of the sum of those rows
         self.register_buffer("active", torch.tensor(False))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z [B, n, D] -> straight-through z_hat [B, n, D], token ids q [B, n]."""
+        """z [B, n, D] -> quantized z-hat [B, n, D] and token ids q [B, n] int64."""
         q = nearest_code(z.detach().float().flatten(0, 1), self.codebook).view(z.shape[:2])
         if not self.active:
             return z, q
+        # The straight-through estimator: the value is the code's, the gradient goes on to z as if
+        # nothing had been rounded. A plain look-up would leave the encoder without a gradient.
         return z + (self.codebook[q] - z).detach(), q
 
     @torch.no_grad()
     def update(self, z: Tensor, q: Tensor) -> None:
-        """One EMA step from the rows z that were quantized to q. Does nothing in eval mode or before initialisation."""
+        """One EMA step from the rows z [B, n, D] that were quantized to q [B, n]."""
         if self.training and self.active:
             rows, K = z.detach().float().flatten(0, 1), len(self.codebook)
-            lucky = torch.randperm(max(len(rows), K), device=rows.device)[:K] % len(rows)  # as different as they can be
-            ema_update_(self.codebook, self.count, self.total, rows, q.flatten(), self.decay,
-                        restart_below=self.restart_below * len(rows) / K, restart_rows=lucky)
+            # Code k would restart as row spare[k]. No two of these rows are the same, unless there
+            # are more codes than rows.
+            spare = torch.randperm(max(len(rows), K), device=rows.device)[:K] % len(rows)
+            ema_update_(
+                self.codebook, self.count, self.total, rows, q.flatten(), self.decay,
+                restart_below=self.restart_below * len(rows) / K, restart_rows=spare)
 
     @torch.no_grad()
     def initialize(self, z: Tensor, rows_per_step: int, iterations: int = 10) -> None:
-        """k-means on encoder outputs z [N, D]; counts are set to what training steps of `rows_per_step` rows would leave."""
+        """k-means on encoder outputs z [N, D]. The counts become what training steps of
+        `rows_per_step` rows would leave. ValueError if there are fewer rows than codes."""
         K, z = len(self.codebook), z.float()
         if len(z) < K:
-            raise ValueError(f"k-means needs at least as many encoder outputs as codes ({K}), found {len(z)}")
+            raise ValueError(
+                f"k-means needs at least as many encoder outputs as codes ({K}), found {len(z)}")
         self.codebook.copy_(z[torch.randperm(len(z), device=z.device)[:K]])
-        for _ in range(iterations):  # k-means is the same update with no memory; an empty cluster restarts
-            lucky = torch.randperm(len(z), device=z.device)[:K]
-            ema_update_(self.codebook, self.count, self.total, z, nearest_code(z, self.codebook), decay=0.0, eps=0.0,
-                        restart_below=1.0, restart_rows=lucky)
+        for _ in range(iterations):
+            # An iteration of k-means is the EMA update without memory; an empty cluster restarts.
+            spare = torch.randperm(len(z), device=z.device)[:K]
+            q = nearest_code(z, self.codebook)
+            ema_update_(
+                self.codebook, self.count, self.total, z, q, decay=0.0, eps=0.0,
+                restart_below=1.0, restart_rows=spare)
+        # No count starts below a tenth of a fair share, so that no code is dead at once.
         self.count.mul_(rows_per_step / len(z)).clamp_min_(rows_per_step / K * 0.1)
-        self.total.copy_(self.codebook * self.count[:, None])  # so that total / count is the codebook: no jump at step 1
+        # total / count must be the codebook, or all codes would jump at the first update.
+        self.total.copy_(self.codebook * self.count[:, None])
         self.active.fill_(True)
 
 
 class MSST(nn.Module):
-    """Multi-Scale Skeletal Tokenization: a two-level VQ-VAE over dense 2D poses (section 4.1, Alg. 2).
+    """Multi-Scale Skeletal Tokenization: a VQ-VAE of two levels (section 4.1, Alg. 2).
 
-    All poses are in the model frame. The codebook term of Eq. 6 is not optimised, EMA replaces it; its value is
-    that of the commitment terms, which are reported.
+    All poses are in the model frame. The codebook term of Eq. 6 is not optimised, since the EMA
+    takes its place; its value is that of the commitment terms, which are reported.
     """
 
     def __init__(self, config: Config):
@@ -278,131 +296,168 @@ class MSST(nn.Module):
         self.fuse = nn.Linear(2 * c.D, c.D)
         self.Q_s = Quantizer(c.K_s, c.D, c.ema_decay, c.restart_below)
         self.Q_d = Quantizer(c.K_d, c.D, c.ema_decay, c.restart_below)
-        self.P_A = nn.Sequential(nn.Linear(2 * c.D, c.encoder_width),
-                                 *[MixerBlock(J_D, c.encoder_width, c.token_hidden) for _ in range(2)])
+        self.P_A = nn.Sequential(
+            nn.Linear(2 * c.D, c.encoder_width),
+            *[MixerBlock(J_D, c.encoder_width, c.token_hidden) for _ in range(2)])
         self.action = nn.Linear(c.encoder_width, c.n_actions)
 
-    def forward(self, x_f: Tensor) -> dict[str, Tensor]:
-        """x_f [B, 96, 2] -> all that the loss, the logs and the figures need, by its name in the paper (z_d is z'_d)."""
+    def tokenize(self, x_f: Tensor) -> dict[str, Tensor]:
+        """x_f [B, 96, 2] -> embeddings, quantized embeddings and tokens (Eq. 1, 2), by name."""
         z_d = self.E_f(x_f)  # [B, 48, D]
         z_s = self.E_d(z_d)  # [B, 16, D]
         zh_s, q_s = self.Q_s(z_s)  # Eq. 1
-        up_s = self.D_s(zh_s)  # [B, 48, D]
-        z_d = self.fuse(torch.cat([z_d, up_s], -1))  # z'_d [B, 48, D]
-        zh_d, q_d = self.Q_d(z_d)  # Eq. 2
-        both = torch.cat([zh_d, up_s], -1)  # [B, 48, 2D]
-        p_A = self.action(self.P_A(both).mean(1))  # Eq. 4, [B, actions]
-        return dict(z_s=z_s, z_d=z_d, zh_s=zh_s, zh_d=zh_d, q_s=q_s, q_d=q_d,
-                    x_d=self.D_d(zh_d), x_f=self.D_f(both), p_A=p_A)
+        # The dense tokens need not repeat what the sparse ones say already: as in VQ-VAE-2, they
+        # see the decoded sparse level beside their own.
+        up_s = self.D_s(zh_s)  # z-hat'_s [B, 48, D]
+        zp_d = self.fuse(torch.cat([z_d, up_s], -1))  # z'_d [B, 48, D]
+        zh_d, q_d = self.Q_d(zp_d)  # Eq. 2
+        return dict(z_s=z_s, zp_d=zp_d, zh_s=zh_s, zh_d=zh_d, q_s=q_s, q_d=q_d, up_s=up_s)
+
+    def forward(self, x_f: Tensor) -> dict[str, Tensor]:
+        """x_f [B, 96, 2] -> the output of `tokenize`, the decoded poses x_d [B, 48, 2] and
+        x_f [B, 96, 2], and the action logits p_A [B, actions] (Eq. 4)."""
+        o = self.tokenize(x_f)
+        both = torch.cat([o["zh_d"], o["up_s"]], -1)  # [B, 48, 2D]
+        x_d, x_f = self.D_d(o["zh_d"]), self.D_f(both)
+        return o | dict(x_d=x_d, x_f=x_f, p_A=self.action(self.P_A(both).mean(1)))
 
     def encode(self, x_f: Tensor) -> tuple[Tensor, Tensor]:
-        """x_f [B, 96, 2] -> q_s [B, 16], q_d [B, 48] int64 (Eq. 1, 2)."""
-        z_d = self.E_f(x_f)
-        zh_s, q_s = self.Q_s(self.E_d(z_d))
-        return q_s, self.Q_d(self.fuse(torch.cat([z_d, self.D_s(zh_s)], -1)))[1]
+        """x_f [B, 96, 2] -> q_s [B, 16], q_d [B, 48] int64."""
+        o = self.tokenize(x_f)
+        return o["q_s"], o["q_d"]
 
     def decode(self, q_s: Tensor, q_d: Tensor) -> tuple[Tensor, Tensor]:
         """q_s [B, 16], q_d [B, 48] -> x_d [B, 48, 2], x_f [B, 96, 2]."""
         return self.decode_embeddings(self.Q_s.codebook[q_s], self.Q_d.codebook[q_d])
 
     def decode_embeddings(self, zh_s: Tensor, zh_d: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from embeddings [B, 16, D], [B, 48, D]; x_d depends on zh_d alone (Alg. 1 and 2)."""
+        """The same from embeddings [B, 16, D] and [B, 48, D]. x_d depends on zh_d alone, as in
+        Alg. 1 and 2."""
         return self.D_d(zh_d), self.D_f(torch.cat([zh_d, self.D_s(zh_s)], -1))
 
-    def loss(self, x_f: Tensor, x_d: Tensor, a: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """L_1 (Eq. 6) for targets x_f [B, 96, 2], x_d [B, 48, 2] and action labels a [B] (-1 = unknown).
+    def loss(self, x_f: Tensor, x_d: Tensor, a: Tensor) -> tuple[Tensor, dict, dict]:
+        """L_1 (Eq. 6) for targets x_f [B, 96, 2], x_d [B, 48, 2] and action labels a [B] (-1 means
+        unknown) -> the loss, its terms (detached, unweighted) and the output of `forward`.
 
-        Returns the loss, its terms (detached, unweighted) and the output of `forward`. Reductions are ours: squared norms
-        are means over points or tokens of the squared length, L_local is a mean over parts.
+        The reductions are ours: a squared norm is the mean, over points or tokens, of the squared
+        length; L_local is a mean over parts.
         """
         c, o = self.config, self(x_f)
         terms = dict(
             fine=(o["x_f"] - x_f).pow(2).sum(-1).mean(),
             dense=(o["x_d"] - x_d).pow(2).sum(-1).mean(),
             commit_s=(o["z_s"] - o["zh_s"].detach()).pow(2).sum(-1).mean(),
-            commit_d=(o["z_d"] - o["zh_d"].detach()).pow(2).sum(-1).mean(),
+            commit_d=(o["zp_d"] - o["zh_d"].detach()).pow(2).sum(-1).mean(),
             local=local_alignment(o["zh_s"], o["zh_d"], c.tau, c.cosine_local),
             action=global_alignment(o["p_A"], a),
         )
-        loss = (c.lambda_r * (terms["fine"] + terms["dense"]) + c.beta * (terms["commit_s"] + terms["commit_d"])
+        loss = (c.lambda_r * (terms["fine"] + terms["dense"])
+                + c.beta * (terms["commit_s"] + terms["commit_d"])
                 + c.lambda_l * terms["local"] + c.lambda_g * terms["action"])
         return loss, {name: t.detach() for name, t in terms.items()}, o
 
     def update_codebooks(self, o: dict[str, Tensor]) -> None:
-        """EMA step of both codebooks from the output of `forward`; call it after the optimiser step."""
+        """The EMA step of both codebooks, from the output of `forward`. Call it after the
+        optimiser's step: codes must not move between quantization and the loss."""
         self.Q_s.update(o["z_s"], o["q_s"])
-        self.Q_d.update(o["z_d"], o["q_d"])
+        self.Q_d.update(o["zp_d"], o["q_d"])
 
     @torch.no_grad()
     def initialize_codebooks(self, x_f: Tensor, batch: int) -> None:
-        """k-means on the encoder outputs of x_f [N, 96, 2]: first C_s, then C_d from what C_s leaves to tell."""
-        z_d = torch.cat([self.E_f(part) for part in x_f.split(1024)])
+        """k-means on the encoder outputs of x_f [N, 96, 2], for training steps of `batch` poses:
+        first C_s, then C_d on what C_s has left to tell."""
+        z_d = torch.cat([self.E_f(some) for some in x_f.split(1024)])
         z_s = self.E_d(z_d)
         self.Q_s.initialize(z_s.flatten(0, 1), batch * J_S)
-        z_d = self.fuse(torch.cat([z_d, self.D_s(self.Q_s(z_s)[0])], -1))
-        self.Q_d.initialize(z_d.flatten(0, 1), batch * J_D)
+        zp_d = self.fuse(torch.cat([z_d, self.D_s(self.Q_s(z_s)[0])], -1))
+        self.Q_d.initialize(zp_d.flatten(0, 1), batch * J_D)
 
 
 def local_alignment(zh_s: Tensor, zh_d: Tensor, tau: float, cosine: bool = True) -> Tensor:
-    """L_local (Eq. 3): part-wise InfoNCE between zh_s [B, 16, D] and the part means of zh_d [B, 48, D]; mean over parts."""
-    part = zh_d.unflatten(1, (J_S, R)).mean(2)  # [B, 16, D]
+    """L_local (Eq. 3): InfoNCE between each sparse token zh_s [B, 16, D] and the mean of its own
+    part's dense tokens zh_d [B, 48, D], against the other parts of the same pose."""
+    mean_d = zh_d.unflatten(1, (J_S, R)).mean(2)  # [B, 16, D]
     if cosine:
-        zh_s, part = F.normalize(zh_s, dim=-1), F.normalize(part, dim=-1)
-    logits = zh_s @ part.transpose(1, 2) / tau  # [B, 16, 16]; row i: sparse token i against every part k of the pose
-    return F.cross_entropy(logits.flatten(0, 1), torch.arange(J_S, device=zh_s.device).repeat(len(zh_s)))
+        # Plain dot products grow with the embeddings, and at tau = 0.07 they overwhelm all else.
+        zh_s, mean_d = F.normalize(zh_s, dim=-1), F.normalize(mean_d, dim=-1)
+    logits = zh_s @ mean_d.transpose(1, 2) / tau  # [B, 16, 16]: sparse token i, part k
+    own = torch.arange(J_S, device=zh_s.device).repeat(len(zh_s))
+    return F.cross_entropy(logits.flatten(0, 1), own)
 
 
 def global_alignment(p_A: Tensor, a: Tensor) -> Tensor:
-    """L_global (Eq. 5): cross-entropy of p_A [B, actions] and labels a [B]; unknown actions (-1) do not count."""
-    known = (a >= 0).sum().clamp_min(1)
+    """L_global (Eq. 5): cross-entropy of the logits p_A [B, actions] and the labels a [B]. Poses
+    of unknown action (-1) do not count."""
+    known = (a >= 0).sum().clamp_min(1)  # PyTorch's own mean is NaN where no action is known
     return F.cross_entropy(p_A, a, ignore_index=-1, reduction="sum") / known
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 2: Hierarchical AutoRegressive Modelling (section 4.2, Alg. 1 and 3)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: self-attention, then an MLP, each with a residual. Serves HiARM and the lifter."""
+    """A pre-norm transformer block: self-attention, then an MLP, each with a residual. It serves
+    HiARM and the lifter."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int, dropout: float = 0.0, drop_path: float = 0.0,
-                 eps: float = 1e-5):
+    def __init__(self, width: int, heads: int, mlp_ratio: int, dropout: float = 0.0,
+                 drop_path: float = 0.0, eps: float = 1e-5):
         super().__init__()
         self.heads, self.p, self.drop_path = heads, dropout, drop_path
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, mlp_ratio * width), nn.Linear(mlp_ratio * width, width)
+        self.mlp = mlp(width, mlp_ratio * width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: list[Tensor] | None = None) -> Tensor:
-        """x [B, T, W]; mask [T, T] bool, True = may look. `cache` holds the keys and values of earlier tokens, and grows."""
+    def forward(self, x: Tensor, mask: Tensor | None = None,
+                cache: list[Tensor] | None = None) -> Tensor:
+        """x [B, T, W] -> [B, T, W]. mask [T, T]: True where a row may look at a column. `cache`
+        holds the keys and values of earlier tokens, to which those of x are added."""
         x = x + self._drop(self.proj(self._attend(self.norm1(x), mask, cache)))
-        return x + self._drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        return x + self._drop(self.mlp(self.norm2(x)))
 
     def _attend(self, x: Tensor, mask: Tensor | None, cache: list[Tensor] | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, W / heads]
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, W / heads]
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
             cache[:] = [k, v]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.transpose(1, 2).flatten(2)  # [B, T, W]
 
     def _drop(self, x: Tensor) -> Tensor:
         if self.p:
             x = F.dropout(x, self.p, self.training)
         if self.drop_path and self.training:  # the whole residual branch of a sample
-            x = x * (torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path) / (1 - self.drop_path)
+            keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+            x = x * keep / (1 - self.drop_path)
         return x
 
 
+def run_blocks(blocks: nn.ModuleList, x: Tensor, mask: Tensor | None = None,
+               caches: list[list[Tensor]] | None = None) -> Tensor:
+    """x [B, T, W] through a stack of blocks, which have a cache each, or none."""
+    for i, block in enumerate(blocks):
+        x = block(x, mask, caches[i] if caches else None)
+    return x
+
+
 class HiARM(nn.Module):
-    """Pose-aware generative transformer: P(q_d, q_s | x_s), part by part, sparse token before its dense ones (Eq. 7, 8).
+    """The pose-aware generative transformer, P(q_d, q_s | x_s): part after part, and in a part the
+    sparse token before its R dense ones (Eq. 7, 8).
 
-    x_s [B, 17, 2] is in the model frame; conf [B, 17] marks missing joints by 0 (None: all seen, the paper's form).
-    C_s and C_d are frozen copies of MSST's codebooks (`set_codebooks`).
+    x_s [B, 17, 2] is in the model frame; conf [B, 17] is 0 for missing joints (None: all visible,
+    the paper's form). C_s and C_d are frozen copies of the tokenizer's codebooks.
 
-    Two switches go beyond the paper. condition="every": one SOS token is a narrow door for the whole pose, so an MLP of
-    x_s also adds to every position. soft=True: each step hands on the *expected* embedding, softmax(logits) @ C, instead
-    of the most probable code; being differentiable, it can also be trained through (`HiPART.loss`, on_rollout).
+    `forward` is *teacher-forced*: it sees the true tokens of all parts at once, and masks hide
+    what lies ahead. `rollout` is *free-running*: it goes part by part on its own choices, and needs
+    no mask, since its caches hold the past alone. Both are made of the same four steps:
+    `begin`, `summarize`, `remember` and `predict`.
+
+    Two switches of Config change the paper's method. condition="every": one SOS token is a narrow
+    door for a whole pose, so an MLP of x_s also adds to every position. soft=True: a step hands on
+    the *expected* embedding, softmax(logits) @ C, instead of the likeliest code. As that is
+    differentiable, it can be trained through (`HiPART.loss`, on_rollout).
     """
 
     def __init__(self, config: Config):
@@ -411,108 +466,105 @@ class HiARM(nn.Module):
         self.config = c
         self.register_buffer("C_s", torch.randn(c.K_s, c.D))
         self.register_buffer("C_d", torch.randn(c.K_d, c.D))
-        self.P_c = nn.Linear(J * 2, W)  # SOS
-        self.missing = nn.Linear(J, W, bias=False)  # column j: the learned token that stands in for joint j
+        self.P_c = nn.Linear(J * 2, W)  # the SOS token
+        # Column j is the learned token that stands in for a missing joint j, as in PCT.
+        self.missing = nn.Linear(J, W, bias=False)
         if c.condition == "every":
-            self.P_e = nn.Sequential(nn.Linear(J * 3, 4 * W), nn.GELU(), nn.Linear(4 * W, 4 * W), nn.GELU(),
-                                     nn.Linear(4 * W, J_S * W))
+            self.P_e = nn.Sequential(
+                nn.Linear(J * 3, 4 * W), nn.GELU(), nn.Linear(4 * W, 4 * W), nn.GELU(),
+                nn.Linear(4 * W, J_S * W))
         self.in_s, self.in_d = nn.Linear(c.D, W), nn.Linear(c.D, W)
+        # Ours: without these, a part would not know where in the body it is, LSAB would not know
+        # the order of its dense tokens, and in PH the R dense slots would all be the same.
         self.part = nn.Parameter(0.02 * torch.randn(J_S, W))  # the 16 positions of GCSAB
-        self.slot_l = nn.Parameter(0.02 * torch.randn(1 + R, W))  # the 1 + r slots of a part in LSAB
-        self.slot_p = nn.Parameter(0.02 * torch.randn(1 + R, W))  # and in PH
+        self.slot_l = nn.Parameter(0.02 * torch.randn(1 + R, W))  # the 1 + R slots of LSAB
+        self.slot_p = nn.Parameter(0.02 * torch.randn(1 + R, W))  # and those of PH
         self.LSAB, self.GCSAB, self.PH = (
             nn.ModuleList([Block(W, c.heads, c.mlp_ratio, c.dropout) for _ in range(n)])
             for n in (c.lsab_blocks, c.gcsab_blocks, c.ph_blocks))
         self.norm_h, self.norm_p = nn.LayerNorm(W), nn.LayerNorm(W)
         self.head_s, self.head_d = nn.Linear(W, c.K_s), nn.Linear(W, c.K_d)
-        # In PH the sparse slot sees only itself; the dense slots see it and one another (Eq. 11).
-        see = torch.ones(1 + R, 1 + R, dtype=torch.bool)
-        see[0, 1:] = False
-        self.register_buffer("mask_p", see, persistent=False)
-        self.register_buffer("mask_h", torch.ones(J_S, J_S, dtype=torch.bool).tril(), persistent=False)
+        # PH (Eq. 11): the sparse slot sees only itself, since its token is chosen first; the dense
+        # slots see it and one another.
+        mask_p = torch.ones(1 + R, 1 + R, dtype=torch.bool)
+        mask_p[0, 1:] = False
+        self.register_buffer("mask_p", mask_p, persistent=False)
+        # GCSAB (Eq. 10): a position sees itself and the parts before it.
+        mask_h = torch.ones(J_S, J_S, dtype=torch.bool).tril()
+        self.register_buffer("mask_h", mask_h, persistent=False)
 
     def set_codebooks(self, msst: MSST) -> None:
+        """Copy the codebooks of a trained tokenizer."""
         self.C_s.copy_(msst.Q_s.codebook)
         self.C_d.copy_(msst.Q_d.codebook)
 
-    def _conditions(self, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor, Tensor]:
-        """g^0 = P_c(x_s) [B, W], a projection of the whole sparse pose where a missing joint adds its learned token, and
-        what is added to each position [B or 1, 16, W]: the position's embedding, and x_s again if condition="every"."""
-        seen = torch.ones_like(x_s[..., 0]) if conf is None else (conf > 0).to(x_s)
-        x = hide_missing(x_s, seen).flatten(1)
-        g_0, position = self.P_c(x) + self.missing(1 - seen), self.part[None]
+    def begin(self, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x_s [B, 17, 2] -> the SOS token g^0 = P_c(x_s) [B, 1, W], and what is added at every
+        position [B or 1, 16, W]."""
+        visible = visible_joints(x_s, conf)
+        x = hide_missing(x_s, visible).flatten(1)
+        g_0, position = self.P_c(x) + self.missing(1 - visible), self.part[None]
         if self.config.condition == "every":
-            position = position + self.P_e(torch.cat([x, seen], 1)).unflatten(1, (J_S, -1))
-        return g_0, position
+            position = position + self.P_e(torch.cat([x, visible], 1)).unflatten(1, (J_S, -1))
+        return g_0[:, None], position
 
-    def _local(self, zh_s: Tensor, zh_d: Tensor) -> Tensor:
-        """g^i = mean(LSAB(zh_s^i, zh_d^(i,1..r))) for n parts at once (Eq. 9): [B, n, D], [B, n, r, D] -> [B, n, W]."""
-        x = torch.cat([self.in_s(zh_s)[:, :, None], self.in_d(zh_d)], 2) + self.slot_l  # [B, n, 1 + r, W]
-        x = x.flatten(0, 1)
-        for block in self.LSAB:
-            x = block(x)
+    def summarize(self, zh_s: Tensor, zh_d: Tensor) -> Tensor:
+        """Eq. 9: g^i = mean(LSAB(zh_s^i, zh_d^(i,1..R))), one vector for what a part has become.
+        n parts at once: zh_s [B, n, D], zh_d [B, n, R, D] -> g [B, n, W]."""
+        x = torch.cat([self.in_s(zh_s)[:, :, None], self.in_d(zh_d)], 2) + self.slot_l
+        x = run_blocks(self.LSAB, x.flatten(0, 1))  # [B n, 1 + R, W]
         return x.mean(1).unflatten(0, zh_s.shape[:2])
 
-    def forward(self, x_s: Tensor, q_s: Tensor, q_d: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Teacher-forced logits: logits_s [B, 16, K_s] and logits_d [B, 48, K_d]; part i sees only parts before it."""
-        zh_s, zh_d = self.C_s[q_s], self.C_d[q_d].unflatten(1, (J_S, R))  # [B, 16, D], [B, 16, r, D]
-        g_0, position = self._conditions(x_s, conf)
-        g = self._local(zh_s[:, :-1], zh_d[:, :-1])  # g^1 .. g^15; the last pair predicts nothing
-        h = torch.cat([g_0[:, None], g], 1) + position  # [B, 16, W]
-        for block in self.GCSAB:  # Eq. 10
-            h = block(h, self.mask_h)
-        h = self.norm_h(h)
-        p = torch.cat([h[:, :, None], self.in_s(zh_s)[:, :, None].expand(-1, -1, R, -1)], 2) + self.slot_p
-        p = p.flatten(0, 1)  # [B * 16, 1 + r, W]: position i predicts pair i + 1 of the paper, part i here
-        for block in self.PH:  # Eq. 11
-            p = block(p, self.mask_p)
-        p = self.norm_p(p).unflatten(0, h.shape[:2])
+    def remember(self, g: Tensor, mask: Tensor | None = None, caches=None) -> Tensor:
+        """Eq. 10: h^0..h^i = GCSAB(g^0..g^i), all that has been generated so far, as seen from
+        each part. g [B, n, W] -> h [B, n, W]."""
+        return self.norm_h(run_blocks(self.GCSAB, g, mask, caches))
+
+    def predict(self, slots: Tensor, mask: Tensor | None = None, caches=None) -> Tensor:
+        """Eq. 11: PH, in the slots of one part, [B, 1..1 + R, W] -> the same shape. The sparse
+        slot holds h^i; a dense slot holds the part's own sparse token, as Eq. 8 says (by the
+        index in Eq. 11 it would be that of the part before)."""
+        return self.norm_p(run_blocks(self.PH, slots, mask, caches))
+
+    def forward(self, x_s: Tensor, q_s: Tensor, q_d: Tensor,
+                conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Teacher-forced logits for the true tokens q_s [B, 16] and q_d [B, 48]:
+        logits_s [B, 16, K_s] and logits_d [B, 48, K_d]. A part sees only the parts before it, and
+        its dense logits also see its own true sparse token."""
+        zh_s, zh_d = self.C_s[q_s], self.C_d[q_d].unflatten(1, (J_S, R))
+        g_0, position = self.begin(x_s, conf)
+        g = self.summarize(zh_s[:, :-1], zh_d[:, :-1])  # g^1..g^15: nothing follows the last part
+        h = self.remember(torch.cat([g_0, g], 1) + position, self.mask_h)  # [B, 16, W]
+        # We count parts from 0, the paper from 1: h^i predicts our part i, which is its pair i + 1.
+        dense = self.in_s(zh_s)[:, :, None].expand(-1, -1, R, -1)
+        slots = torch.cat([h[:, :, None], dense], 2) + self.slot_p  # [B, 16, 1 + R, W]
+        p = self.predict(slots.flatten(0, 1), self.mask_p).unflatten(0, (-1, J_S))
         return self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
 
-    def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Generation, part after part (Alg. 1), in 16 steps that keep keys and values.
+    def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
+        """Free-running generation (Alg. 1), in 16 steps that keep their keys and values.
 
-        Returns logits_s [B, 16, K_s], logits_d [B, 48, K_d] and the embeddings zh_s [B, 16, D], zh_d [B, 48, D] that each
-        step handed on: the most probable code, or the expected one if config.soft.
+        Returns logits_s [B, 16, K_s] and logits_d [B, 48, K_d], and the embeddings zh_s [B, 16, D]
+        and zh_d [B, 48, D] that the steps handed on. The tokens are the argmax of the logits.
         """
-
-        def pick(logits: Tensor, C: Tensor) -> Tensor:
-            return logits.softmax(-1) @ C if self.config.soft else C[logits.argmax(-1)]
-
-        caches: list[list[Tensor]] = [[] for _ in self.GCSAB]
-        g_0, position = self._conditions(x_s, conf)
-        g, steps = g_0[:, None], []
+        past = [[] for _ in self.GCSAB]  # keys and values of all parts so far
+        g, position = self.begin(x_s, conf)
+        steps = []
         for i in range(J_S):
-            h = g + position[:, i : i + 1]  # [B, 1, W]
-            for block, cache in zip(self.GCSAB, caches, strict=True):
-                h = block(h, cache=cache)
-            slots: list[list[Tensor]] = [[] for _ in self.PH]
-            logits_s = self.head_s(self._predict(self.norm_h(h) + self.slot_p[:1], slots))  # [B, 1, K_s]
-            zh_s = pick(logits_s, self.C_s)
-            logits_d = self.head_d(self._predict(self.in_s(zh_s) + self.slot_p[1:], slots))  # [B, r, K_d]
-            zh_d = pick(logits_d, self.C_d)
-            g = self._local(zh_s, zh_d[:, None])
-            steps.append((logits_s, logits_d, zh_s, zh_d))
-        logits_s, logits_d, zh_s, zh_d = (torch.cat(t, 1) for t in zip(*steps, strict=True))
-        return logits_s, logits_d, zh_s, zh_d
+            h = self.remember(g + position[:, i : i + 1], caches=past)  # [B, 1, W]
+            here = [[] for _ in self.PH]  # those of this part's slots
+            logits_s = self.head_s(self.predict(h + self.slot_p[:1], caches=here))  # [B, 1, K_s]
+            zh_s = self.pick(logits_s, self.C_s)
+            # One vector becomes R slots: only the slots' embeddings tell them apart.
+            logits_d = self.head_d(self.predict(self.in_s(zh_s) + self.slot_p[1:], caches=here))
+            zh_d = self.pick(logits_d, self.C_d)  # [B, R, D]
+            g = self.summarize(zh_s, zh_d[:, None])
+            steps.append(dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s, zh_d=zh_d))
+        return {name: torch.cat([step[name] for step in steps], 1) for name in steps[0]}
 
-    def _predict(self, p: Tensor, slots: list[list[Tensor]]) -> Tensor:
-        for block, cache in zip(self.PH, slots, strict=True):
-            p = block(p, cache=cache)
-        return self.norm_p(p)
-
-    @torch.no_grad()
-    def generate(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The most probable token at every step: q_s [B, 16], q_d [B, 48] int64. (If config.soft, `HiPART.densify` decodes
-        the expected embeddings instead, so its pose is not exactly that of these tokens.)"""
-        logits_s, logits_d, _, _ = self.rollout(x_s, conf)
-        return logits_s.argmax(-1), logits_d.argmax(-1)
-
-
-def token_loss(logits_s: Tensor, logits_d: Tensor, q_s: Tensor, q_d: Tensor, lambda_d: float) -> Tensor:
-    """L_2 = CE(q_s, p_s) + lambda_d CE(q_d, p_d) (Eq. 12), means over tokens."""
-    return (F.cross_entropy(logits_s.flatten(0, 1), q_s.flatten())
-            + lambda_d * F.cross_entropy(logits_d.flatten(0, 1), q_d.flatten()))
+    def pick(self, logits: Tensor, C: Tensor) -> Tensor:
+        """What a step hands on: logits [B, n, K], codebook C [K, D] -> [B, n, D]."""
+        return logits.softmax(-1) @ C if self.config.soft else C[logits.argmax(-1)]
 
 
 class HiPART(nn.Module):
@@ -523,188 +575,166 @@ class HiPART(nn.Module):
         self.config = config
         self.msst, self.hiarm = MSST(config), HiARM(config)
 
-    def loss(self, x_s: Tensor, conf: Tensor | None, x_d: Tensor, x_f: Tensor, q_s: Tensor, q_d: Tensor,
-             on_rollout: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_2 (Eq. 12), teacher-forced, and token accuracies; all poses in the model frame.
+    def loss(self, x_s: Tensor, conf: Tensor | None, x_d: Tensor, x_f: Tensor, q_s: Tensor,
+             q_d: Tensor, on_rollout: bool = False) -> tuple[Tensor, dict, dict]:
+        """L_2 (Eq. 12) for the tokens q_s [B, 16] and q_d [B, 48] of the true poses x_d [B, 48, 2]
+        and x_f [B, 96, 2], given x_s [B, 17, 2], all in the model frame -> the loss, its terms and
+        the accuracies of both kinds of token (detached, unweighted), and what HiARM put out.
 
-        on_rollout: the same loss on generation itself, so that the model learns to live with its own history, plus
-        lambda_p times the error of the poses that the frozen tokenizer decodes from it (config.soft makes that
-        differentiable).
+        on_rollout (ours): the same on free-running generation, so that the model learns to live
+        with its own history, plus lambda_p times the error of the poses that the frozen tokenizer
+        decodes from it. config.soft is what makes that differentiable.
         """
+        c = self.config
         if on_rollout:
-            logits_s, logits_d, zh_s, zh_d = self.hiarm.rollout(x_s, conf)
-            y_d, y_f = self.msst.decode_embeddings(zh_s, zh_d)
-            error = (y_d - x_d).norm(dim=-1).mean() + (y_f - x_f).norm(dim=-1).mean()
+            o = self.hiarm.rollout(x_s, conf)
+            xh_d, xh_f = self.msst.decode_embeddings(o["zh_s"], o["zh_d"])
+            pose = (xh_d - x_d).norm(dim=-1).mean() + (xh_f - x_f).norm(dim=-1).mean()
         else:
             logits_s, logits_d = self.hiarm(x_s, q_s, q_d, conf)
-            error = 0.0
-        loss = token_loss(logits_s, logits_d, q_s, q_d, self.config.lambda_d) + self.config.lambda_p * error
-        return loss, dict(acc_s=(logits_s.argmax(-1) == q_s).float().mean().detach(),
-                          acc_d=(logits_d.argmax(-1) == q_d).float().mean().detach())
+            o, pose = dict(logits_s=logits_s, logits_d=logits_d), x_s.new_zeros(())
+        terms = dict(
+            sparse=F.cross_entropy(o["logits_s"].flatten(0, 1), q_s.flatten()),
+            dense=F.cross_entropy(o["logits_d"].flatten(0, 1), q_d.flatten()),
+            pose=pose,
+            acc_s=(o["logits_s"].argmax(-1) == q_s).float().mean(),
+            acc_d=(o["logits_d"].argmax(-1) == q_d).float().mean(),
+        )
+        loss = terms["sparse"] + c.lambda_d * terms["dense"] + c.lambda_p * terms["pose"]
+        return loss, {name: t.detach() for name, t in terms.items()}, o
 
     @torch.no_grad()
     def densify(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x_s [B, 17, 2] and conf [B, 17] (0 = missing; None = all seen) -> x_d [B, 48, 2], x_f [B, 96, 2] (Alg. 1), all
-        in normalised image coordinates. Call `eval()` first: in training mode HiARM's dropout is at work."""
+        """x_s [B, 17, 2] and conf [B, 17] (0: missing; None: all visible) -> x_d [B, 48, 2] and
+        x_f [B, 96, 2] (Alg. 1), all in normalised image coordinates. Call `eval()` first: in
+        training mode dropout is at work."""
         pelvis = detected_pelvis(x_s, conf)
-        _, _, zh_s, zh_d = self.hiarm.rollout(to_model_frame(x_s, pelvis), conf)
-        x_d, x_f = self.msst.decode_embeddings(zh_s, zh_d)
+        o = self.hiarm.rollout(to_model_frame(x_s, pelvis), conf)
+        x_d, x_f = self.msst.decode_embeddings(o["zh_s"], o["zh_d"])
         return from_model_frame(x_d, pelvis), from_model_frame(x_f, pelvis)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 3: lifting (Fig. 11)
 
 
-def lifting_features(x: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """What a lifter sees of x [B, 17 or 161, 2] (normalised image coordinates), as offsets down the hierarchy:
+def lifting_features(x: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
+    """What a lifter sees of x [B, 17 or 161, 2] (normalised image coordinates): offsets down the
+    hierarchy. Raw coordinates train far worse: a network would spend itself on these differences.
 
-    sparse [B, 17, 2]: the pelvis' place in the image, then every joint minus the pelvis;
-    dense [B, 48, 6]: its part's mean minus the pelvis, that mean minus the part's sparse joint, the point minus that mean;
-    fine [B, 96, 2]: the point minus its dense parent; and seen [B, 17], 0 where a joint is missing. Raw coordinates train
-    far worse: the networks would spend their budget on finding these differences.
+    sparse [B, 17, 2]  the pelvis' place in the image, then every joint minus the pelvis; lifters
+                       put what stands for a missing joint in the place of a missing pelvis, too
+    dense [B, 48, 6]   the mean of the point's part minus the pelvis, that mean minus the part's
+                       sparse joint, and the point minus that mean
+    fine [B, 96, 2]    the point minus its dense point
+    dense and fine are absent for 17 points. ValueError for any other number of points.
     """
     if x.shape[1:] not in ((J, 2), (J + J_D + J_F, 2)):
-        raise ValueError(f"a lifter takes [B, 17, 2] or [B, 161, 2] (17 + 48 + 96 points), found {list(x.shape)}")
-    x_s, seen = x[:, :J], torch.ones_like(x[:, :J, 0]) if conf is None else (conf > 0).to(x)
-    pelvis = detected_pelvis(x_s, conf)
-    sparse = torch.cat([pelvis, hide_missing(x_s - pelvis, seen)[:, 1:]], 1)
+        raise ValueError("a lifter takes [B, 17, 2] or [B, 161, 2] (17 + 48 + 96 points), "
+                         f"found {list(x.shape)}")
+    x_s = x[:, :J]
+    visible, pelvis = visible_joints(x_s, conf), detected_pelvis(x_s, conf)
+    sparse = torch.cat([pelvis, hide_missing(x_s - pelvis, visible)[:, 1:]], 1)
     if x.shape[1] == J:
-        return sparse, None, None, seen
+        return dict(sparse=sparse)
     x_d, x_f = x[:, J : J + J_D], x[:, J + J_D :]
     mean = x_d.unflatten(1, (J_S, R)).mean(2)  # [B, 16, 2]
     own = list(PART_JOINT)
-    gap = hide_missing(mean - x_s[:, own], seen[:, own])
+    gap = hide_missing(mean - x_s[:, own], visible[:, own])
     mean, gap = mean.repeat_interleave(R, 1), gap.repeat_interleave(R, 1)  # [B, 48, 2]
     dense = torch.cat([mean - pelvis, gap, x_d - mean], -1)
-    return sparse, dense, x_f - x_d.repeat_interleave(2, 1), seen
+    return dict(sparse=sparse, dense=dense, fine=x_f - x_d.repeat_interleave(2, 1))
 
 
 class Lifter(nn.Module):
-    """What both lifters share: features and targets standardised with the statistics of the training set."""
+    """What all lifters share: features and targets are standardised with the training set's
+    statistics, which are kept as buffers. n_points is 17, or 161 = 17 + 48 + 96."""
 
-    def __init__(self, n_points: int, auxiliary: bool):
+    def __init__(self, n_points: int):
         super().__init__()
-        self.n_points, self.auxiliary = n_points, auxiliary
-        for name, shape in (("sparse", (J, 2)), ("dense", (J_D, 6)), ("fine", (J_F, 2)), ("y", (J, 3))):
+        self.n_points = n_points
+        for name, shape in dict(sparse=(J, 2), dense=(J_D, 6), fine=(J_F, 2), y=(J, 3)).items():
             self.register_buffer(f"mean_{name}", torch.zeros(shape))
             self.register_buffer(f"std_{name}", torch.ones(shape))
 
     @torch.no_grad()
     def standardize(self, x: Tensor, y: Tensor, conf: Tensor | None = None) -> None:
-        """Take means and standard deviations from training samples x [N, J, 2], y [N, 17, 3] mm. `x` may hold all 161
-        points for a lifter of 17: its auxiliary targets are standardised with them."""
-        sparse, dense, fine, _ = lifting_features(x, conf)
-        for name, t in (("sparse", sparse), ("dense", dense), ("fine", fine), ("y", y)):
-            if t is not None:
-                getattr(self, f"mean_{name}").copy_(t.mean(0))
-                getattr(self, f"std_{name}").copy_(t.std(0, correction=0).clamp_min(1e-6))
-        self.std_y.fill_(float(y.std(correction=0)))  # one scale for all joints: MPJPE weighs millimetres alike
+        """Take the statistics from training samples x [N, n_points, 2] and y [N, 17, 3] mm."""
+        for name, t in (lifting_features(x, conf) | dict(y=y)).items():
+            getattr(self, f"mean_{name}").copy_(t.mean(0))
+            getattr(self, f"std_{name}").copy_(t.std(0, correction=0).clamp_min(1e-6))
+        # One scale for all joints, as MPJPE weighs the millimetres of all joints alike.
+        self.std_y.fill_(float(y.std(correction=0)))
 
-    def features(self, x: Tensor, conf: Tensor | None) -> list[Tensor | None]:
+    def features(self, x: Tensor, conf: Tensor | None) -> dict[str, Tensor]:
+        """The standardised `lifting_features`. ValueError for another number of points."""
         if x.shape[1] != self.n_points:
-            raise ValueError(f"this lifter was made for {self.n_points} points, found x {list(x.shape)}")
-        *levels, seen = lifting_features(x, conf)
-        return [None if t is None else (t - getattr(self, f"mean_{n}")) / getattr(self, f"std_{n}")
-                for n, t in zip(("sparse", "dense", "fine"), levels, strict=True)] + [seen]
+            raise ValueError(
+                f"this lifter was made for {self.n_points} points, found x {list(x.shape)}")
+        return {name: (t - getattr(self, f"mean_{name}")) / getattr(self, f"std_{name}")
+                for name, t in lifting_features(x, conf).items()}
 
 
 class SpatialLifter(Lifter):
-    """The vanilla spatial transformer of PoseFormer and MixSTE (Fig. 11): points [B, J, 2] -> joints [B, 17, 3] in mm.
+    """The vanilla spatial transformer of PoseFormer and MixSTE (Fig. 11): a token per point, and
+    the head reads the first 17 of them.
 
-    J is 17 or 161; the head reads the first 17 tokens. 900,003 parameters with 17 points (the paper's 0.9M), and one
-    learned token of 96 numbers for a missing joint. x in normalised image coordinates; y relative to the pelvis.
+    With 17 points it has the paper's 0.9M parameters, and a learned token for a missing joint.
     """
 
-    def __init__(self, n_points: int = J + J_D + J_F, width: int = 96, blocks: int = 12, heads: int = 6,
-                 auxiliary: bool = False):
-        super().__init__(n_points, auxiliary)
+    def __init__(self, n_points: int = J + J_D + J_F, width: int = 96, blocks: int = 12,
+                 heads: int = 6):
+        super().__init__(n_points)
         self.embed_s = nn.Linear(2, width)
         if n_points > J:
             self.embed_d, self.embed_f = nn.Linear(6, width), nn.Linear(2, width)
         self.missing = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(torch.zeros(n_points, width))
-        rates = torch.linspace(0, 0.1, blocks).tolist()
-        self.blocks = nn.ModuleList([Block(width, heads, 2, drop_path=p, eps=1e-6) for p in rates])
+        rates = torch.linspace(0, 0.1, blocks).tolist()  # of drop path, rising with depth
+        self.blocks = nn.ModuleList(
+            [Block(width, heads, 2, drop_path=p, eps=1e-6) for p in rates])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3))
-        if auxiliary:
-            self.aux_head = nn.Linear(J * width, J_D * 6 + J_F * 2)
 
-    def forward(self, x: Tensor, conf: Tensor | None = None, with_auxiliary: bool = False):
-        sparse, dense, fine, seen = self.features(x, conf)
-        tokens = torch.where(seen[..., None] > 0, self.embed_s(sparse), self.missing)  # [B, 17, W]
-        if dense is not None:
-            tokens = torch.cat([tokens, self.embed_d(dense), self.embed_f(fine)], 1)  # [B, 161, W]
-        tokens = tokens + self.position
-        for block in self.blocks:
-            tokens = block(tokens)
-        tokens = self.norm(tokens[:, :J])
-        y = self.head(tokens) * self.std_y + self.mean_y
-        return (y, self.aux_head(tokens.flatten(1))) if with_auxiliary else y
+    def forward(self, x: Tensor, conf: Tensor | None = None) -> Tensor:
+        """x [B, n_points, 2] in normalised image coordinates, conf [B, 17] -> y [B, 17, 3] in mm,
+        relative to the pelvis, in the camera's axes."""
+        f, visible = self.features(x, conf), visible_joints(x[:, :J], conf)
+        tokens = torch.where(visible[..., None] > 0, self.embed_s(f["sparse"]), self.missing)
+        if self.n_points > J:
+            tokens = torch.cat([tokens, self.embed_d(f["dense"]), self.embed_f(f["fine"])], 1)
+        tokens = run_blocks(self.blocks, tokens + self.position)  # [B, n_points, width]
+        # Two LayerNorms in a row, as in PoseFormer: one ends the blocks, one begins the head.
+        return self.head(self.norm(tokens[:, :J])) * self.std_y + self.mean_y
 
 
-class ResidualMLP(nn.Module):
-    """After Martinez et al. 2017: linear, then residual blocks of two (linear, SiLU), then linear. Without their batch norm
-    and dropout: both are noise on a coordinate, and on fresh detections in every epoch they only cost accuracy. SiLU
-    instead of ReLU: what perspective does is smooth (README)."""
-
-    def __init__(self, n_in: int, n_out: int, width: int, blocks: int):
-        super().__init__()
-
-        def layer(n: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(n, width), nn.SiLU())
-
-        self.first = layer(n_in)
-        self.blocks = nn.ModuleList([nn.Sequential(layer(width), layer(width)) for _ in range(blocks)])
-        self.last = nn.Linear(width, n_out)
-
-    def forward(self, x: Tensor, with_hidden: bool = False):
-        x = self.first(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return (self.last(x), x) if with_hidden else self.last(x)
+# --------------------------------------------------------------------------------------------------
 
 
-class MLPLifter(Lifter):
-    """The field's simple baseline, after Martinez et al. 2017, for machines without a GPU. Interface of SpatialLifter."""
+def main() -> None:
+    """Walk random poses through an untrained model of the paper's sizes, and print each step."""
+    model, lifter = HiPART(Config()).eval(), SpatialLifter().eval()
+    x_s, conf = torch.rand(1, J, 2) - 0.5, torch.ones(1, J)
+    conf[0, 16] = 0  # the detector missed the right wrist
+    o = model.msst(torch.randn(1, J_F, 2))
+    r = model.hiarm.rollout(to_model_frame(x_s, detected_pelvis(x_s, conf)), conf)
+    x_d, x_f = model.densify(x_s, conf)
+    y = lifter(torch.cat([x_s, x_d, x_f], 1), conf)
+    for text, values in {
+        "Stage 1, MSST: from a fine pose to tokens and back": {},
+        "sparse embeddings and their tokens, Eq. 1": dict(z_s=o["z_s"], q_s=o["q_s"]),
+        "dense embeddings z'_d and their tokens, Eq. 2": dict(zp_d=o["zp_d"], q_d=o["q_d"]),
+        "decoded dense and fine points; actions, Eq. 4": {k: o[k] for k in ("x_d", "x_f", "p_A")},
+        "Stage 2, HiARM: tokens from a detection, in 16 steps of Eq. 9, 10 and 11": {},
+        "a detection, and the logits of the tokens": dict(
+            x_s=x_s, p_s=r["logits_s"], p_d=r["logits_d"]),
+        "generated dense and fine points, Alg. 1": dict(x_d=x_d, x_f=x_f),
+        "Stage 3, SpatialLifter: 17 + 48 + 96 points become 3D, Fig. 11": {},
+        "joints in mm, relative to the pelvis": dict(y=y),
+    }.items():
+        shapes = "  ".join(f"{name} {list(value.shape)}" for name, value in values.items())
+        print(f"  {shapes:55}{text}" if values else text)
 
-    def __init__(self, n_points: int = J + J_D + J_F, width: int = 1024, blocks: int = 2, auxiliary: bool = False):
-        super().__init__(n_points, auxiliary)
-        n_in = J * 3 + (J_D * 6 + J_F * 2 if n_points > J else 0)
-        self.mlp = ResidualMLP(n_in, J * 3, width, blocks)
-        if auxiliary:
-            self.aux_head = nn.Linear(width, J_D * 6 + J_F * 2)
 
-    def forward(self, x: Tensor, conf: Tensor | None = None, with_auxiliary: bool = False):
-        sparse, dense, fine, seen = self.features(x, conf)
-        flat = [(sparse * seen[..., None]).flatten(1), seen]  # a missing joint is its training mean, and flagged
-        if dense is not None:
-            flat += [dense.flatten(1), fine.flatten(1)]
-        y, hidden = self.mlp(torch.cat(flat, 1), with_hidden=True)
-        y = y.unflatten(1, (J, 3)) * self.std_y + self.mean_y
-        return (y, self.aux_head(hidden)) if with_auxiliary else y
-
-
-class Regressor(nn.Module):
-    """The plain rival of tokens: an MLP from the sparse pose straight to dense and fine points, in one step.
-
-    Same interface as `HiPART.densify`; trained on the mean distance, so it learns where a point most likely is.
-    """
-
-    def __init__(self, width: int = 1024, blocks: int = 3):
-        super().__init__()
-        self.mlp = ResidualMLP(J * 3, (J_D + J_F) * 2, width, blocks)
-
-    def forward(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Model frame: x_s [B, 17, 2] -> x_d [B, 48, 2], x_f [B, 96, 2]."""
-        seen = torch.ones_like(x_s[..., 0]) if conf is None else (conf > 0).to(x_s)
-        out = self.mlp(torch.cat([hide_missing(x_s, seen).flatten(1), seen], 1)).unflatten(1, (J_D + J_F, 2))
-        return out[:, :J_D], out[:, J_D:]
-
-    @torch.no_grad()
-    def densify(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Normalised image coordinates: x_s [B, 17, 2] -> x_d [B, 48, 2], x_f [B, 96, 2]."""
-        pelvis = detected_pelvis(x_s, conf)
-        x_d, x_f = self(to_model_frame(x_s, pelvis), conf)
-        return from_model_frame(x_d, pelvis), from_model_frame(x_f, pelvis)
+if __name__ == "__main__":
+    main()

@@ -1,711 +1,571 @@
 """Train HiPART: data, stages 1 to 3, tables and figures.
 
-    python train.py                          # everything, with the preset that suits this machine
-    python train.py --preset standard        # quick | standard | paper
-    python train.py --stage 1                # one stage; 2 and 3 need the stages before them
-    python train.py --resume                 # go on where an interrupted run stopped
-    python train.py --gcsab-blocks 2 --name shallow     # any field of hipart.Config
+    python train.py                       # everything, with the preset that suits this machine
+    python train.py --preset standard     # quick | standard | paper
+    python train.py --stage 1             # one stage; 2 and 3 need the stages before them
+    python train.py --resume              # go on where an interrupted run stopped
+    python train.py --gcsab_blocks 2 --name shallow     # any field of Config or Training
 
-Stage 1 learns the tokenizer (MSST), stage 2 the transformer (HiARM), stage 3 the rivals' regressor and one lifter for
-every kind of input ("feed") that evaluate.py compares. Everything lands in runs/NAME: log.jsonl has one line per epoch,
-every checkpoint holds model, optimiser, step, random state and config, and is written beside and renamed.
+Stage 1 learns the tokenizer (MSST) and stage 2 the transformer (HiARM). Stage 3 learns a plain
+regressor for comparison, and one lifter for every *input* that evaluate.py compares. All of it goes
+to runs/NAME (checkpoints.py says in what form). At the end, evaluate.py and sample.py show whatever
+has been trained.
 """
 
 import argparse
-import copy
 import dataclasses
-import hashlib
-import json
-import math
 import os
-import pickle
 import subprocess
 import sys
-import time
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hipart import (
-    J_D,
-    J_S,
-    SCALE,
-    Config,
-    HiPART,
-    J,
-    MLPLifter,
-    Regressor,
-    SpatialLifter,
-    detected_pelvis,
-    lifting_features,
-    normalize_screen,
-    to_model_frame,
+from baselines import MLPLifter, Regressor
+from checkpoints import (
+    Loop,
+    Run,
+    adamw,
+    choose_device,
+    load_checkpoint,
+    load_finished,
+    restore,
+    stop,
+    warmup_cosine,
 )
-from prepare_data import detect, drop_joints, load
+from hipart import J_D, J_F, J_S, MSST, SCALE, Config, HiPART, J, SpatialLifter, detected_pelvis
+from sources.dataset import BLOCK, Split, in_model_frame
 
-# The same three stages everywhere. The small presets shrink width, depth, codebooks, samples and epochs, take the lifter
-# that a CPU can afford, and turn on what goes beyond the paper in HiARM (condition, soft). `paper` is Config() but for
-# one number: the paper's 20 epochs of stage 1 are for 38 times the samples of the default data.
-SMALL = dict(D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64, lr_1=2e-3, ema_decay=0.98,
-             width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, lr_2=1e-3, condition="every", soft=True,
-             epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2, lr_3=4e-3, weight_decay_3=0.05,
-             cosine_3=True, turn_3=0.5)
+
+@dataclass(frozen=True)
+class Training:
+    """How the model is trained. The defaults are the paper's (appendix C) unless a comment says
+    "ours". What the model is made of stands in `hipart.Config`."""
+
+    limit: int = 0  # ours: so many training samples, evenly spread; 0 takes all
+    # Stage 1: AdamW with a linear warm-up and a cosine decay
+    warmup_free: int = 150  # ours: steps without quantization, before k-means sets the codebooks
+    epochs_1: int = 20
+    batch_1: int = 128
+    lr_1: float = 1e-3
+    weight_decay_1: float = 0.15
+    warmup_1: int = 500  # steps of the warm-up
+    # Stage 2: AdamW, the same schedule
+    epochs_2: int = 50
+    epochs_soft: int = 0  # ours: so many last epochs train on free-running generation
+    batch_2: int = 64
+    lr_2: float = 5e-4
+    weight_decay_2: float = 0.03
+    warmup_2: int = 500
+    # Stage 3: Adam, times 0.96 every 4 epochs
+    lifter: str = "spatial"  # Fig. 11; "mlp" (after Martinez et al. 2017) is for small machines
+    lifter_width: int = 96
+    lifter_blocks: int = 12
+    epochs_3: int = 25
+    batch_3: int = 256
+    lr_3: float = 1e-3
+    weight_decay_3: float = 0.0  # on all parameters
+    cosine_3: bool = False  # ours: warm-up and cosine decay instead
+    turn_3: float = 0.0  # ours: standard deviation, in rad, by which training poses are turned
+    draws_3: int = 25  # draws of detections that HiPART densifies for training
+    epochs_r: int = 50  # ours: the plain regressor
+    regressor_width: int = 1024
+
+    def __post_init__(self):
+        if self.lifter not in ("spatial", "mlp"):
+            raise ValueError(f"lifter must be one of spatial, mlp, found {self.lifter!r}")
+        for name, value in vars(self).items():
+            least = 0 if name.startswith(("limit", "warmup", "epochs_soft")) else 1
+            if type(value) is int and value < least:
+                raise ValueError(f"{name} must be at least {least}, found {value}")
+
+
+# A preset is a pair of overrides, of Config and of Training. The three stages are the same in all.
+# The small presets shrink width, depth, codebooks, samples and epochs, take the lifter that a CPU
+# can afford, and switch on what goes beyond the paper in HiARM. `paper` differs from the defaults
+# in one number: 20 epochs of stage 1 are meant for 38 times the samples of the default data.
+SMALL_MODEL = dict(
+    D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64, ema_decay=0.98,
+    width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, condition="every", soft=True,
+)  # fmt: skip
+SMALL_TRAINING = dict(
+    lr_1=2e-3, lr_2=1e-3, epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2,
+    lr_3=4e-3, weight_decay_3=0.05, cosine_3=True, turn_3=0.5,
+)  # fmt: skip
+QUICK = dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_r=45, epochs_3=8,
+             draws_3=2)  # fmt: skip
+STANDARD = dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=36, draws_3=4)
 PRESETS = {
-    "quick": SMALL | dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_r=45, epochs_3=8, draws_3=2),
-    "standard": SMALL | dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=36, draws_3=4),
-    "paper": dict(epochs_1=40),
+    "quick": (SMALL_MODEL, SMALL_TRAINING | QUICK),
+    "standard": (SMALL_MODEL, SMALL_TRAINING | STANDARD),
+    "paper": ({}, dict(epochs_1=40)),
 }
-FEEDS = {  # name: (what the lifter is fed with, the letter of the README's table)
-    "sparse": "a  detected sparse only",
+
+INPUTS = {  # what a lifter is given, by name: its row in the tables
+    "sparse": "a  sparse",
     "generated": "b  sparse + generated dense + fine (HiPART)",
     "ground_truth": "c  sparse + ground-truth dense + fine (bound)",
     "regressor": "d  sparse + dense + fine from a plain regressor",
-    "auxiliary": "e  sparse only, auxiliary loss on dense + fine",
-    "sparse_clean": "-  clean sparse only",
+    "sparse_clean": "-  clean sparse",
     "ground_truth_clean": "-  clean sparse + ground-truth dense + fine",
 }
-NEED_FIT = ("ground_truth", "auxiliary", "ground_truth_clean")  # their training needs true dense and fine points
-FOCAL = 2.29  # of all cameras here, in normalised image coordinates: Human3.6M's 1145 px on 1000 px images
-BLOCK = 8192  # samples read, detected and moved to the device at once
+NEED_MESH = ("ground_truth", "ground_truth_clean")  # they train on true dense and fine points
+FOCAL = 2.29  # of all cameras, in normalised image coordinates: 1145 px in images of 1000 px
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
+# --------------------------------------------------------------------------------------------------
+# What has been trained
 
 
-class Split:
-    """One split of a data set, read in blocks of tensors. Poses come out in normalised image coordinates.
-
-    limit: only so many samples, evenly spread (0: all); fitted: only those that have dense and fine points.
-    """
-
-    def __init__(self, data: str, name: str, device: torch.device, limit: int = 0, fitted: bool = False):
-        try:
-            self.arrays, self.meta = load(Path(data).name, name, Path(data).parent)
-        except (ValueError, OSError) as e:
-            stop(str(e))
-        self.w, self.h = self.meta["image_size"]
-        self.device, self.n = device, len(self.arrays["x_s"])
-        self.rows = np.arange(self.n)
-        chosen = self.with_fit() if fitted else self
-        chosen = chosen.spread(limit) if limit else chosen
-        self.rows, self.n = chosen.rows, chosen.n
-
-    def _chosen(self, rows: np.ndarray) -> "Split":
-        other = copy.copy(self)
-        other.rows, other.n = rows, len(rows)
-        return other
-
-    def with_fit(self) -> "Split":
-        """Only the samples that have dense and fine points."""
-        return self._chosen(self.rows[self.arrays["fit"][self.rows]]) if "fit" in self.arrays else self
-
-    def spread(self, n: int) -> "Split":
-        """At most n samples, evenly spread."""
-        n = min(n, self.n)
-        return self._chosen(self.rows[np.arange(n) * self.n // max(n, 1)])
-
-    def read(self, rows, rng: np.random.Generator | None = None, clean: bool = False) -> dict[str, Tensor]:
-        """Samples `rows` as tensors: x_s [n, 17, 2], conf [n, 17], x_d, x_f, y [n, 17, 3] mm, action, height_px, fit [n].
-
-        x_s is what the detector gives: the stored draw, or a fresh one if `rng` is given (of real detections: with fresh
-        joint dropout), or the clean projection. x_d and x_f mean nothing where fit is False.
-        """
-        a = {k: np.array(v[self.rows[rows]]) for k, v in self.arrays.items()}
-        a.setdefault("fit", np.ones(len(a["y"]), bool))
-        if clean:
-            a["conf"] = np.ones(a["x_s"].shape[:2], np.float32)
-        elif rng is not None and self.meta["noise"]:
-            a["x_s"], a["conf"] = detect(a["x_s"], a["height_px"], rng, self.meta["noise"])
-        else:
-            a["x_s"] = a["x_s_det"]
-            if rng is not None:
-                a["x_s"], a["conf"] = drop_joints(a["x_s"], a["conf"], a["height_px"], rng)
-        names = ("x_s", "conf", "x_d", "x_f", "y", "action", "height_px", "fit")
-        t = {k: torch.from_numpy(a[k]).to(self.device) for k in names}
-        for k in ("x_s", "x_d", "x_f"):
-            t[k] = normalize_screen(t[k], self.w, self.h)
-        t["x_s"] = t["x_s"] * (t["conf"] > 0)[..., None]
-        return t
-
-    def blocks(self, rng: np.random.Generator | None = None, clean: bool = False, size: int = BLOCK):
-        """All samples in order."""
-        for start in range(0, self.n, size):
-            yield self.read(slice(start, min(start + size, self.n)), rng, clean)
-
-    def batches(self, size: int, rng: np.random.Generator | None, clean: bool = False, prepare=lambda block, rows: block):
-        """One epoch of shuffled full batches, or one smaller batch if there are not enough samples for a full one; the
-        order comes from torch's random state, and `prepare` sees each block once."""
-        order = torch.randperm(self.n).numpy()
-        for start in range(0, self.n, BLOCK):
-            rows = np.sort(order[start : start + BLOCK])
-            if start and len(rows) < size:
-                return
-            block = prepare(self.read(rows, rng, clean), rows)
-            shuffled = torch.randperm(len(rows)).to(self.device)
-            for i in range(0, len(rows) - size + 1, size) if len(rows) >= size else [0]:
-                yield {k: v[shuffled[i : i + size]] for k, v in block.items()}
-
-    def steps(self, size: int) -> int:
-        return max(1, sum(min(BLOCK, self.n - start) // size for start in range(0, self.n, BLOCK)))
-
-    def pixels(self, a: Tensor, b: Tensor) -> Tensor:
-        """Mean distance of normalised points, in pixels of the image."""
-        return (a - b).norm(dim=-1).mean() * (self.w / 2)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One loop for all models
-
-
-@dataclass
-class Run:
-    """Where a run writes, and what it was told."""
-
-    path: Path
-    config: Config
-    device: torch.device
-    seed: int = 0
-    data: str = "data/demo"
-    limit: int = 0  # training samples used; 0 = all
-    resume: bool = False
-
-    def identity(self) -> dict:
-        """What must not change when a run resumes, beside its config."""
-        return dict(seed=self.seed, data=self.data, limit=self.limit, samples=self.samples())
-
-    def samples(self) -> str:
-        """A name for the data set by all that its meta.json says, but for the versions of libraries."""
-        meta = {k: v for k, v in json.loads(Path(self.data, "meta.json").read_text()).items() if k != "versions"}
-        return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
-
-    def log(self, **row) -> None:
-        with open(self.path / "log.jsonl", "a") as f:
-            f.write(json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
-
-    def forget(self, model: str, epoch: int) -> None:
-        """Drop log lines of epochs that never reached a checkpoint: a resumed run writes them again."""
-        path = self.path / "log.jsonl"
-        rows = path.read_text().splitlines() if path.exists() else []
-        kept = [r for r in rows if json.loads(r)["model"] != model or json.loads(r)["epoch"] <= epoch]
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(r + "\n" for r in kept))
-        os.replace(beside, path)
-
-    def split(self, name: str, fitted: bool = False) -> Split:
-        return Split(self.data, name, self.device, self.limit if name == "train" else 0, fitted)
-
-    def rng(self, *key: int) -> np.random.Generator:
-        """Random numbers for the simulated detector, keyed by stage, seed and epoch: an epoch can be drawn again."""
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
-
-
-def _rounded(v):
-    if isinstance(v, dict):
-        return {k: _rounded(x) for k, x in v.items()}
-    return float(f"{float(v):.6g}") if isinstance(v, (float, Tensor)) else v
-
-
-def stop(message: str) -> NoReturn:
-    """The user's mistake, in one sentence, and exit status 2."""
-    tqdm.write(message, file=sys.stderr)  # not glued to an open progress bar
-    raise SystemExit(2)
-
-
-def save_checkpoint(path: Path, **content) -> None:
-    """torch.save beside and rename: a reader sees the old file or the new one, never half of one."""
-    beside = path.with_suffix(".tmp")
-    torch.save(content, beside)
-    os.replace(beside, path)
-
-
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """A checkpoint of this project; one sentence and exit status 2 if it is missing or unreadable."""
-    if not path.exists():
-        stop(f"{path} is not there: {_how_to_make(path)}")
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
-        stop(f"{path} is not a readable checkpoint ({type(e).__name__}): delete it and {_how_to_make(path)}")
-    fields, wanted = {f.name for f in dataclasses.fields(Config)}, {"model", "config", "epoch", "epochs"}
-    if not isinstance(saved, dict) or not wanted <= set(saved) or set(saved["config"]) != fields:
-        stop(f"{path} is not a checkpoint of this version of the project: delete it and {_how_to_make(path)}")
-    return saved
-
-
-def restore(module: nn.Module, saved: dict, path: Path) -> None:
-    """load_state_dict, or one sentence if the sizes do not fit."""
-    try:
-        module.load_state_dict(saved["model"])
-    except RuntimeError:
-        stop(f"{path} has weights of other sizes than this config: use the options that it was trained with")
-
-
-def load_finished(run: Run, name: str, same_data: bool = False) -> dict:
-    """The checkpoint of an earlier stage, which must have run to its end; same_data: on the data of this run, too."""
-    path = run.path / f"{name}.pt"
-    saved = load_checkpoint(path, run.device)
-    if saved["epoch"] < saved["epochs"]:
-        stop(f"{path} is unfinished ({saved['epoch']} of {saved['epochs']} epochs): go on with --resume")
-    if same_data and saved["run"].get("samples", run.samples()) != run.samples():
-        stop(f"{path} was trained on other data than {run.data} holds now: train it again under another --name")
-    return saved
-
-
-def _how_to_make(path: Path) -> str:
-    stage = {"stage1": 1, "stage2": 2}.get(path.stem, 3)
-    return f"run `python train.py --name {path.parent.name} --stage {stage}` (and the options of that run) first"
-
-
-def fit(run: Run, name: str, model: nn.Module, optimizer, epochs: int, lr_at, train: Split, size: int, batches, loss_of,
-        validate, after_step=None) -> nn.Module:
-    """Train `model` and keep runs/NAME/{name}.pt up to date; with run.resume go on where it stopped.
-
-    lr_at(step, steps) -> factor on the learning rate; batches(epoch) -> iterator; loss_of(batch) -> (loss, terms, output);
-    validate() -> dict for the log; after_step(step, batch, output) for codebooks.
-    """
-    path, per_epoch = run.path / f"{name}.pt", train.steps(size)
-    base = [g["lr"] for g in optimizer.param_groups]
-    first, step, spent = 0, 0, 0.0
-    if path.exists() and run.resume:
-        saved = load_checkpoint(path, run.device)
-        if saved["config"] != dataclasses.asdict(run.config) or saved.get("run") != run.identity():
-            stop(f"{path} was trained with other options: resume with the same ones, or choose another --name")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        set_random_state(saved["random"])
-        first, step, spent = saved["epoch"], saved["step"], saved["seconds"]
-        run.forget(name, first)
-    elif path.exists():
-        stop(f"{path} exists already: add --resume to go on, or choose another --name")
-    for epoch in range(first, epochs):
-        began, sums = time.perf_counter(), {}
-        model.train()
-        bar = tqdm(batches(epoch), total=per_epoch, desc=f"{name} {epoch + 1}/{epochs}", leave=False, mininterval=1)
-        for batch in bar:
-            for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = lr * lr_at(step, per_epoch * epochs)
-            try:
-                loss, terms, output = loss_of(batch)
-            except ValueError as e:  # nearest_code refuses NaN; on a GPU it gives an index that the look-up refuses
-                stop(f"{name}, step {step}: {e}; try a lower learning rate")
-            except RuntimeError as e:
-                if "device-side assert" not in str(e):
-                    raise
-                stop(f"{name}, step {step}: a value became infinite or NaN; try a lower learning rate")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            if after_step:
-                after_step(step, batch, output)
-            step += 1
-            for k, v in terms.items():
-                sums[k] = sums.get(k, 0.0) + v
-            if step % 20 == 0:
-                bar.set_postfix({k: f"{float(v):.3g}" for k, v in terms.items()})
-        if not all(math.isfinite(float(v)) for v in sums.values()):
-            stop(f"{name}: the loss became infinite or NaN in epoch {epoch + 1}; try a lower learning rate")
-        model.eval()
-        with torch.no_grad():
-            result = validate()
-        spent += time.perf_counter() - began
-        row = dict(model=name, epoch=epoch + 1, steps=step, seconds=spent, lr=optimizer.param_groups[0]["lr"],
-                   train={k: v / per_epoch for k, v in sums.items()}, val=result)
-        run.log(**row)
-        print(f"{name} {epoch + 1}/{epochs}  {spent:.0f} s  " + "  ".join(f"{k} {float(v):.4g}" for k, v in result.items()),
-              flush=True)
-        save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), random=random_state(),
-                        config=dataclasses.asdict(run.config), run=run.identity(), epochs=epochs, epoch=epoch + 1, step=step,
-                        seconds=spent,
-                        val={k: float(v) for k, v in result.items()})
-    return model.eval()
-
-
-def random_state() -> dict:
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-
-
-def set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-
-
-def warmup_cosine(warmup: int):
-    """Linear warm-up over `warmup` steps (at most a tenth of them), then half a cosine down to zero."""
-
-    def factor(step: int, steps: int) -> float:
-        rise = max(1, min(warmup, steps // 10))
-        return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))))
-
-    return factor
-
-
-def adamw(model: nn.Module, lr: float, weight_decay: float, device: torch.device):
-    """AdamW with weight decay on matrices only; biases and norms go without."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage 1
-
-
-def stage_1(run: Run):
-    """The tokenizer. It sees no detection, yet its frame is a detected pelvis: so the shift is one that a detector gives."""
-    c, train, val = run.config, run.split("train", fitted=True), run.split("val")
-    if len(train.meta["actions"]) > c.n_actions:
-        n = len(train.meta["actions"])
-        stop(f"{run.data} has {n} actions, and the model is made for {c.n_actions}: add --n_actions {n}")
-    steps = c.epochs_1 * train.steps(c.batch_1)
-    if steps <= c.warmup_free:
-        stop(f"stage 1 has {steps} steps, and the codebooks begin only after --warmup_free {c.warmup_free}: train longer")
-    if train.n * J_S < c.K_s or train.n * J_D < c.K_d:
-        stop(f"{train.n} training samples are too few to start {c.K_s} and {c.K_d} codes: lower --K_s and --K_d")
-    torch.manual_seed(run.seed)
-    model = HiPART(c).msst.to(run.device)
-
-    def in_frame(block, rows=None):
-        pelvis = detected_pelvis(block["x_s"], block["conf"])
-        return dict(x_f=to_model_frame(block["x_f"], pelvis), x_d=to_model_frame(block["x_d"], pelvis), a=block["action"])
-
-    def loss_of(b):
-        return model.loss(b["x_f"], b["x_d"], b["a"])
-
-    def after_step(step, batch, output):
-        model.update_codebooks(output)
-        if step + 1 == max(1, c.warmup_free):
-            rows = torch.randperm(train.n)[: 8 * max(c.K_s, c.K_d)].sort().values.numpy()
-            model.initialize_codebooks(in_frame(train.read(rows, run.rng(1, 10**6)))["x_f"], c.batch_1)
-
-    def validate():
-        return tokenizer_report(model, val, in_frame)
-
-    return fit(run, "stage1", model, adamw(model, c.lr_1, c.weight_decay_1, run.device), c.epochs_1,
-               warmup_cosine(c.warmup_1), train, c.batch_1,
-               lambda epoch: train.batches(c.batch_1, run.rng(1, epoch), prepare=in_frame), loss_of, validate, after_step)
-
-
-@torch.no_grad()
-def tokenizer_report(model, split: Split, in_frame) -> dict:
-    """Errors in pixels; perplexity and dead codes (unused over this whole split) of both codebooks; alignment."""
-    c, sums, n = model.config, {}, 0
-    used_s, used_d = torch.zeros(c.K_s, device=split.device), torch.zeros(c.K_d, device=split.device)
-    for block in split.blocks():
-        b = in_frame(block)
-        _, terms, o = model.loss(b["x_f"], b["x_d"], b["a"])
-        part = dict(fine_px=split.pixels(o["x_f"], b["x_f"]) * SCALE, dense_px=split.pixels(o["x_d"], b["x_d"]) * SCALE,
-                    L_local=terms["local"], L_global=terms["action"],
-                    action_accuracy=(o["p_A"].argmax(-1) == b["a"]).float().mean())
-        for k, v in part.items():
-            sums[k] = sums.get(k, 0.0) + float(v) * len(b["a"])
-        n += len(b["a"])
-        used_s += torch.bincount(o["q_s"].flatten(), minlength=c.K_s)
-        used_d += torch.bincount(o["q_d"].flatten(), minlength=c.K_d)
-    result = {k: v / n for k, v in sums.items()}
-    for name, used in (("s", used_s), ("d", used_d)):
-        p = used / used.sum()
-        result[f"perplexity_{name}"] = float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
-        result[f"dead_{name}"] = float((used == 0).float().mean())
-    return result
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage 2
-
-
-def stage_2(run: Run):
-    """HiARM on a fresh detection of every pose in every epoch; the tokenizer is frozen."""
-    c, train, val = run.config, run.split("train", fitted=True), run.split("val")
-    torch.manual_seed(run.seed)
-    model = HiPART(c).to(run.device)
-    restore(model.msst, load_finished(run, "stage1", same_data=True), run.path / "stage1.pt")
-    model.msst.eval().requires_grad_(False)
-    hiarm = model.hiarm
-    hiarm.set_codebooks(model.msst)
-
-    @torch.no_grad()
-    def tokenized(block, rows=None):
-        pelvis = detected_pelvis(block["x_s"], block["conf"])
-        x_f = to_model_frame(block["x_f"], pelvis)
-        pairs = [model.msst.encode(part) for part in x_f.split(1024)]
-        return dict(x_s=to_model_frame(block["x_s"], pelvis), conf=block["conf"], x_f=x_f,
-                    x_d=to_model_frame(block["x_d"], pelvis),
-                    q_s=torch.cat([p[0] for p in pairs]), q_d=torch.cat([p[1] for p in pairs]))
-
-    rollout = False
-
-    def batches(epoch):
-        nonlocal rollout
-        rollout = epoch >= c.epochs_2 - c.epochs_soft
-        return train.batches(c.batch_2, run.rng(2, epoch), prepare=tokenized)
-
-    def loss_of(b):
-        loss, terms = model.loss(**b, on_rollout=rollout)
-        return loss, terms | dict(loss=loss.detach()), None
-
-    def validate():
-        sums = {}
-        for block in val.blocks(size=512):
-            loss, terms = model.loss(**tokenized(block))
-            x_d, x_f = model.densify(block["x_s"], block["conf"])
-            part = terms | dict(loss=loss, fine_px=val.pixels(x_f, block["x_f"]), dense_px=val.pixels(x_d, block["x_d"]))
-            for k, v in part.items():
-                sums[k] = sums.get(k, 0.0) + float(v) * len(x_f)
-        return {k: v / val.n for k, v in sums.items()}
-
-    fit(run, "stage2", hiarm, adamw(hiarm, c.lr_2, c.weight_decay_2, run.device), c.epochs_2, warmup_cosine(c.warmup_2),
-        train, c.batch_2, batches, loss_of, validate)
-    return model
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage 3: the rivals' regressor, the generated training set, one lifter per feed
+def load_msst(run: Run) -> MSST:
+    """The tokenizer of a run, frozen."""
+    saved = load_finished(run, "stage1")
+    model = MSST(Config(**saved["config"])).to(run.device)
+    return restore(model, saved)
 
 
 def load_hipart(run: Run) -> HiPART:
     """Stages 1 and 2 of a run, frozen."""
-    saved = {s: load_finished(run, f"stage{s}") for s in (1, 2)}
-    if len({s["run"].get("samples") for s in saved.values()} - {None}) > 1:  # None: made before this was kept
-        stop(f"{run.path}: stage 2 was trained on other data than stage1.pt; train it again under another --name")
-    model = HiPART(Config(**saved[2]["config"])).to(run.device)
-    restore(model.msst, saved[1], run.path / "stage1.pt")
-    restore(model.hiarm, saved[2], run.path / "stage2.pt")
+    first, second = load_finished(run, "stage1"), load_finished(run, "stage2")
+    again = "train it again under another --name"
+    if first["run"]["samples"] != second["run"]["samples"]:
+        stop(f"{run.path}: stage 2 was trained on other data than stage1.pt; {again}")
+    model = HiPART(Config(**second["config"])).to(run.device)
+    restore(model.msst, first)
+    restore(model.hiarm, second)
     if not torch.equal(model.hiarm.C_s, model.msst.Q_s.codebook):
-        stop(f"{run.path}: stage 2 was trained on another tokenizer than stage1.pt; train it again under another --name")
-    return model.eval().requires_grad_(False)
+        stop(f"{run.path}: stage 2 was trained on another tokenizer than stage1.pt; {again}")
+    return model.eval()
 
 
 def load_regressor(run: Run) -> Regressor:
+    """The plain regressor of a run, frozen."""
     saved = load_finished(run, "regressor")
-    model = Regressor(saved["config"]["regressor_width"]).to(run.device)
-    model.load_state_dict(saved["model"])
-    return model.eval().requires_grad_(False)
+    model = Regressor(saved["training"]["regressor_width"]).to(run.device)
+    return restore(model, saved)
 
 
-def train_regressor(run: Run) -> Regressor:
-    """Feed (d): x_s -> x_d, x_f by a plain MLP on the same detections. Mean distance is its loss and its score."""
-    c, train, val = run.config, run.split("train", fitted=True), run.split("val")
+def load_lifter(run: Run, name: str, seed: int = 0) -> nn.Module:
+    """The lifter of one input, frozen."""
+    saved = load_finished(run, f"stage3_{name}_{seed}")
+    model = new_lifter(Training(**saved["training"]), name).to(run.device)
+    return restore(model, saved)
+
+
+def checkpoints_of(stage: int, seeds: int = 1) -> list[str]:
+    """The names of the checkpoints that a stage leaves."""
+    lifters = [f"stage3_{name}_{seed}" for seed in range(seeds) for name in INPUTS]
+    return ["regressor", *lifters] if stage == 3 else [f"stage{stage}"]
+
+
+def trained_stages(run: Run, seeds: int = 1) -> int:
+    """How many of the three stages are finished, 0 to 3, each with all of its checkpoints."""
+    for stage in (1, 2, 3):
+        for name in checkpoints_of(stage, seeds):
+            if not (run.path / f"{name}.pt").exists():
+                return stage - 1
+            saved = load_checkpoint(run, name)
+            if saved["epoch"] < saved["epochs"]:
+                return stage - 1
+    return 3
+
+
+def next_command(run: Run, stage: int, seeds: int = 1) -> str:
+    """The command that trains a stage of this run, with the options of its first stage."""
+    words, name = ["python train.py"], run.path.name
+    if (run.path / "stage1.pt").exists():
+        saved = load_checkpoint(run, "stage1")
+        preset, changed = nearest_preset(saved["config"] | saved["training"])
+        words += [f"--preset {preset}", *[f"--name {name}"] * (name != preset)]
+        for field, value in changed.items():
+            words.append(f"--{'' if value else 'no-'}{field}" if type(value) is bool
+                         else f"--{field} {value}")
+        words += [f"--seed {saved['run']['seed']}"] * (saved["run"]["seed"] != 0)
+    else:
+        words.append(f"--{'preset' if name in PRESETS else 'name'} {name}")
+    words += [f"--data {run.data}"] * (run.data != Run.data)
+    words += [f"--stage {stage}", *[f"--seeds {seeds}"] * (seeds > 1)]
+    begun = any((run.path / f"{n}.pt").exists() for n in checkpoints_of(stage, seeds))
+    return " ".join(words + ["--resume"] * begun)
+
+
+def nearest_preset(fields: dict) -> tuple[str, dict]:
+    """The preset that differs least from the given fields of Config and Training, and what does."""
+    changed = {}
+    for preset, (config, training) in PRESETS.items():
+        built = vars(Config(**config)) | vars(Training(**training))
+        changed[preset] = {k: v for k, v in fields.items() if v != built[k]}
+    nearest = min(changed, key=lambda preset: len(changed[preset]))
+    return nearest, changed[nearest]
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 1: the tokenizer
+
+
+def stage_1(run: Run) -> None:
+    """Train MSST on true fine poses.
+
+    It sees no detection, and yet its frame is minus a *detected* pelvis, since that is the frame in
+    which stage 2 will ask for tokens. So each pose is shifted as a detector might shift it.
+    """
+    c, t = run.config, run.training
+    train, val = run.split("train", has_mesh=True), run.split("val")
+    n_actions, steps = len(train.meta["actions"]), t.epochs_1 * train.steps(t.batch_1)
+    if n_actions > c.n_actions:
+        stop(f"{run.data} has {n_actions} actions, and the model is made for {c.n_actions}: "
+             f"add --n_actions {n_actions}")
+    if steps <= t.warmup_free:
+        stop(f"stage 1 has {steps} steps, and the codebooks begin only after --warmup_free "
+             f"{t.warmup_free}: train longer")
+    if train.n * J_S < c.K_s or train.n * J_D < c.K_d:
+        stop(f"{train.n} training samples are too few to start {c.K_s} and {c.K_d} codes: "
+             "lower --K_s and --K_d")
     torch.manual_seed(run.seed)
-    model = Regressor(c.regressor_width).to(run.device)
-
-    def in_frame(block, rows=None):
-        pelvis = detected_pelvis(block["x_s"], block["conf"])
-        return dict(conf=block["conf"]) | {k: to_model_frame(block[k], pelvis) for k in ("x_s", "x_d", "x_f")}
-
-    def loss_of(b):
-        x_d, x_f = model(b["x_s"], b["conf"])
-        loss = (x_d - b["x_d"]).norm(dim=-1).mean() + (x_f - b["x_f"]).norm(dim=-1).mean()
-        return loss, dict(loss=loss.detach()), None
-
-    def validate():
-        errors = [(val.pixels(model.densify(b["x_s"], b["conf"])[1], b["x_f"]), len(b["x_s"])) for b in val.blocks()]
-        return dict(fine_px=sum(float(e) * n for e, n in errors) / val.n)
-
-    return fit(run, "regressor", model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True),
-               c.epochs_r, warmup_cosine(500), train, c.batch_3,
-               lambda epoch: train.batches(c.batch_3, run.rng(4, epoch), prepare=in_frame), loss_of, validate)
+    model = HiPART(c).msst.to(run.device)
+    optimizer = adamw(model, t.lr_1, t.weight_decay_1)
+    loop = Loop(run, "stage1", model, optimizer, t.epochs_1, train.steps(t.batch_1),
+                warmup_cosine(t.warmup_1))
+    for epoch in loop.epochs():
+        for b in loop.steps(train.batches(t.batch_1, run.rng(1, epoch), prepare=in_model_frame)):
+            loss, terms, o = model.loss(b["x_f"], b["x_d"], b["action"])
+            loop.update(loss, terms)
+            model.update_codebooks(o)
+            if loop.step + 1 == max(1, t.warmup_free):
+                # At first all encoder outputs look alike, and codes that start from them collapse.
+                # By now the encoder tells poses apart, and k-means finds codes worth having.
+                rows = torch.randperm(train.n)[: 8 * max(c.K_s, c.K_d)].sort().values.numpy()
+                poses = in_model_frame(train.read(rows, run.rng(1, 10**6)))["x_f"]
+                model.initialize_codebooks(poses, t.batch_1)
+        loop.finish_epoch(tokenizer_report(model, val))
 
 
-def densified_training_set(run: Run, model: HiPART, train: Split, draw: int) -> tuple[np.ndarray, np.ndarray]:
-    """HiPART's own output on draw number `draw` of detections of the training set, made once and kept on disk:
-    x [N, 161, 2] and conf [N, 17]. Stage 3 trains on what the model generates, not on ground truth."""
-    path = run.path / f"generated_{draw}.npy"
-    if (not path.exists() or path.stat().st_mtime < (run.path / "stage2.pt").stat().st_mtime
+@torch.no_grad()
+def tokenizer_report(msst: MSST, split: Split) -> dict[str, float]:
+    """Errors in pixels, the two alignment losses, the share of actions that P_A recognises, and of
+    both codebooks the perplexity and the share of dead codes, all over one whole split. A code is
+    dead if the split never uses it."""
+    c, sums, n = msst.config, defaultdict(float), 0
+    used = dict(s=torch.zeros(c.K_s), d=torch.zeros(c.K_d))
+    for block in split.blocks():
+        b = in_model_frame(block)
+        _, terms, o = msst.loss(b["x_f"], b["x_d"], b["action"])
+        part = dict(
+            fine_px=split.pixels(o["x_f"], b["x_f"]) * SCALE,
+            dense_px=split.pixels(o["x_d"], b["x_d"]) * SCALE,
+            L_local=terms["local"], L_global=terms["action"],
+            action_accuracy=(o["p_A"].argmax(-1) == b["action"]).float().mean())
+        for name, value in part.items():
+            sums[name] += float(value) * len(b["x_f"])
+        n += len(b["x_f"])
+        for level in used:
+            tokens = o[f"q_{level}"].flatten().cpu()
+            used[level] += torch.bincount(tokens, minlength=len(used[level]))
+    report = {name: value / n for name, value in sums.items()}
+    for level, count in used.items():
+        p = count / count.sum()
+        report[f"perplexity_{level}"] = float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
+        report[f"dead_{level}"] = float((count == 0).float().mean())
+    return report
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 2: HiARM
+
+
+def stage_2(run: Run) -> None:
+    """Train HiARM on a fresh detection of every pose in every epoch; the tokenizer is frozen."""
+    c, t = run.config, run.training
+    train, val = run.split("train", has_mesh=True), run.split("val")
+    torch.manual_seed(run.seed)
+    model = HiPART(c).to(run.device)
+    restore(model.msst, load_finished(run, "stage1", same_data=True))
+    model.hiarm.set_codebooks(model.msst)
+    optimizer = adamw(model.hiarm, t.lr_2, t.weight_decay_2)
+    loop = Loop(run, "stage2", model.hiarm, optimizer, t.epochs_2, train.steps(t.batch_2),
+                warmup_cosine(t.warmup_2))
+
+    def prepare(block, rows):
+        return with_tokens(model.msst, block)
+
+    for epoch in loop.epochs():
+        on_rollout = epoch >= t.epochs_2 - t.epochs_soft
+        for b in loop.steps(train.batches(t.batch_2, run.rng(2, epoch), prepare=prepare)):
+            loss, terms, _ = model.loss(**b, on_rollout=on_rollout)
+            loop.update(loss, terms | dict(loss=loss.detach()))
+        loop.finish_epoch(densification_report(model, val))
+
+
+@torch.no_grad()
+def with_tokens(msst: MSST, block: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `HiPART.loss` takes: a block in the model frame, with the tokens of its true poses."""
+    b = in_model_frame(block)
+    tokens = [msst.encode(some) for some in b["x_f"].split(1024)]
+    q_s, q_d = (torch.cat(q) for q in zip(*tokens, strict=True))
+    return {name: b[name] for name in ("x_s", "conf", "x_d", "x_f")} | dict(q_s=q_s, q_d=q_d)
+
+
+@torch.no_grad()
+def densification_report(model: HiPART, split: Split) -> dict[str, float]:
+    """Teacher-forced loss and token accuracies, and the error of what is generated free-running,
+    in pixels."""
+    sums = defaultdict(float)
+    for block in split.blocks(size=512):
+        loss, terms, _ = model.loss(**with_tokens(model.msst, block))
+        x_d, x_f = model.densify(block["x_s"], block["conf"])
+        part = dict(acc_s=terms["acc_s"], acc_d=terms["acc_d"], loss=loss,
+                    fine_px=split.pixels(x_f, block["x_f"]),
+                    dense_px=split.pixels(x_d, block["x_d"]))
+        for name, value in part.items():
+            sums[name] += float(value) * len(x_f)
+    return {name: value / split.n for name, value in sums.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage 3: the plain regressor, and one lifter for every input
+
+
+def stage_3(run: Run, seeds: int) -> None:
+    """Train the regressor, then `seeds` lifters for every input."""
+    load_hipart(run)  # says at once what is missing
+    load_finished(run, "stage2", same_data=True)
+    train_regressor(run)
+    for seed in range(seeds):
+        for name in INPUTS:
+            train_lifter(run, name, seed)
+
+
+def train_regressor(run: Run) -> None:
+    """Train the densifier of input (d) on the detections that HiARM is trained on. The mean
+    distance is its loss and its score."""
+    t, train, val = run.training, run.split("train", has_mesh=True), run.split("val")
+    torch.manual_seed(run.seed)
+    model = Regressor(t.regressor_width).to(run.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    loop = Loop(run, "regressor", model, optimizer, t.epochs_r, train.steps(t.batch_3),
+                warmup_cosine(500))
+    for epoch in loop.epochs():
+        for b in loop.steps(train.batches(t.batch_3, run.rng(4, epoch), prepare=in_model_frame)):
+            x_d, x_f = model(b["x_s"], b["conf"])
+            loss = (x_d - b["x_d"]).norm(dim=-1).mean() + (x_f - b["x_f"]).norm(dim=-1).mean()
+            loop.update(loss, dict(loss=loss.detach()))
+        error = 0.0
+        for b in val.blocks():
+            _, x_f = model.densify(b["x_s"], b["conf"])
+            error += float(val.pixels(x_f, b["x_f"])) * len(x_f) / val.n
+        loop.finish_epoch(dict(fine_px=error))
+
+
+def train_lifter(run: Run, name: str, seed: int) -> None:
+    """Train one lifter on input `name`: the same network, schedule and number of steps for all of
+    them, with MPJPE as the loss."""
+    t, everything, val = run.training, run.split("train"), run.split("val")
+    train = everything.with_mesh() if name in NEED_MESH else everything
+    # Where some samples have no mesh, fewer samples are seen more often: as many steps for all.
+    epochs = max(1, round(t.epochs_3 * everything.steps(t.batch_3) / train.steps(t.batch_3)))
+    clean = name.endswith("_clean")
+    hipart = load_hipart(run) if name == "generated" else None
+    regressor = load_regressor(run) if name == "regressor" else None
+    torch.manual_seed(1000 + seed)
+    model = new_lifter(t, name).to(run.device)
+
+    def given(block: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = lifter_input(name, block, hipart, regressor)
+        return dict(x=x, y=block["y"], conf=block["conf"])
+
+    shown = [given(block) for block in val.blocks(clean=clean)]  # the same in every epoch
+    rows = np.sort(torch.randperm(train.n)[:BLOCK].numpy())
+    model.standardize(**given(train.read(rows, run.rng(3, seed, 10**6), clean)))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=t.lr_3, weight_decay=t.weight_decay_3, fused=True)
+    per_epoch = everything.steps(t.batch_3)
+    schedule = (warmup_cosine(500) if t.cosine_3
+                else lambda step, steps: 0.96 ** (step // per_epoch // 4))
+    loop = Loop(run, f"stage3_{name}_{seed}", model, optimizer, epochs, train.steps(t.batch_3),
+                schedule)
+    for epoch in loop.epochs():
+        if name == "generated":
+            # Generation is costly, so its output is stored, and what is read from the data set
+            # beside it is y alone: clean samples need no detector.
+            stored = densified_training_set(run, hipart, train, epoch % t.draws_3)
+            batches = train.batches(
+                t.batch_3, None, clean=True,
+                prepare=lambda b, rows, stored=stored: turned(stored(rows) | dict(y=b["y"]), t))
+        else:
+            batches = train.batches(t.batch_3, run.rng(3, seed, epoch), clean,
+                                    prepare=lambda b, rows: turned(given(b), t))
+        for b in loop.steps(batches):
+            error = (model(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean()
+            loop.update(error / 100, dict(mpjpe=error.detach()))
+        errors = [(lift(model, b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean(-1) for b in shown]
+        loop.finish_epoch(dict(mpjpe=torch.cat(errors).mean()))
+
+
+def new_lifter(t: Training, name: str) -> nn.Module:
+    """An untrained lifter for input `name`, of 17 or 161 points."""
+    kind = SpatialLifter if t.lifter == "spatial" else MLPLifter
+    points = J if name.startswith("sparse") else J + J_D + J_F
+    return kind(points, t.lifter_width, t.lifter_blocks)
+
+
+@torch.no_grad()
+def lifter_input(name: str, block: dict[str, Tensor], hipart: HiPART | None,
+                 regressor: Regressor | None) -> Tensor:
+    """What the lifter of input `name` is given for a block of n samples: [n, 17 or 161, 2] in
+    normalised image coordinates."""
+    x_s, conf = block["x_s"], block["conf"]
+    if name.startswith("sparse"):
+        return x_s
+    if name.startswith("ground_truth"):
+        return torch.cat([x_s, block["x_d"], block["x_f"]], 1)
+    model = hipart if name == "generated" else regressor
+    parts = [torch.cat([some, *model.densify(some, c)], 1)
+             for some, c in zip(x_s.split(1024), conf.split(1024), strict=True)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def lift(lifter: nn.Module, x: Tensor, conf: Tensor) -> Tensor:
+    """The poses [n, 17, 3] in mm that a lifter makes of any number of samples, 1024 at a time."""
+    pairs = zip(x.split(1024), conf.split(1024), strict=True)
+    return torch.cat([lifter(*pair) for pair in pairs])
+
+
+def densified_training_set(run: Run, model: HiPART, train: Split, draw: int) -> Callable:
+    """HiPART's own output on draw number `draw` of detections of the training set, made once and
+    kept on disk. A lifter trains on what HiPART generates, as that is what it will be tested on.
+
+    Returns a function: rows of the training set -> dict(x [n, 161, 2], conf [n, 17]).
+    """
+    path, width = run.path / f"generated_{draw}.npy", (J + J_D + J_F) * 2
+    made_of = (run.path / "stage2.pt").stat().st_mtime
+    if (not path.exists() or path.stat().st_mtime < made_of
             or len(np.load(path, mmap_mode="r", allow_pickle=False)) != train.n):
         beside, done = path.with_suffix(".tmp"), 0
-        out = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=(train.n, 161 * 2 + 17))
-        with tqdm(desc=f"densify {draw + 1}/{run.config.draws_3}", total=train.n, leave=False) as bar:
+        out = np.lib.format.open_memmap(beside, "w+", np.float32, (train.n, width + J))
+        title = f"densify {draw + 1}/{run.training.draws_3}"
+        with tqdm(desc=title, total=train.n, leave=False) as bar:
             for block in train.blocks(run.rng(3, draw), size=1024):
-                x = torch.cat([block["x_s"], *model.densify(block["x_s"], block["conf"])], 1).flatten(1)
+                x = lifter_input("generated", block, model, None).flatten(1)
                 out[done : done + len(x)] = torch.cat([x, block["conf"]], 1).cpu().numpy()
                 done += len(x)
                 bar.update(len(x))
         out.flush()
         os.replace(beside, path)
-    both = np.load(path, mmap_mode="r", allow_pickle=False)
-    return both[:, : 161 * 2].reshape(-1, 161, 2), both[:, 161 * 2 :]
+    stored = np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def read(rows: np.ndarray) -> dict[str, Tensor]:
+        both = torch.from_numpy(stored[rows]).to(run.device)
+        return dict(x=both[:, :width].unflatten(1, (-1, 2)), conf=both[:, width:])
+
+    return read
 
 
-@torch.no_grad()
-def feed(name: str, block: dict[str, Tensor], hipart: HiPART | None, regressor: Regressor | None) -> Tensor:
-    """What the lifter of feed `name` is given for a block of samples: [n, 17, 2] or [n, 161, 2]."""
-    if name in ("sparse", "sparse_clean", "auxiliary"):
-        return block["x_s"]
-    if name in ("ground_truth", "ground_truth_clean"):
-        return torch.cat([block["x_s"], block["x_d"], block["x_f"]], 1)
-    model = hipart if name == "generated" else regressor
-    parts = [model.densify(*p) for p in zip(block["x_s"].split(1024), block["conf"].split(1024), strict=True)]
-    return torch.cat([block["x_s"], torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])], 1)
+def turned(b: dict[str, Tensor], t: Training) -> dict[str, Tensor]:
+    """Turn about every other pose by a random angle. The rest stays, as people mostly stand
+    upright."""
+    if not t.turn_3:
+        return b
+    n = len(b["x"])
+    angle = (t.turn_3 * torch.randn(n) * torch.randint(2, (n,))).to(b["x"])
+    x, y = turn_camera(b["x"], b["y"], b["conf"], angle)
+    return b | dict(x=x, y=y)
 
 
-def turned(x: Tensor, y: Tensor, conf: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """What a camera sees that is turned by angle [n] rad about its ray to the pelvis: x [n, P, 2] in normalised image
-    coordinates, y [n, 17, 3] mm. No point changes its distance, so this is exact, but for the lens' distortion."""
-    seen = torch.cat([x / FOCAL, torch.ones_like(x[..., :1])], -1)  # [n, P, 3] rays
-    pelvis = torch.cat([detected_pelvis(x[:, :J], conf) / FOCAL, torch.ones_like(x[:, :1, :1])], -1)  # [n, 1, 3]
-    axis = nn.functional.normalize(pelvis, dim=-1) * angle[:, None, None]
-    turn = torch.linalg.matrix_exp(torch.linalg.cross(axis, torch.eye(3).to(x)[None]))  # rows axis x e_i; for row vectors
-    seen = seen @ turn
-    return seen[..., :2] / seen[..., 2:] * FOCAL, y @ turn
+def turn_camera(x: Tensor, y: Tensor, conf: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """What a camera sees that is turned by angle [n] rad about its ray to the pelvis: x [n, P, 2]
+    in normalised image coordinates, y [n, 17, 3] mm. A camera that turns in place changes no
+    distance, so this is exact, but for the distortion of the lens."""
+    rays = torch.cat([x / FOCAL, torch.ones_like(x[..., :1])], -1)  # [n, P, 3]
+    pelvis = detected_pelvis(x[:, :J], conf) / FOCAL  # [n, 1, 2]
+    axis = torch.cat([pelvis, torch.ones_like(pelvis[..., :1])], -1)
+    axis = nn.functional.normalize(axis, dim=-1) * angle[:, None, None]
+    # Row i of the generator is axis x e_i, so its exponential turns row vectors.
+    turn = torch.linalg.matrix_exp(torch.linalg.cross(axis, torch.eye(3).to(x)[None]))
+    rays = rays @ turn
+    return rays[..., :2] / rays[..., 2:] * FOCAL, y @ turn
 
 
-def new_lifter(c: Config, name: str) -> nn.Module:
-    points = 17 if name in ("sparse", "sparse_clean", "auxiliary") else 161
-    if c.lifter == "spatial":
-        return SpatialLifter(points, c.lifter_width, c.lifter_blocks, auxiliary=name == "auxiliary")
-    return MLPLifter(points, c.lifter_width, c.lifter_blocks, auxiliary=name == "auxiliary")
-
-
-def train_lifter(run: Run, name: str, seed: int) -> nn.Module:
-    """One lifter for one feed: the same network, schedule and number of steps for all of them. Plain MPJPE loss."""
-    c, val, everything = run.config, run.split("val"), run.split("train")
-    train = everything.with_fit() if name in NEED_FIT else everything
-    epochs = max(1, round(c.epochs_3 * everything.steps(c.batch_3) / train.steps(c.batch_3)))  # as many steps for all
-    clean = name.endswith("_clean")
-    hipart = load_hipart(run) if name == "generated" else None
-    regressor = load_regressor(run) if name == "regressor" else None
-    torch.manual_seed(1000 + seed)
-    model = new_lifter(c, name).to(run.device)
-
-    def fed(block, rows=None):
-        # (e) is given all points; its lifter reads the sparse ones, its auxiliary loss the others
-        x = feed("ground_truth" if name == "auxiliary" else name, block, hipart, regressor)
-        return dict(x=x, y=block["y"], conf=block["conf"])
-
-    def augmented(b):
-        if not c.turn_3:
-            return b
-        n = len(b["x"])  # about every other pose stays as it is: people are mostly upright
-        x, y = turned(b["x"], b["y"], b["conf"], (c.turn_3 * torch.randn(n) * torch.randint(2, (n,))).to(b["x"]))
-        return b | dict(x=x, y=y)
-
-    def batches(epoch):
-        if name != "generated":
-            return train.batches(c.batch_3, run.rng(3, seed, epoch), clean, prepare=lambda b, rows: augmented(fed(b)))
-        x, conf = densified_training_set(run, hipart, train, epoch % c.draws_3)
-
-        def stored(block, rows):
-            return augmented(dict(y=block["y"], x=torch.from_numpy(x[rows]).to(run.device),
-                                  conf=torch.from_numpy(conf[rows]).to(run.device)))
-
-        return train.batches(c.batch_3, None, clean=True, prepare=stored)
-
-    def auxiliary_target(b):
-        _, dense, fine, _ = lifting_features(b["x"], b["conf"])
-        dense, fine = (dense - model.mean_dense) / model.std_dense, (fine - model.mean_fine) / model.std_fine
-        return torch.cat([dense.flatten(1), fine.flatten(1)], 1)
-
-    def loss_of(b):
-        x = b["x"][:, : model.n_points]
-        if name == "auxiliary":
-            y, guess = model(x, b["conf"], with_auxiliary=True)
-            extra = (guess - auxiliary_target(b)).abs().mean()
-        else:
-            y, extra = model(x, b["conf"]), 0.0
-        error = (y - b["y"]).norm(dim=-1).mean()
-        return error / 100 + c.lambda_aux * extra, dict(mpjpe=error.detach()), None
-
-    shown_val = [fed(block) for block in val.blocks(clean=clean)]  # densified once: the same in every epoch
-
-    def validate():
-        errors = []
-        for b in shown_val:
-            errors += [(model(x[:, : model.n_points], conf) - y).norm(dim=-1).mean(-1) for x, conf, y in
-                       zip(b["x"].split(1024), b["conf"].split(1024), b["y"].split(1024), strict=True)]
-        return dict(mpjpe=torch.cat(errors).mean())
-
-    rows = np.sort(torch.randperm(train.n)[:BLOCK].numpy())
-    shown = fed(train.read(rows, run.rng(3, seed, 10**6), clean))
-    model.standardize(shown["x"], shown["y"], shown["conf"])
-    lr_at = warmup_cosine(500) if c.cosine_3 else lambda step, _: 0.96 ** (step // everything.steps(c.batch_3) // 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr_3, weight_decay=c.weight_decay_3, fused=True)
-    return fit(run, f"stage3_{name}_{seed}", model, optimizer, epochs, lr_at, train, c.batch_3, batches, loss_of, validate)
-
-
-def stage_3(run: Run, seeds: int) -> None:
-    load_hipart(run)  # say at once what is missing
-    load_finished(run, "stage2", same_data=True)
-    train_regressor(run)
-    for seed in range(seeds):
-        for name in FEEDS:
-            train_lifter(run, name, seed)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
 def arguments() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, help="quick without a GPU, else paper")
-    p.add_argument("--stage", type=int, choices=(1, 2, 3), help="one stage only; default: all, then tables and figures")
+    p.add_argument("--stage", type=int, choices=(1, 2, 3), help="one stage only; default: all")
     p.add_argument("--name", help="runs/NAME; default: the preset")
-    p.add_argument("--data", default="data/demo", help="folder of a prepared data set")
-    p.add_argument("--limit", type=int, help="use only so many training samples")
+    p.add_argument("--data", default=Run.data, help="folder of a prepared data set")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--seeds", type=int, default=1, help="lifters per feed in stage 3")
+    p.add_argument("--seeds", type=int, default=1, help="lifters for every input in stage 3")
     p.add_argument("--device", help="cuda or cpu; default: cuda if there is one, else cpu")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoints of this run")
-    group = p.add_argument_group("fields of hipart.Config (they override the preset)")
-    for f in dataclasses.fields(Config):
-        names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))  # either spelling
-        if f.type is bool:
-            group.add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, default=None)
-        else:
-            group.add_argument(*names, dest=f.name, type=type(f.default), metavar=str(f.default))
+    p.add_argument("--resume", action="store_true", help="go on from this run's checkpoints")
+    for kind, title in ((Config, "hipart.Config"), (Training, "train.Training")):
+        group = p.add_argument_group(f"fields of {title} (they override the preset)")
+        for f in dataclasses.fields(kind):
+            names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+            how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool
+                   else dict(type=f.type, metavar=str(f.default)))
+            group.add_argument(*names, dest=f.name, default=None, **how)
     return p
-
-
-def main() -> None:
-    args = arguments().parse_args()
-    if args.seeds < 1 or (args.limit or 0) < 0:
-        stop(f"--seeds must be at least 1 and --limit at least 0, found {args.seeds} and {args.limit}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda needs a GPU that torch can see, and there is none: leave --device out")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    preset = args.preset or ("paper" if device.type == "cuda" else "quick")
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
-    options = PRESETS[preset] | given
-    limit = options.pop("limit", 0) if args.limit is None else args.limit
-    options.pop("limit", None)
-    try:
-        config = Config(**options)
-    except ValueError as e:
-        stop(str(e))
-    run = Run(Path("runs") / (args.name or preset), config, device, args.seed, args.data, limit, args.resume)
-    torch.set_float32_matmul_precision("high")
-    print(f"preset {preset} on {device} ({torch.get_num_threads()} threads), torch {torch.__version__}: {run.path}")
-    if not Path(args.data, "meta.json").exists():
-        if args.data != "data/demo" or args.stage in (2, 3):
-            stop(f"{args.data} holds no data set: make one with `python prepare_data.py` "
-                             "(`python train.py --stage 1` does so by itself)")
-        script("prepare_data.py")
-    run.path.mkdir(parents=True, exist_ok=True)
-    stages = [args.stage] if args.stage else [1, 2, 3]
-    if 1 in stages:
-        stage_1(run)
-    if 2 in stages:
-        stage_2(run)
-    if 3 in stages:
-        stage_3(run, args.seeds)
-    if not args.stage:
-        script("evaluate.py", "--name", run.path.name, "--data", args.data, "--seeds", str(args.seeds))
-        script("sample.py", "--name", run.path.name, "--data", args.data)
 
 
 def script(*command: str) -> None:
     """Run another script of this project as its user would."""
     print("$ python", *command, flush=True)
-    if subprocess.run([sys.executable, Path(__file__).with_name(command[0]), *command[1:]]).returncode:
+    path = Path(__file__).with_name(command[0])
+    if subprocess.run([sys.executable, path, *command[1:]]).returncode:
         stop(f"`python {' '.join(command)}` failed: see its message above")
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    if args.seeds < 1:
+        stop(f"--seeds must be at least 1, found {args.seeds}")
+    device = choose_device(args.device)
+    preset = args.preset or ("paper" if device.type == "cuda" else "quick")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    try:
+        config, training = (
+            kind(**options | {k: v for k, v in given.items() if k in vars(kind())})
+            for kind, options in zip((Config, Training), PRESETS[preset], strict=True))
+        if training.epochs_soft and not config.soft:
+            raise ValueError("epochs_soft trains through expected embeddings: it needs soft")
+    except ValueError as e:
+        stop(str(e))
+    run = Run(Path("runs") / (args.name or preset), config, training, device, args.seed, args.data,
+              args.resume)
+    torch.set_float32_matmul_precision("high")
+    print(f"preset {preset} on {device} ({torch.get_num_threads()} threads), "
+          f"torch {torch.__version__}: {run.path}")
+    if not Path(run.data, "meta.json").exists():
+        if run.data != Run.data or args.stage in (2, 3):
+            stop(f"{run.data} holds no data set: make one with `python prepare_data.py` "
+                 "(`python train.py --stage 1` does so by itself)")
+        script("prepare_data.py")
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        if args.stage in (None, 1):
+            stage_1(run)
+        if args.stage in (None, 2):
+            stage_2(run)
+        if args.stage in (None, 3):
+            stage_3(run, args.seeds)
+    except (ValueError, RuntimeError) as e:
+        # Of NaN, nearest_code makes an error on a CPU; on a GPU it makes an index that the look-up
+        # of the code refuses.
+        if "non-finite" not in str(e) and "device-side assert" not in str(e):
+            raise
+        stop(f"a value became infinite or NaN ({e}): try a lower learning rate")
+    script("evaluate.py", "--name", run.path.name, "--data", run.data, "--seeds", str(args.seeds))
+    script("sample.py", "--name", run.path.name, "--data", run.data)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A tiny body and tiny clips, so that no test needs a download."""
+"""A tiny body and tiny clips, so that no test needs a download; a body of SMPL's shapes."""
 
 import json
 import os
@@ -8,8 +8,14 @@ import types
 
 import numpy as np
 import pytest
+import torch
 
-import prepare_data as P
+import prepare_data
+import train
+from hipart import PART_JOINT, RIGHT
+from sources.coarsening import coarsen
+from sources.geometry import quat_from_rotvec
+from sources.motion import HINGE_COLUMNS, QUAT_COLUMNS, parse_clip
 
 FUZZ = int(os.environ.get("FUZZ", 1))  # how many times as long readers are fed with mutated files
 TINY_SIZES = {"train": 64, "val": 32, "test": 32, "unseen": 32}
@@ -17,55 +23,71 @@ TOE = np.array([0.0, -0.16, -0.06])
 
 
 def rest_joints():
-    """H36M joints of a 1.8 m person in A-pose, [17, 3] m: z up, facing -y, left = +x."""
+    """Human3.6M's joints of a 1.8 m person in A-pose, [17, 3] m: z up, facing -y, left = +x."""
     joints = np.zeros((17, 3))
-    joints[[0, 7, 8, 9, 10]] = [0, 0, 0.95], [0, 0, 1.2], [0, 0, 1.45], [0, -0.06, 1.6], [0, 0, 1.75]
+    joints[[0, 7, 8]] = [0, 0, 0.95], [0, 0, 1.2], [0, 0, 1.45]
+    joints[[9, 10]] = [0, -0.06, 1.6], [0, 0, 1.75]
     joints[[4, 5, 6]] = [0.1, 0, 0.95], [0.12, 0, 0.52], [0.13, 0.02, 0.09]
     joints[[11, 12, 13]] = [0.18, 0, 1.4], [0.38, 0, 1.2], [0.52, -0.08, 1.02]
-    joints[list(P.RIGHT)] = joints[[4, 5, 6, 11, 12, 13]] * [-1, 1, 1]
+    joints[list(RIGHT)] = joints[[4, 5, 6, 11, 12, 13]] * [-1, 1, 1]
     return joints
 
 
 def make_bodies(counts=(4, 2, 2), voxel=0.05):
-    """Bodies of capsules: the surface of the voxels that lie in them, a closed mesh, as write_data_set wants them.
-
-    As with Anny's, the origin is not on the floor.
-    """
+    """Bodies of capsules as write_data_set wants them: the surface of the voxels that lie in the
+    capsules, a closed mesh. As with Anny's, the origin is not on the floor."""
     joints = rest_joints()
     spine = [joints[0] + (joints[7] - joints[0]) * f for f in (0.2, 0.5, 0.8)]
-    heads = [joints[0], *spine, joints[7], joints[[7, 8]].mean(0), joints[8], joints[[8, 9]].mean(0), joints[9]]
-    heads = np.array([*heads, *joints[[1, 2, 3, 4, 5, 6, 14, 15, 11, 12]]])
-    ends = [joints[0], *heads[2:9], joints[10], joints[2], joints[3], joints[3] + TOE, joints[5], joints[6]]
-    ends = np.array([*ends, joints[6] + TOE, *joints[[15, 16, 12, 13]]])
-    radius = np.array([0.14] * 6 + [0.07] * 2 + [0.1] + [0.09, 0.07, 0.06] * 2 + [0.06] * 4)
+    neck = [joints[7], joints[[7, 8]].mean(0), joints[8], joints[[8, 9]].mean(0), joints[9]]
+    heads = np.array([joints[0], *spine, *neck, *joints[[1, 2, 3, 4, 5, 6, 14, 15, 11, 12]]])
+    right, left = ([*joints[[a, b]], joints[b] + TOE] for a, b in ((2, 3), (5, 6)))
+    ends = [joints[0], *heads[2:9], joints[10], *right, *left, *joints[[15, 16, 12, 13]]]
+    ends = np.array(ends)
+    radius = [0.14] * 6 + [0.07] * 2 + [0.1] + [0.09, 0.07, 0.06] * 2 + [0.06] * 4
 
     def distance(p):  # [V, 19] to the surface of each segment's capsule
         d = ends - heads
         t = np.einsum("vsk,sk->vs", p[:, None] - heads, d) / np.maximum((d * d).sum(1), 1e-9)
-        return np.linalg.norm(p[:, None] - heads - np.clip(t, 0, 1)[..., None] * d, axis=-1) - radius
+        away = p[:, None] - heads - np.clip(t, 0, 1)[..., None] * d
+        return np.linalg.norm(away, axis=-1) - np.array(radius)
 
-    grid = np.stack(np.meshgrid(*(np.arange(a, b) for a, b in ((-16, 16), (-8, 8), (-2, 42))), indexing="ij"), -1)
-    inside = (distance((grid.reshape(-1, 3) + 0.5) * voxel).min(1) < 0).reshape(grid.shape[:3])
-    quads = []
+    sides = (np.arange(a, b) for a, b in ((-16, 16), (-8, 8), (-2, 42)))
+    grid = np.stack(np.meshgrid(*sides, indexing="ij"), -1)
+    inside = distance((grid.reshape(-1, 3) + 0.5) * voxel).min(1) < 0
+    inside = inside.reshape(grid.shape[:3])
+    quads, axes = [], np.eye(3, dtype=int)
     for axis in range(3):
         for sign in (1, -1):
             bare = grid[inside & ~np.roll(inside, -sign, axis)]
-            u, v = np.eye(3, dtype=int)[(axis + 1) % 3], np.eye(3, dtype=int)[(axis + 2) % 3]
-            corner = bare + (np.eye(3, dtype=int)[axis] if sign > 0 else 0)
+            u, v = axes[(axis + 1) % 3], axes[(axis + 2) % 3]
+            corner = bare + (axes[axis] if sign > 0 else 0)
             quad = np.stack([corner, corner + u, corner + u + v, corner + v], 1)
             quads.append(quad if sign > 0 else quad[:, ::-1])
-    corners, index = np.unique(np.concatenate(quads).reshape(-1, 3), axis=0, return_inverse=True)
+    corners = np.concatenate(quads).reshape(-1, 3)
+    corners, index = np.unique(corners, axis=0, return_inverse=True)
     index = index.reshape(-1, 4)
-    vertices, faces = corners * voxel, np.concatenate([index[:, [0, 1, 2]], index[:, [0, 2, 3]]])
+    faces = np.concatenate([index[:, [0, 1, 2]], index[:, [0, 2, 3]]])
+    vertices = corners * voxel
     weights = np.exp(-np.maximum(distance(vertices), 0) / 0.02)
-    scale = np.linspace(0.9, 1.05, sum(counts))[:, None, None]
     weights /= weights.sum(1, keepdims=True)
+    scale = np.linspace(0.9, 1.05, sum(counts))[:, None, None]
     joints, heads, vertices = (a - [0, 0, 0.7] for a in (joints, heads, vertices))
     return {
         "vertices": vertices * scale, "faces": faces, "weights": weights,
-        "heads": heads * scale, "joints": joints * scale, "stature": np.ptp(vertices[:, 2]) * scale[:, 0, 0],
-        "split_sizes": counts,
+        "heads": heads * scale, "joints": joints * scale,
+        "stature": np.ptp(vertices[:, 2]) * scale[:, 0, 0], "split_sizes": counts,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bodies():
+    return make_bodies()
+
+
+@pytest.fixture(scope="session")
+def levels(bodies):
+    joints = bodies["joints"][0][list(PART_JOINT)]
+    return coarsen(bodies["vertices"][0], bodies["faces"], joints)
 
 
 def clip_text(seed, frames=60, dt=1 / 30, loop="wrap"):
@@ -73,68 +95,80 @@ def clip_text(seed, frames=60, dt=1 / 30, loop="wrap"):
     rng, phase = np.random.default_rng(seed), np.linspace(0, 2 * np.pi, frames, endpoint=False)
     table = np.zeros((frames, 44))
     table[:, 0], table[:, 2] = dt, 0.85 + 0.05 * np.sin(phase)
-    for column in P.QUAT_COLUMNS:
+    for column in QUAT_COLUMNS:
         rotvec = rng.normal(size=3) * 0.4 * np.sin(phase + rng.uniform(0, 6))[:, None]
-        table[:, column : column + 4] = P.quat_from_rotvec(rotvec)
-    for column, sign in zip(P.HINGE_COLUMNS, (-1, 1, -1, 1), strict=True):
+        table[:, column : column + 4] = quat_from_rotvec(rotvec)
+    for column, sign in zip(HINGE_COLUMNS, (-1, 1, -1, 1), strict=True):
         table[:, column] = sign * (0.6 + 0.5 * np.sin(phase + rng.uniform(0, 6)))
     return json.dumps({"Loop": loop, "Frames": table.tolist()})
 
 
 def make_clips():
-    clips = {name: P.parse_clip(clip_text(i)) for i, name in enumerate(("jump", "kick", "punch", "walk"))}
+    names = ("jump", "kick", "punch", "walk")
+    clips = {name: parse_clip(clip_text(i)) for i, name in enumerate(names)}
     clips["jump"]["height"] += 0.5  # high in the air, all the time
     return clips
 
 
+def random_pose(rng, n):
+    """A pose of the clips: quats, hinges and height of n people."""
+    quats = quat_from_rotvec(rng.normal(size=(n, 9, 3)) * 0.5)
+    return quats, rng.uniform(0, 1.5, (n, 4)) * [-1, 1, -1, 1], np.full(n, 0.86)
+
+
 def write_tiny(folder, sizes=TINY_SIZES, seed=0, **options):
-    sources = {"clips": "synthetic"}
-    return P.write_data_set(folder, make_clips(), make_bodies(), sizes, seed, sources, unseen=("kick",), **options)
+    return prepare_data.write_data_set(folder, make_clips(), make_bodies(), sizes, seed,
+                                       {"clips": "synthetic"}, unseen=("kick",), **options)
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A data root that holds the set 'tiny': 64 train, 32 val, 32 test, 32 unseen samples. Do not write to it."""
+    """A data root that holds the set 'tiny': 64 train, 32 val, 32 test, 32 unseen samples. Do not
+    write to it."""
     root = tmp_path_factory.mktemp("data")
     write_tiny(root / "tiny")
     return root
 
 
 # Sizes of a run that trains in seconds, for the scripts that read one.
-RUN_SIZES = dict(D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_width=12, token_hidden=8, width=16,
-                 heads=2, mlp_ratio=2, gcsab_blocks=2, ph_blocks=1, dropout=0.1, lifter="mlp", lifter_width=16,
-                 lifter_blocks=1, warmup_free=4, epochs_1=3, batch_1=16, epochs_2=2, batch_2=16, epochs_3=2, batch_3=32,
-                 draws_3=1, epochs_r=2, regressor_width=32)  # fmt: skip
+RUN_SIZES = dict(
+    D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_width=12, token_hidden=8,
+    width=16, heads=2, mlp_ratio=2, gcsab_blocks=2, ph_blocks=1, dropout=0.1, lifter="mlp",
+    lifter_width=16, lifter_blocks=1, warmup_free=4, epochs_1=3, batch_1=16, epochs_2=2, batch_2=16,
+    epochs_3=2, batch_3=32, draws_3=1, epochs_r=2, regressor_width=32,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_data, tmp_path_factory):
-    """A folder that holds runs/tiny: all stages, two lifters per feed, trained on the set 'tiny'. Do not write to it."""
-    import torch
-
-    import train
-
+    """A folder that holds runs/tiny: all stages, two lifters per input, trained on the set 'tiny'.
+    Do not write to it."""
     folder, precision = tmp_path_factory.mktemp("run"), torch.get_float32_matmul_precision()
     sizes = [part for k, v in RUN_SIZES.items() for part in (f"--{k}", str(v))]
+    told = ["--preset", "paper", "--name", "tiny", "--data", f"{tiny_data}/tiny", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as m:
         m.chdir(folder)
+        m.setattr(train, "script", lambda *command: None)  # no tables and figures
         for stage in "123":
-            m.setattr("sys.argv", ["train.py", "--preset", "paper", "--name", "tiny", "--data", f"{tiny_data}/tiny",
-                                   "--device", "cpu", "--stage", stage, "--seeds", "2", *sizes])  # fmt: skip
+            m.setattr("sys.argv", ["train.py", *told, "--stage", stage, "--seeds", "2", *sizes])
             train.main()
     torch.set_float32_matmul_precision(precision)
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A body of SMPL's shapes, since the real one is licensed: an ellipsoid of 6890 vertices (or fewer) with made-up joints.
+# --------------------------------------------------------------------------------------------------
+# A body of SMPL's shapes, since the real one is licensed: an ellipsoid of 6890 vertices (or fewer)
+# with made-up joints.
 
 SMPL_PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21]
-_LEFT_HALF = {1: (0.07, -0.09, 0), 4: (0.1, -0.47, 0), 7: (0.09, -0.87, -0.04), 10: (0.12, -0.92, 0.1), 13: (0.08, 0.42, 0),
-              16: (0.19, 0.44, -0.03), 18: (0.45, 0.43, -0.05), 20: (0.7, 0.44, -0.05), 22: (0.78, 0.43, -0.06)}
-_MIDDLE = {0: (0, 0, 0), 3: (0, 0.11, -0.03), 6: (0, 0.25, 0), 9: (0, 0.3, 0), 12: (0, 0.51, -0.03), 15: (0, 0.58, 0.03)}
-SMPL_JOINTS = np.array([(_MIDDLE | _LEFT_HALF).get(j, (-_LEFT_HALF.get(j - 1, (0,))[0], *_LEFT_HALF.get(j - 1, (0,))[1:]))
-                        for j in range(24)])  # T-pose, m: y up, facing z, left = +x
+_MIDDLE = {0: (0, 0, 0), 3: (0, 0.11, -0.03), 6: (0, 0.25, 0), 9: (0, 0.3, 0),
+           12: (0, 0.51, -0.03), 15: (0, 0.58, 0.03)}  # fmt: skip
+_LEFT = {1: (0.07, -0.09, 0), 4: (0.1, -0.47, 0), 7: (0.09, -0.87, -0.04), 10: (0.12, -0.92, 0.1),
+         13: (0.08, 0.42, 0), 16: (0.19, 0.44, -0.03), 18: (0.45, 0.43, -0.05),
+         20: (0.7, 0.44, -0.05), 22: (0.78, 0.43, -0.06)}  # fmt: skip
+_RIGHT = {j + 1: (-x, y, z) for j, (x, y, z) in _LEFT.items()}
+# T-pose, m: y up, facing z, left = +x
+SMPL_JOINTS = np.array([(_MIDDLE | _LEFT | _RIGHT)[j] for j in range(24)])
 H36M_OF_SMPL = [0, 2, 5, 8, 1, 4, 7, 6, 12, 15, 15, 16, 18, 20, 17, 19, 21]
 
 
@@ -153,23 +187,29 @@ def smpl_content(rings=84, around=82, seed=0):
     sphere = np.stack(np.broadcast_arrays(x, np.cos(polar), z), -1)
     v = np.concatenate([[[0, 1, 0]], sphere.reshape(-1, 3), [[0, -1, 0]]]) * [0.8, 0.95, 0.15]
     index = 1 + np.arange(rings * around).reshape(rings, around)
-    right, last = np.roll(index, -1, 1), len(v) - 1
+    right, first, last = np.roll(index, -1, 1), 0 * index[0], 0 * index[0] + len(v) - 1
     quads = np.stack([index[:-1], right[:-1], right[1:], index[1:]], -1).reshape(-1, 4)
-    faces = np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]], np.stack([0 * index[0], right[0], index[0]], -1),
-                            np.stack([0 * index[0] + last, index[-1], right[-1]], -1)])
+    faces = np.concatenate([
+        quads[:, [0, 1, 2]], quads[:, [0, 2, 3]],
+        np.stack([first, right[0], index[0]], -1), np.stack([last, index[-1], right[-1]], -1),
+    ])  # fmt: skip
     near = np.exp(-np.linalg.norm(v[:, None] - SMPL_JOINTS, axis=-1) / 0.05)
     return {
-        "v_template": v, "f": faces.astype(np.uint32), "weights": near / near.sum(1, keepdims=True),
-        "shapedirs": rng.normal(size=(len(v), 3, 10)) * 0.01, "posedirs": rng.normal(size=(len(v), 3, 207)) * 0.002,
+        "v_template": v, "f": faces.astype(np.uint32),
+        "weights": near / near.sum(1, keepdims=True),
+        "shapedirs": rng.normal(size=(len(v), 3, 10)) * 0.01,
+        "posedirs": rng.normal(size=(len(v), 3, 207)) * 0.002,
         "J_regressor": regressor_onto(SMPL_JOINTS, v), "bs_type": "lrotmin",
         "kintree_table": np.array([[4294967295, *SMPL_PARENTS[1:]], range(24)], np.int64),
     }  # fmt: skip
 
 
 def write_smpl_pkl(path, content):
-    """As the official files are: a Python-2 pickle with arrays of chumpy and a sparse matrix of SciPy (fakes of both)."""
+    """As the official files are: a Python-2 pickle with arrays of chumpy and a sparse matrix of
+    SciPy (fakes of both)."""
     fakes, before = {}, dict(sys.modules)
-    for module, name in (("chumpy.ch", "Ch"), ("chumpy.reordering", "Select"), ("scipy.sparse.csc", "csc_matrix")):
+    for module, name in (("chumpy.ch", "Ch"), ("chumpy.reordering", "Select"),
+                         ("scipy.sparse.csc", "csc_matrix")):
         fakes[name] = type(name, (), {"__module__": module})
         parts = module.split(".")
         for k in range(len(parts)):
@@ -182,11 +222,13 @@ def write_smpl_pkl(path, content):
         return made
 
     J, shapedirs = content["J_regressor"], content["shapedirs"]
+    indices = np.tile(np.arange(len(J)), J.shape[1])
     made = content | {
-        "v_template": fake("Ch", x=content["v_template"]), "posedirs": fake("Ch", x=content["posedirs"], label=None),
+        "v_template": fake("Ch", x=content["v_template"]),
+        "posedirs": fake("Ch", x=content["posedirs"], label=None),
         "shapedirs": fake("Select", a=fake("Ch", x=np.concatenate([shapedirs.ravel(), [7.0]])),
                           idxs=np.arange(shapedirs.size), preferred_shape=shapedirs.shape),
-        "J_regressor": fake("csc_matrix", _shape=J.shape, data=J.T.ravel(), indices=np.tile(np.arange(len(J)), J.shape[1]),
+        "J_regressor": fake("csc_matrix", _shape=J.shape, data=J.T.ravel(), indices=indices,
                             indptr=np.arange(0, J.size + 1, len(J)), format="csc"),
     }  # fmt: skip
     try:

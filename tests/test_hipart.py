@@ -1,7 +1,7 @@
-"""hipart.py against the paper: NumPy float64 twins written from the equations, causality, missing joints, frames.
+"""hipart.py against the paper: NumPy float64 readings of the equations, causality, missing joints.
 
-The twins read weights by their name in the state dict and share no code with the model: loops and explicit lists of
-what may be seen stand where the model has masks and batched tensors.
+These readings take weights by their name in the state dict and share no code with the model: loops
+and explicit lists of what may be seen stand where the model has masks and batched tensors.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baselines import MLPLifter
 from hipart import (
     JOINT_NAMES,
     LEFT,
@@ -25,9 +26,6 @@ from hipart import (
     Config,
     HiARM,
     HiPART,
-    MLPLifter,
-    Regressor,
-    ResidualMLP,
     SpatialLifter,
     detected_pelvis,
     from_model_frame,
@@ -37,14 +35,31 @@ from hipart import (
     normalize_screen,
     to_model_frame,
     to_pixels,
+    visible_joints,
 )
 
-TINY = Config(D=6, K_s=11, K_d=13, encoder_blocks=2, encoder_width=8, decoder_blocks=1, decoder_width=10,
-              token_hidden=7, n_actions=4, width=12, heads=3, mlp_ratio=2, lsab_blocks=1, gcsab_blocks=2, ph_blocks=2)
+TINY = Config(
+    D=6,
+    K_s=11,
+    K_d=13,
+    encoder_blocks=2,
+    encoder_width=8,
+    decoder_blocks=1,
+    decoder_width=10,
+    token_hidden=7,
+    n_actions=4,
+    width=12,
+    heads=3,
+    mlp_ratio=2,
+    lsab_blocks=1,
+    gcsab_blocks=2,
+    ph_blocks=2,
+)
 
 
 def randomize(model, scale=0.4, seed=0):
-    """Every parameter far from its start: embeddings that begin near zero would hide what they do."""
+    """Every parameter far from its start: embeddings that begin near zero would hide what they
+    do."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -63,8 +78,8 @@ def assert_differ(a, b):
     assert float((a - b).detach().abs().max()) > 1e-5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# NumPy float64 twins
+# --------------------------------------------------------------------------------------------------
+# The equations in NumPy float64
 
 
 def weights(model):
@@ -77,14 +92,18 @@ def linear(w, name, x):
 
 def layer_norm(w, name, x, eps):
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    return (
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * w[f"{name}.weight"]
+        + w[f"{name}.bias"]
+    )
 
 
 gelu = np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))))
 
 
-def block_twin(w, name, x, heads, visible, eps=1e-5):
-    """One pre-norm transformer block on x [T, W]; visible[t] lists the positions that position t may look at."""
+def block_reference(w, name, x, heads, visible, eps=1e-5):
+    """One pre-norm transformer block on x [T, W]; visible[t] lists the positions that position t
+    may look at."""
     T, W = x.shape
     h = W // heads
     qkv = linear(w, f"{name}.qkv", layer_norm(w, f"{name}.norm1", x, eps))
@@ -98,15 +117,16 @@ def block_twin(w, name, x, heads, visible, eps=1e-5):
             share /= share.sum()
             mixed[t, cut] = sum(s * v[u, cut] for s, u in zip(share, visible[t], strict=True))
     x = x + linear(w, f"{name}.proj", mixed)
-    return x + linear(w, f"{name}.fc2", gelu(linear(w, f"{name}.fc1", layer_norm(w, f"{name}.norm2", x, eps))))
+    hidden = gelu(linear(w, f"{name}.mlp.0", layer_norm(w, f"{name}.norm2", x, eps)))
+    return x + linear(w, f"{name}.mlp.2", hidden)
 
 
-def hiarm_twin(w, c, x_s, q_s=None, q_d=None, conf=None):
-    """One sample x_s [17, 2], part by part (Eq. 7-11): logits [16, K_s], [48, K_d] and the embeddings [16, D], [48, D].
+def hiarm_reference(w, c, x_s, q_s=None, q_d=None, conf=None):
+    """One sample x_s [17, 2], part by part (Eq. 7-11): logits [16, K_s], [48, K_d] and the
+    embeddings [16, D], [48, D].
 
-    With tokens q_s [16], q_d [48]: teacher forcing. Without: its own choice at every step (Alg. 1), the most probable
-    code or, with c.soft, the expected one.
-    """
+    With tokens q_s [16], q_d [48]: teacher forcing. Without: its own choice at every step (Alg. 1),
+    the most probable code or, with c.soft, the expected one."""
     seen = np.ones(17) if conf is None else (conf > 0).astype(float)
     x = (x_s * seen[:, None]).reshape(-1)
     position = w["part"].copy()
@@ -119,19 +139,25 @@ def hiarm_twin(w, c, x_s, q_s=None, q_d=None, conf=None):
         return share @ codebook if c.soft else codebook[logits.argmax(-1)]
 
     everyone = [list(range(4))] * 4
-    logits_s, logits_d, all_s, all_d, g = [], [], [], [], [linear(w, "P_c", x) + linear(w, "missing", 1 - seen)]
+    logits_s, logits_d, all_s, all_d, g = (
+        [],
+        [],
+        [],
+        [],
+        [linear(w, "P_c", x) + linear(w, "missing", 1 - seen)],
+    )
     for i in range(16):  # g holds g^0 .. g^i: nothing of part i has been looked up yet
         h = np.stack(g) + position[: i + 1]
         past = [list(range(t + 1)) for t in range(i + 1)]
         for b in range(c.gcsab_blocks):
-            h = block_twin(w, f"GCSAB.{b}", h, c.heads, past)
+            h = block_reference(w, f"GCSAB.{b}", h, c.heads, past)
         h = layer_norm(w, "norm_h", h, 1e-5)[-1]
 
         def head(z_s, h=h):  # Eq. 11: h^i and r times the sparse embedding of this very part
             e = linear(w, "in_s", z_s)
             p = np.stack([h, e, e, e]) + w["slot_p"]
             for b in range(c.ph_blocks):
-                p = block_twin(w, f"PH.{b}", p, c.heads, [[0], *everyone[1:]])
+                p = block_reference(w, f"PH.{b}", p, c.heads, [[0], *everyone[1:]])
             p = layer_norm(w, "norm_p", p, 1e-5)
             return linear(w, "head_s", p[0]), linear(w, "head_d", p[1:])
 
@@ -141,7 +167,7 @@ def hiarm_twin(w, c, x_s, q_s=None, q_d=None, conf=None):
         z_d = choose(own_d, w["C_d"]) if q_d is None else w["C_d"][q_d[3 * i : 3 * i + 3]]
         local = np.concatenate([linear(w, "in_s", z_s)[None], linear(w, "in_d", z_d)]) + w["slot_l"]
         for b in range(c.lsab_blocks):
-            local = block_twin(w, f"LSAB.{b}", local, c.heads, everyone)
+            local = block_reference(w, f"LSAB.{b}", local, c.heads, everyone)
         g.append(local.mean(0))
         logits_s.append(own_s)
         all_s.append(z_s)
@@ -150,7 +176,7 @@ def hiarm_twin(w, c, x_s, q_s=None, q_d=None, conf=None):
     return tuple(map(np.stack, (logits_s, logits_d, all_s, all_d)))
 
 
-def mixer_twin(w, name, x):
+def mixer_reference(w, name, x):
     """x [tokens, width]: mix along tokens, then along channels."""
     y = layer_norm(w, f"{name}.norm1", x, 1e-5).T
     x = x + linear(w, f"{name}.mix_tokens.2", gelu(linear(w, f"{name}.mix_tokens.0", y))).T
@@ -158,36 +184,46 @@ def mixer_twin(w, name, x):
     return x + linear(w, f"{name}.mix_channels.2", gelu(linear(w, f"{name}.mix_channels.0", y)))
 
 
-def encoder_twin(w, name, x, blocks):
+def encoder_reference(w, name, x, blocks):
     x = linear(w, f"{name}.embed", x)
     for b in range(blocks):
-        x = mixer_twin(w, f"{name}.blocks.{b}", x)
-    return linear(w, f"{name}.out", linear(w, f"{name}.joints", layer_norm(w, f"{name}.norm", x, 1e-5).T).T)
+        x = mixer_reference(w, f"{name}.mixer.{b}", x)
+    x = layer_norm(w, f"{name}.mixer.{blocks}", x, 1e-5)
+    return linear(w, f"{name}.out", linear(w, f"{name}.joints", x.T).T)
 
 
-def decoder_twin(w, name, x, blocks):
+def decoder_reference(w, name, x, blocks):
     x = linear(w, f"{name}.embed", linear(w, f"{name}.joints", x.T).T)
     for b in range(blocks):
-        x = mixer_twin(w, f"{name}.blocks.{b}", x)
-    return linear(w, f"{name}.out", layer_norm(w, f"{name}.norm", x, 1e-5))
+        x = mixer_reference(w, f"{name}.mixer.{b}", x)
+    return linear(w, f"{name}.out", layer_norm(w, f"{name}.mixer.{blocks}", x, 1e-5))
 
 
-def msst_twin(w, c, x_f):
+def msst_reference(w, c, x_f):
     """One sample x_f [96, 2] through Eq. 1, 2 and 4; every z_hat is the code itself."""
-    z_d = encoder_twin(w, "E_f", x_f, c.encoder_blocks)
-    z_s = encoder_twin(w, "E_d", z_d, c.encoder_blocks)
+    z_d = encoder_reference(w, "E_f", x_f, c.encoder_blocks)
+    z_s = encoder_reference(w, "E_d", z_d, c.encoder_blocks)
     q_s = ((z_s[:, None] - w["Q_s.codebook"]) ** 2).sum(-1).argmin(1)
     zh_s = w["Q_s.codebook"][q_s]
-    up = decoder_twin(w, "D_s", zh_s, c.decoder_blocks)
+    up = decoder_reference(w, "D_s", zh_s, c.decoder_blocks)
     fused = linear(w, "fuse", np.concatenate([z_d, up], -1))
     q_d = ((fused[:, None] - w["Q_d.codebook"]) ** 2).sum(-1).argmin(1)
     zh_d = w["Q_d.codebook"][q_d]
     both = np.concatenate([zh_d, up], -1)
     p = linear(w, "P_A.0", both)
     for b in (1, 2):
-        p = mixer_twin(w, f"P_A.{b}", p)
-    return dict(z_s=z_s, z_d=fused, q_s=q_s, q_d=q_d, zh_s=zh_s, zh_d=zh_d, p_A=linear(w, "action", p.mean(0)),
-                x_d=decoder_twin(w, "D_d", zh_d, c.decoder_blocks), x_f=decoder_twin(w, "D_f", both, c.decoder_blocks))
+        p = mixer_reference(w, f"P_A.{b}", p)
+    return dict(
+        z_s=z_s,
+        zp_d=fused,
+        q_s=q_s,
+        q_d=q_d,
+        zh_s=zh_s,
+        zh_d=zh_d,
+        p_A=linear(w, "action", p.mean(0)),
+        x_d=decoder_reference(w, "D_d", zh_d, c.decoder_blocks),
+        x_f=decoder_reference(w, "D_f", both, c.decoder_blocks),
+    )
 
 
 def log_softmax(x):
@@ -195,7 +231,7 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def local_twin(zh_s, zh_d, tau, cosine):
+def local_reference(zh_s, zh_d, tau, cosine):
     """Eq. 3 written out for zh_s [16, D], zh_d [48, D] of one pose; mean over parts."""
     total = 0.0
     for i in range(16):
@@ -209,7 +245,7 @@ def local_twin(zh_s, zh_d, tau, cosine):
     return total / 16
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Skeleton tables and Config
 
 
@@ -224,7 +260,9 @@ def test_skeleton_tables():
 
 
 def test_left_and_right_mirror_each_other():
-    assert [JOINT_NAMES[j].replace("left", "right") for j in LEFT] == [JOINT_NAMES[j] for j in RIGHT]
+    assert [JOINT_NAMES[j].replace("left", "right") for j in LEFT] == [
+        JOINT_NAMES[j] for j in RIGHT
+    ]
     assert all("left" in JOINT_NAMES[j] for j in LEFT) and len(LEFT) == len(RIGHT) == 6
     assert sum("left" in n or "right" in n for n in JOINT_NAMES) == 12
     mirror = list(range(17))
@@ -234,30 +272,54 @@ def test_left_and_right_mirror_each_other():
 
 
 def test_config_is_the_papers():
-    """Section 5.1 and appendix C; the README lists what is ours."""
-    paper = dict(D=128, K_s=2048, K_d=2048, encoder_blocks=4, encoder_width=128, decoder_blocks=1, decoder_width=96,
-                 token_hidden=64, n_actions=15, beta=0.25, lambda_l=1.0, lambda_g=0.3, tau=0.07, cosine_local=True,
-                 ema_decay=0.99, epochs_1=20, batch_1=128, lr_1=1e-3, weight_decay_1=0.15, warmup_1=500, width=128,
-                 heads=8, lsab_blocks=1, gcsab_blocks=12, ph_blocks=4, dropout=0.25, lambda_d=1.5, epochs_2=50,
-                 batch_2=64, lr_2=5e-4, weight_decay_2=0.03, lifter="spatial", lifter_width=96, lifter_blocks=12,
-                 epochs_3=25, batch_3=256, lr_3=1e-3, weight_decay_3=0.0, cosine_3=False, turn_3=0.0, condition="sos",
-                 soft=False, epochs_soft=0)  # fmt: skip
+    """Section 5.1 and appendix C; docs/decisions.md lists what is ours."""
+    paper = dict(
+        D=128,
+        K_s=2048,
+        K_d=2048,
+        encoder_blocks=4,
+        encoder_width=128,
+        decoder_blocks=1,
+        decoder_width=96,
+        token_hidden=64,
+        n_actions=15,
+        beta=0.25,
+        lambda_l=1.0,
+        lambda_g=0.3,
+        tau=0.07,
+        cosine_local=True,
+        ema_decay=0.99,
+        width=128,
+        heads=8,
+        lsab_blocks=1,
+        gcsab_blocks=12,
+        ph_blocks=4,
+        dropout=0.25,
+        lambda_d=1.5,
+        condition="sos",
+        soft=False,
+    )
     config = dataclasses.asdict(Config())
     assert {k: config[k] for k in paper} == paper
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().D = 64
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Coordinate frames
 
 
 def test_normalisation_known_values():
     """VideoPose3D: X / w * 2 - [1, h / w]."""
-    px = torch.tensor([[0.0, 0.0], [1000.0, 1002.0], [500.0, 501.0], [750.0, 0.0], [0.0, 600.0]]).double()
+    px = torch.tensor(
+        [[0.0, 0.0], [1000.0, 1002.0], [500.0, 501.0], [750.0, 0.0], [0.0, 600.0]]
+    ).double()
     expected = [[-1.0, -1.002], [1.0, 1.002], [0.0, 0.0], [0.5, -1.002], [-1.0, 0.198]]
     assert_same(normalize_screen(px, 1000, 1002), torch.tensor(expected, dtype=torch.float64))
-    assert_same(normalize_screen(torch.tensor([[1920.0, 1080.0]]), 1920, 1080), torch.tensor([[1.0, 0.5625]]))
+    assert_same(
+        normalize_screen(torch.tensor([[1920.0, 1080.0]]), 1920, 1080),
+        torch.tensor([[1.0, 0.5625]]),
+    )
 
 
 @given(seed=st.integers(0, 2**31), w=st.integers(1, 4000), h=st.integers(1, 4000))
@@ -267,7 +329,9 @@ def test_frames_invert(seed, w, h):
     px = torch.rand(3, 17, 2, generator=g, dtype=torch.float64) * torch.tensor([w, h])
     x = normalize_screen(px, w, h)
     torch.testing.assert_close(to_pixels(x, w, h), px, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close((x[:, 1:] - x[:, :1]).norm(dim=-1), (px[:, 1:] - px[:, :1]).norm(dim=-1) * 2 / w)
+    torch.testing.assert_close(
+        (x[:, 1:] - x[:, :1]).norm(dim=-1), (px[:, 1:] - px[:, :1]).norm(dim=-1) * 2 / w
+    )
     pelvis = detected_pelvis(x)
     framed = to_model_frame(x, pelvis)
     assert float(framed[:, 0].abs().max()) == 0.0
@@ -289,7 +353,7 @@ def test_detected_pelvis():
     assert torch.equal(detected_pelvis(x), detected_pelvis(x, torch.full((4, 17), 0.1)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 1
 
 
@@ -301,43 +365,65 @@ def tokenizer(seed=0, config=TINY, n=24):
     return model, x_f
 
 
-def test_msst_forward_equals_numpy_twin():
+def test_msst_forward_equals_numpy():
     model, x_f = tokenizer()
     with torch.no_grad():
         o = model.eval()(x_f[:3])
     w = weights(model)
     for b in range(3):
-        twin = msst_twin(w, TINY, x_f[b].double().numpy())
+        twin = msst_reference(w, TINY, x_f[b].double().numpy())
         for name in ("q_s", "q_d"):
             np.testing.assert_array_equal(o[name][b].numpy(), twin[name])
-        for name in ("z_s", "z_d", "zh_s", "zh_d", "x_d", "x_f", "p_A"):
-            np.testing.assert_allclose(o[name][b].numpy(), twin[name], rtol=1e-4, atol=1e-4, err_msg=name)
+        for name in ("z_s", "zp_d", "zh_s", "zh_d", "x_d", "x_f", "p_A"):
+            np.testing.assert_allclose(
+                o[name][b].numpy(), twin[name], rtol=1e-4, atol=1e-4, err_msg=name
+            )
 
 
 @pytest.mark.parametrize("cosine", [True, False])
 def test_stage_1_loss_equals_eq_6_in_numpy(cosine):
-    """Every reduction as the docstring states it; the codebook term is EMA's business and not in the loss."""
-    config = dataclasses.replace(TINY, cosine_local=cosine, tau=0.07 if cosine else 5.0, beta=0.25, lambda_r=7.0,
-                                 lambda_l=1.3, lambda_g=0.4)
+    """Every reduction as the docstring states it; the codebook term is EMA's business and not in
+    the loss."""
+    config = dataclasses.replace(
+        TINY,
+        cosine_local=cosine,
+        tau=0.07 if cosine else 5.0,
+        beta=0.25,
+        lambda_r=7.0,
+        lambda_l=1.3,
+        lambda_g=0.4,
+    )
     model, x_f = tokenizer(1, config)
     x_f, x_d, a = x_f[:4], torch.randn(4, 48, 2), torch.tensor([2, -1, 0, -1])
     loss, terms, o = model.loss(x_f, x_d, a)
     w = weights(model)
-    twins = [msst_twin(w, config, pose.double().numpy()) for pose in x_f]
+    twins = [msst_reference(w, config, pose.double().numpy()) for pose in x_f]
     expected = dict.fromkeys(("fine", "dense", "commit_s", "commit_d", "local", "action"), 0.0)
     for b, t in enumerate(twins):
-        np.testing.assert_array_equal(o["q_d"][b].numpy(), t["q_d"])  # else the twins compare different codes
-        pairs = dict(fine=(t["x_f"], x_f[b].double().numpy()), dense=(t["x_d"], x_d[b].double().numpy()),
-                     commit_s=(t["z_s"], t["zh_s"]), commit_d=(t["z_d"], t["zh_d"]))
+        np.testing.assert_array_equal(
+            o["q_d"][b].numpy(), t["q_d"]
+        )  # else the twins compare different codes
+        pairs = dict(
+            fine=(t["x_f"], x_f[b].double().numpy()),
+            dense=(t["x_d"], x_d[b].double().numpy()),
+            commit_s=(t["z_s"], t["zh_s"]),
+            commit_d=(t["zp_d"], t["zh_d"]),
+        )
         for term, (ours, theirs) in pairs.items():
             expected[term] += ((ours - theirs) ** 2).sum(-1).mean() / 4
-        expected["local"] += local_twin(t["zh_s"], t["zh_d"], config.tau, cosine) / 4
-    expected["action"] = -(log_softmax(twins[0]["p_A"])[2] + log_softmax(twins[2]["p_A"])[0]) / 2  # the two known ones
+        expected["local"] += local_reference(t["zh_s"], t["zh_d"], config.tau, cosine) / 4
+    expected["action"] = (
+        -(log_softmax(twins[0]["p_A"])[2] + log_softmax(twins[2]["p_A"])[0]) / 2
+    )  # the two known ones
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(float(terms[name]), value, rtol=2e-4, err_msg=name)
-    total = (7.0 * (expected["fine"] + expected["dense"]) + 0.25 * (expected["commit_s"] + expected["commit_d"])
-             + 1.3 * expected["local"] + 0.4 * expected["action"])
+    total = (
+        7.0 * (expected["fine"] + expected["dense"])
+        + 0.25 * (expected["commit_s"] + expected["commit_d"])
+        + 1.3 * expected["local"]
+        + 0.4 * expected["action"]
+    )
     np.testing.assert_allclose(loss.item(), total, rtol=2e-4)
     assert not any(t.requires_grad for t in terms.values())
 
@@ -348,7 +434,9 @@ def test_stage_1_loss_equals_eq_6_in_numpy(cosine):
 def test_l_local_equals_eq_3_in_numpy(cosine, seed, tau, scale):
     g = torch.Generator().manual_seed(seed)
     zh_s, zh_d = (torch.randn(2, n, 5, generator=g, dtype=torch.float64) * scale for n in (16, 48))
-    expected = np.mean([local_twin(zh_s[b].numpy(), zh_d[b].numpy(), tau, cosine) for b in range(2)])
+    expected = np.mean(
+        [local_reference(zh_s[b].numpy(), zh_d[b].numpy(), tau, cosine) for b in range(2)]
+    )
     np.testing.assert_allclose(float(local_alignment(zh_s, zh_d, tau, cosine)), expected, rtol=1e-9)
 
 
@@ -359,7 +447,9 @@ def test_l_local_ties_a_sparse_token_to_its_own_three_rows():
     assert float(local_alignment(zh_s, own.roll(1, 1), 0.07)) > 0.1  # one row further and parts mix
     assert float(local_alignment(zh_s, own.roll(3, 1), 0.07)) > 3
     shuffled = own.unflatten(1, (16, 3))[:, :, [2, 0, 1]].flatten(1, 2)
-    torch.testing.assert_close(local_alignment(zh_s, shuffled, 0.07), local_alignment(zh_s, own, 0.07))
+    torch.testing.assert_close(
+        local_alignment(zh_s, shuffled, 0.07), local_alignment(zh_s, own, 0.07)
+    )
 
 
 def test_unknown_actions_do_not_count():
@@ -375,12 +465,19 @@ def test_unknown_actions_do_not_count():
     assert nothing.item() == 0.0 and float(q.grad.abs().max()) == 0.0  # all unknown: zero, not NaN
 
 
-ONE_TERM = {"fine": "lambda_r", "dense": "lambda_r", "commit": "beta", "local": "lambda_l", "action": "lambda_g"}
+ONE_TERM = {
+    "fine": "lambda_r",
+    "dense": "lambda_r",
+    "commit": "beta",
+    "local": "lambda_l",
+    "action": "lambda_g",
+}
 
 
 @pytest.mark.parametrize("term", ONE_TERM)
 def test_every_term_reaches_the_encoders(term):
-    """A plain lookup passes every test of values and gives the encoder nothing: straight-through everywhere."""
+    """A plain lookup passes every test of values and gives the encoder nothing: straight-through
+    everywhere."""
     off = dict(lambda_r=0.0, beta=0.0, lambda_l=0.0, lambda_g=0.0)
     model, x_f = tokenizer(2, dataclasses.replace(TINY, **(off | {ONE_TERM[term]: 1.0})))
     x_f = x_f[:6]
@@ -397,7 +494,9 @@ def test_every_term_reaches_the_encoders(term):
     for encoder in ("E_f", "E_d"):
         grads = {n: p.grad for n, p in getattr(model, encoder).named_parameters()}
         assert all(g is not None for g in grads.values()), encoder
-        assert all(float(g.abs().max()) > 0 for n, g in grads.items() if n.endswith("weight")), encoder
+        assert all(float(g.abs().max()) > 0 for n, g in grads.items() if n.endswith("weight")), (
+            encoder
+        )
 
 
 def test_straight_through_is_the_identity_backwards_and_the_code_forwards():
@@ -411,8 +510,11 @@ def test_straight_through_is_the_identity_backwards_and_the_code_forwards():
 
 
 def test_commitment_pulls_z_towards_its_code_only():
-    """beta |z - sg(z_hat)|^2: the gradient on z is 2 beta (z - code) / tokens, and nothing flows through the code."""
-    model, x_f = tokenizer(4, dataclasses.replace(TINY, lambda_r=0.0, lambda_l=0.0, lambda_g=0.0, beta=0.5))
+    """beta |z - sg(z_hat)|^2: the gradient on z is 2 beta (z - code) / tokens, and nothing flows
+    through the code."""
+    model, x_f = tokenizer(
+        4, dataclasses.replace(TINY, lambda_r=0.0, lambda_l=0.0, lambda_g=0.0, beta=0.5)
+    )
     seen, forward = {}, model.Q_d.forward
 
     def spy(z):
@@ -470,12 +572,12 @@ def test_samples_of_a_batch_do_not_mix_in_stage_1():
     torch.testing.assert_close(whole["x_f"][5:6], alone["x_f"], rtol=1e-4, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Transformer block
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_block_equals_numpy_twin(eps):
+def test_block_equals_numpy(eps):
     block = randomize(Block(12, 3, 2, eps=eps)).double().eval()
     x = torch.randn(1, 5, 12, dtype=torch.float64)
     visible = [[0], [0, 1], [0, 2], [1, 3], [0, 1, 2, 3, 4]]
@@ -485,13 +587,14 @@ def test_block_equals_numpy_twin(eps):
     w = {f"b.{k}": v for k, v in weights(block).items()}
     with torch.no_grad():
         for m, seen in ((mask, visible), (None, [range(5)] * 5)):
-            twin = block_twin(w, "b", x[0].numpy(), 3, seen, eps)
+            twin = block_reference(w, "b", x[0].numpy(), 3, seen, eps)
             np.testing.assert_allclose(block(x, m)[0].numpy(), twin, atol=1e-10)
 
 
 @pytest.mark.parametrize("pieces", [[1] * 7, [1, 3, 3], [4, 1, 2], [7]])
 def test_block_with_cache_equals_block_with_mask(pieces):
-    """A piece sees all earlier pieces and itself: with pieces of one token that is the causal mask."""
+    """A piece sees all earlier pieces and itself: with pieces of one token that is the causal
+    mask."""
     block = randomize(Block(12, 3, 2)).double().eval()
     x = torch.randn(2, 7, 12, dtype=torch.float64)
     end = torch.tensor(np.repeat(np.cumsum(pieces), pieces))
@@ -521,7 +624,7 @@ def test_drop_path_drops_whole_branches_of_a_sample_and_rescales():
         for keep_a in (0, 1):
             y = x + keep_a / 0.75 * block.proj(block._attend(block.norm1(x), None, None))
             for keep_b in (0, 1):
-                mlp = block.fc2(torch.nn.functional.gelu(block.fc1(block.norm2(y))))
+                mlp = block.mlp(block.norm2(y))
                 outcomes.append((y + keep_b / 0.75 * mlp - out).abs().amax((1, 2)) < 1e-9)
     hits = torch.stack(outcomes)
     assert bool((hits.sum(0) == 1).all())  # every sample is exactly one of the four
@@ -529,7 +632,7 @@ def test_drop_path_drops_whole_branches_of_a_sample_and_rescales():
     assert 0.3 < float(kept) < 0.8  # expected 0.5625
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 2
 
 
@@ -541,14 +644,24 @@ def transformer(seed=0, B=2, config=TINY):
     return model, x_s, q_s, q_d
 
 
+def tokens(model, x_s, conf=None):
+    """The likeliest token of every step of the rollout: q_s [B, 16], q_d [B, 48]."""
+    o = model.rollout(x_s, conf)
+    return o["logits_s"].argmax(-1), o["logits_d"].argmax(-1)
+
+
 def other(q, K, rows):
     q = q.clone()
     q[:, rows] = (q[:, rows] + 1 + torch.arange(len(q[0, rows])) % (K - 1)) % K
     return q
 
 
-FORMS = [TINY, dataclasses.replace(TINY, condition="every"), dataclasses.replace(TINY, soft=True),
-         dataclasses.replace(TINY, condition="every", soft=True)]
+FORMS = [
+    TINY,
+    dataclasses.replace(TINY, condition="every"),
+    dataclasses.replace(TINY, soft=True),
+    dataclasses.replace(TINY, condition="every", soft=True),
+]
 
 
 def form_name(config):
@@ -558,14 +671,20 @@ def form_name(config):
 @torch.no_grad()
 @pytest.mark.parametrize("with_conf", [False, True])
 @pytest.mark.parametrize("config", FORMS[:2], ids=form_name)
-def test_hiarm_logits_equal_numpy_twin(config, with_conf):
+def test_hiarm_logits_equal_numpy(config, with_conf):
     model, x_s, q_s, q_d = transformer(config=config)
     conf = (torch.rand(2, 17) > 0.3).double() if with_conf else None
     logits_s, logits_d = model(x_s, q_s, q_d, conf)
     assert logits_s.shape == (2, 16, TINY.K_s) and logits_d.shape == (2, 48, TINY.K_d)
     for b in range(2):
-        twin = hiarm_twin(weights(model), config, x_s[b].numpy(), q_s[b].numpy(), q_d[b].numpy(),
-                          conf[b].numpy() if with_conf else None)
+        twin = hiarm_reference(
+            weights(model),
+            config,
+            x_s[b].numpy(),
+            q_s[b].numpy(),
+            q_d[b].numpy(),
+            conf[b].numpy() if with_conf else None,
+        )
         np.testing.assert_allclose(logits_s[b].numpy(), twin[0], atol=1e-9)
         np.testing.assert_allclose(logits_d[b].numpy(), twin[1], atol=1e-9)
 
@@ -573,67 +692,94 @@ def test_hiarm_logits_equal_numpy_twin(config, with_conf):
 @torch.no_grad()
 @pytest.mark.parametrize("with_conf", [False, True])
 @pytest.mark.parametrize("config", FORMS, ids=form_name)
-def test_generation_equals_numpy_twin(config, with_conf):
+def test_generation_equals_numpy(config, with_conf):
     """Free running, keys and values kept, against a twin that starts over at every step."""
     model, x_s, _, _ = transformer(11, config=config)
     conf = (torch.rand(2, 17) > 0.3).double() if with_conf else None
-    rollout, q = model.rollout(x_s, conf), model.generate(x_s, conf)
+    rollout, q = model.rollout(x_s, conf), tokens(model, x_s, conf)
     for b in range(2):
-        twin = hiarm_twin(weights(model), config, x_s[b].numpy(), conf=conf[b].numpy() if with_conf else None)
-        for got, expected in zip(rollout, twin, strict=True):
-            np.testing.assert_allclose(got[b].numpy(), expected, atol=1e-9)
+        twin = hiarm_reference(
+            weights(model), config, x_s[b].numpy(), conf=conf[b].numpy() if with_conf else None
+        )
+        for name, expected in zip(("logits_s", "logits_d", "zh_s", "zh_d"), twin, strict=True):
+            np.testing.assert_allclose(rollout[name][b].numpy(), expected, atol=1e-9)
         for got, logits in zip(q, twin[:2], strict=True):
             np.testing.assert_array_equal(got[b].numpy(), logits.argmax(-1))
 
 
-def decoded_twin(w, c, zh_s, zh_d):
+def decoded_reference(w, c, zh_s, zh_d):
     """D_d and D_f of one sample's embeddings."""
-    up = decoder_twin(w, "msst.D_s", zh_s, c.decoder_blocks)
-    return (decoder_twin(w, "msst.D_d", zh_d, c.decoder_blocks),
-            decoder_twin(w, "msst.D_f", np.concatenate([zh_d, up], -1), c.decoder_blocks))
+    up = decoder_reference(w, "msst.D_s", zh_s, c.decoder_blocks)
+    return (
+        decoder_reference(w, "msst.D_d", zh_d, c.decoder_blocks),
+        decoder_reference(w, "msst.D_f", np.concatenate([zh_d, up], -1), c.decoder_blocks),
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("on_rollout", [False, True])
 @pytest.mark.parametrize("config", FORMS, ids=form_name)
 def test_stage_2_loss_equals_eq_12_in_numpy(config, on_rollout):
-    """Teacher-forced cross-entropies; on_rollout those of generation itself, and the pose error of what it decodes."""
+    """Teacher-forced cross-entropies; on_rollout those of generation itself, and the pose error of
+    what it decodes."""
     torch.manual_seed(1)
     model = randomize(HiPART(config), 0.3, 1).double().eval()
     x_s, x_d, x_f = (torch.randn(2, n, 2).double() for n in (17, 48, 96))
-    q_s, q_d, conf = torch.randint(config.K_s, (2, 16)), torch.randint(config.K_d, (2, 48)), torch.ones(2, 17)
+    q_s, q_d, conf = (
+        torch.randint(config.K_s, (2, 16)),
+        torch.randint(config.K_d, (2, 48)),
+        torch.ones(2, 17),
+    )
     conf[1, 4] = 0
-    loss, terms = model.loss(x_s=x_s, conf=conf, x_d=x_d, x_f=x_f, q_s=q_s, q_d=q_d, on_rollout=on_rollout)
+    loss, terms, o = model.loss(
+        x_s=x_s, conf=conf, x_d=x_d, x_f=x_f, q_s=q_s, q_d=q_d, on_rollout=on_rollout
+    )
     ce_s, ce_d, right_s, right_d, error_d, error_f = [], [], [], [], [], []
     w = weights(model)
     own = {k.removeprefix("hiarm."): v for k, v in w.items()}
     for b in range(2):
         forced = () if on_rollout else (q_s[b].numpy(), q_d[b].numpy())
-        twin_s, twin_d, zh_s, zh_d = hiarm_twin(own, config, x_s[b].numpy(), *forced, conf=conf[b].numpy())
+        twin_s, twin_d, zh_s, zh_d = hiarm_reference(
+            own, config, x_s[b].numpy(), *forced, conf=conf[b].numpy()
+        )
         ce_s += list(-log_softmax(twin_s)[np.arange(16), q_s[b].numpy()])
         ce_d += list(-log_softmax(twin_d)[np.arange(48), q_d[b].numpy()])
         right_s += list(twin_s.argmax(-1) == q_s[b].numpy())
         right_d += list(twin_d.argmax(-1) == q_d[b].numpy())
-        y_d, y_f = decoded_twin(w, config, zh_s, zh_d)
+        y_d, y_f = decoded_reference(w, config, zh_s, zh_d)
         error_d += list(np.linalg.norm(y_d - x_d[b].numpy(), axis=-1))
         error_f += list(np.linalg.norm(y_f - x_f[b].numpy(), axis=-1))
     expected = np.mean(ce_s) + config.lambda_d * np.mean(ce_d)
     if on_rollout:
         expected += config.lambda_p * (np.mean(error_d) + np.mean(error_f))
     assert float(loss) == pytest.approx(expected, rel=1e-9)
+    assert float(terms["sparse"]) == pytest.approx(np.mean(ce_s), rel=1e-9)
+    assert float(terms["dense"]) == pytest.approx(np.mean(ce_d), rel=1e-9)
+    assert float(terms["pose"]) == pytest.approx(on_rollout * (np.mean(error_d) + np.mean(error_f)))
+    assert o["logits_s"].shape == (2, 16, config.K_s) and not any(
+        t.requires_grad for t in terms.values()
+    )
     assert float(terms["acc_s"]) == pytest.approx(np.mean(right_s), abs=1e-6)
     assert float(terms["acc_d"]) == pytest.approx(np.mean(right_d), abs=1e-6)
 
 
 def test_soft_training_reaches_every_weight_through_generation():
-    """The pose error alone must train everything that generation used, from the last part back to the SOS token."""
+    """The pose error alone must train everything that generation used, from the last part back to
+    the SOS token."""
     config = dataclasses.replace(TINY, condition="every", soft=True)
     model = randomize(HiPART(config), 0.3)
     model.msst.requires_grad_(False)
-    _, _, zh_s, zh_d = model.hiarm.rollout(torch.randn(2, 17, 2), torch.ones(2, 17))
-    x_d, x_f = model.msst.decode_embeddings(zh_s[:, -1:].expand(-1, 16, -1), zh_d[:, -3:].repeat(1, 16, 1))  # last part
+    o = model.hiarm.rollout(torch.randn(2, 17, 2), torch.ones(2, 17))
+    zh_s, zh_d = o["zh_s"], o["zh_d"]
+    x_d, x_f = model.msst.decode_embeddings(
+        zh_s[:, -1:].expand(-1, 16, -1), zh_d[:, -3:].repeat(1, 16, 1)
+    )  # last part
     (x_d.square().sum() + x_f.square().sum()).backward()
-    silent = [n for n, p in model.hiarm.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0]
+    silent = [
+        n
+        for n, p in model.hiarm.named_parameters()
+        if p.grad is None or float(p.grad.abs().max()) == 0
+    ]
     assert silent == ["missing.weight"]  # nobody is missing here
     assert all(p.grad is None for p in model.msst.parameters())
 
@@ -646,22 +792,29 @@ def test_an_unknown_condition_is_refused():
 @torch.no_grad()
 @pytest.mark.parametrize("i", range(16))
 def test_causality(i):
-    """Nothing of parts >= i reaches the sparse logits of part i; its dense logits see its own sparse token on top."""
+    """Nothing of parts >= i reaches the sparse logits of part i; its dense logits see its own
+    sparse token on top."""
     model, x_s, q_s, q_d = transformer(2)
     base_s, base_d = model(x_s, q_s, q_d)
     # everything of part i and later changes
-    new_s, new_d = model(x_s, other(q_s, TINY.K_s, slice(i, 16)), other(q_d, TINY.K_d, slice(3 * i, 48)))
+    new_s, new_d = model(
+        x_s, other(q_s, TINY.K_s, slice(i, 16)), other(q_d, TINY.K_d, slice(3 * i, 48))
+    )
     assert_same(new_s[:, : i + 1], base_s[:, : i + 1])
     assert_same(new_d[:, : 3 * i], base_d[:, : 3 * i])
     for j in range(3):
         assert_differ(new_d[:, 3 * i + j], base_d[:, 3 * i + j])
     # the dense tokens of part i and everything after part i change, its sparse token does not
-    new_s, new_d = model(x_s, other(q_s, TINY.K_s, slice(i + 1, 16)), other(q_d, TINY.K_d, slice(3 * i, 48)))
+    new_s, new_d = model(
+        x_s, other(q_s, TINY.K_s, slice(i + 1, 16)), other(q_d, TINY.K_d, slice(3 * i, 48))
+    )
     assert_same(new_s[:, : i + 1], base_s[:, : i + 1])
     assert_same(new_d[:, : 3 * i + 3], base_d[:, : 3 * i + 3])
     # one sparse token, or one dense token, reaches every later part
-    for changed in (model(x_s, other(q_s, TINY.K_s, slice(i, i + 1)), q_d),
-                    *(model(x_s, q_s, other(q_d, TINY.K_d, slice(3 * i + j, 3 * i + j + 1))) for j in range(3))):
+    for changed in (
+        model(x_s, other(q_s, TINY.K_s, slice(i, i + 1)), q_d),
+        *(model(x_s, q_s, other(q_d, TINY.K_d, slice(3 * i + j, 3 * i + j + 1))) for j in range(3)),
+    ):
         for k in range(i + 1, 16):
             assert_differ(changed[0][:, k], base_s[:, k])
             assert_differ(changed[1][:, 3 * k : 3 * k + 3], base_d[:, 3 * k : 3 * k + 3])
@@ -669,7 +822,8 @@ def test_causality(i):
 
 @pytest.mark.parametrize("condition", ["sos", "every"])
 def test_gradients_respect_the_factorisation(condition):
-    """The same by autograd: d logits / d embeddings is exactly zero where Eq. 8 has no arrow, and only there.
+    """The same by autograd: d logits / d embeddings is exactly zero where Eq. 8 has no arrow, and
+    only there.
 
     Every position holds a token of its own, so row k of a codebook is the embedding at position k.
     """
@@ -681,7 +835,10 @@ def test_gradients_respect_the_factorisation(condition):
     for i in range(16):
         sparse = (logits_s[0, i] * direction[:16]).sum()
         dense = (logits_d[0, 3 * i : 3 * i + 3] * direction).sum()
-        for target, reaches_s in ((sparse, [k < i for k in range(16)]), (dense, [k <= i for k in range(16)])):
+        for target, reaches_s in (
+            (sparse, [k < i for k in range(16)]),
+            (dense, [k <= i for k in range(16)]),
+        ):
             grads = torch.autograd.grad(target, codes, retain_graph=True, materialize_grads=True)
             by_s, by_d = (g.abs().sum(-1) > 0 for g in grads)
             assert by_s.tolist() == reaches_s
@@ -710,10 +867,15 @@ def test_dense_slots_differ_and_order_within_a_part_matters():
 
 @torch.no_grad()
 def test_parts_and_slots_are_told_apart_from_the_start():
-    """Before any training and with equal tokens everywhere, no two parts and no two dense slots agree."""
+    """Before any training and with equal tokens everywhere, no two parts and no two dense slots
+    agree."""
     torch.manual_seed(0)
     model = HiARM(TINY).double().eval()
-    x_s, q_s, q_d = torch.randn(1, 17, 2).double(), torch.zeros(1, 16).long(), torch.zeros(1, 48).long()
+    x_s, q_s, q_d = (
+        torch.randn(1, 17, 2).double(),
+        torch.zeros(1, 16).long(),
+        torch.zeros(1, 48).long(),
+    )
     logits_s, logits_d = model(x_s, q_s, q_d)
     assert len(torch.unique(logits_s[0].round(decimals=9), dim=0)) == 16
     assert len(torch.unique(logits_d[0].round(decimals=9), dim=0)) == 48
@@ -734,19 +896,24 @@ def test_every_coordinate_of_the_sparse_pose_reaches_every_token(joint):
 @torch.no_grad()
 @pytest.mark.parametrize("with_conf", [False, True])
 def test_generate_equals_repeated_forward(with_conf):
-    """Argmax step by step through the teacher-forced model, with rubbish in all places not yet written."""
+    """Argmax step by step through the teacher-forced model, with rubbish in all places not yet
+    written."""
     for seed in range(3):
         model, x_s, q_s, q_d = transformer(seed, B=5)
         conf = (torch.rand(5, 17) > 0.3).double() if with_conf else None
         for i in range(16):
             q_s[:, i] = model(x_s, q_s, q_d, conf)[0][:, i].argmax(-1)
-            q_d[:, 3 * i : 3 * i + 3] = model(x_s, q_s, q_d, conf)[1][:, 3 * i : 3 * i + 3].argmax(-1)
-        made_s, made_d = model.generate(x_s, conf)
+            q_d[:, 3 * i : 3 * i + 3] = model(x_s, q_s, q_d, conf)[1][:, 3 * i : 3 * i + 3].argmax(
+                -1
+            )
+        made_s, made_d = tokens(model, x_s, conf)
         assert made_s.dtype == made_d.dtype == torch.int64
         assert torch.equal(made_s, q_s) and torch.equal(made_d, q_d)
         assert len(torch.unique(made_s)) > 1  # the test would be empty if one token won everywhere
-        one_s, one_d = model.generate(x_s[2:3], None if conf is None else conf[2:3])
-        assert torch.equal(one_s, made_s[2:3]) and torch.equal(one_d, made_d[2:3])  # samples do not mix
+        one_s, one_d = tokens(model, x_s[2:3], None if conf is None else conf[2:3])
+        assert torch.equal(one_s, made_s[2:3]) and torch.equal(
+            one_d, made_d[2:3]
+        )  # samples do not mix
 
 
 def test_hiarm_keeps_its_own_frozen_copy_of_the_codebooks():
@@ -762,7 +929,8 @@ def test_hiarm_keeps_its_own_frozen_copy_of_the_codebooks():
 @torch.no_grad()
 @pytest.mark.parametrize("config", FORMS, ids=form_name)
 def test_densify_follows_the_person_through_the_image(config):
-    """The model frame takes the place in the image out: moving the detection moves the result by as much."""
+    """The model frame takes the place in the image out: moving the detection moves the result by as
+    much."""
     torch.manual_seed(0)
     model = randomize(HiPART(config), 0.3).eval()
     model.hiarm.set_codebooks(model.msst)
@@ -772,9 +940,13 @@ def test_densify_follows_the_person_through_the_image(config):
     x_d, x_f = model.densify(x_s, conf)
     assert x_d.shape == (3, 48, 2) and x_f.shape == (3, 96, 2)
     pelvis = detected_pelvis(x_s, conf)
-    q_s, q_d = model.hiarm.generate((x_s - pelvis) / SCALE, conf)
-    _, _, zh_s, zh_d = model.hiarm.rollout((x_s - pelvis) / SCALE, conf)
-    made = model.msst.decode_embeddings(zh_s, zh_d) if config.soft else model.msst.decode(q_s, q_d)
+    q_s, q_d = tokens(model.hiarm, (x_s - pelvis) / SCALE, conf)
+    o = model.hiarm.rollout((x_s - pelvis) / SCALE, conf)
+    made = (
+        model.msst.decode_embeddings(o["zh_s"], o["zh_d"])
+        if config.soft
+        else model.msst.decode(q_s, q_d)
+    )
     for got, framed in zip((x_d, x_f), made, strict=True):
         torch.testing.assert_close(got, framed * SCALE + pelvis)
     shift = torch.tensor([0.25, -0.5])
@@ -782,40 +954,64 @@ def test_densify_follows_the_person_through_the_image(config):
         torch.testing.assert_close(got, here + shift, rtol=1e-4, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Missing joints, in every place that takes conf
 
 
-TAKERS = ("detected_pelvis", "densify", "densify_every_soft", "generate", "logits", "regressor", "regressor_densify",
-          "features", "SpatialLifter_17", "SpatialLifter_161", "MLPLifter_17", "MLPLifter_161")
+TAKERS = (
+    "detected_pelvis",
+    "densify",
+    "densify_every_soft",
+    "tokens",
+    "logits",
+    "features",
+    "SpatialLifter_17",
+    "SpatialLifter_161",
+)
+
+
+DENSE = torch.randn(4, 144, 2, generator=torch.Generator().manual_seed(0))
+
+
+def as_tuple(f):
+    """The function f, but its output is always a tuple of tensors."""
+
+    def g(*args):
+        out = f(*args)
+        return out if isinstance(out, tuple) else (out,)
+
+    return g
+
+
+def lifters(lifter_class):
+    """NAME_17 and NAME_161 -> f(x_s, conf): small lifters of both numbers of points."""
+    functions = {}
+    for n in (17, 161):
+        lifter = randomize(lifter_class(n, 12, 2), 0.2).eval()
+        functions[f"{lifter_class.__name__}_{n}"] = as_tuple(
+            lambda x, conf=None, lifter=lifter, n=n: lifter(torch.cat([x, DENSE], 1)[:, :n], conf)
+        )
+    return functions
 
 
 @pytest.fixture(scope="module")
 def takers():
-    """name -> f(x_s, conf), a tuple of tensors, for everything that takes detections."""
+    """name -> f(x_s, conf), a tuple of tensors, for everything here that takes detections."""
     torch.manual_seed(0)
-    hipart, regressor = randomize(HiPART(TINY), 0.3).eval(), randomize(Regressor(16, 1), 0.2).eval()
-    dense, q_s, q_d = torch.randn(4, 144, 2), torch.randint(TINY.K_s, (4, 16)), torch.randint(TINY.K_d, (4, 48))
+    hipart = randomize(HiPART(TINY), 0.3).eval()
+    q_s, q_d = torch.randint(TINY.K_s, (4, 16)), torch.randint(TINY.K_d, (4, 48))
     ours = randomize(HiPART(dataclasses.replace(TINY, condition="every", soft=True)), 0.3).eval()
-    functions = dict(detected_pelvis=detected_pelvis, densify=hipart.densify, generate=hipart.hiarm.generate,
-                     densify_every_soft=ours.densify,
-                     logits=lambda x, conf=None: hipart.hiarm(x, q_s, q_d, conf), regressor=regressor,
-                     regressor_densify=regressor.densify,
-                     features=lambda x, conf=None: lifting_features(torch.cat([x, dense], 1), conf))
-    for lifter_class in (SpatialLifter, MLPLifter):
-        for n in (17, 161):
-            lifter = randomize(lifter_class(n, 12, 2), 0.2).eval()
-            functions[f"{lifter_class.__name__}_{n}"] = (
-                lambda x, conf=None, lifter=lifter: lifter(torch.cat([x, dense], 1)[:, : lifter.n_points], conf))
-
-    def as_tuple(f):
-        def g(*args):
-            out = f(*args)
-            return out if isinstance(out, tuple) else (out,)
-
-        return g
-
-    return {name: as_tuple(f) for name, f in functions.items()}
+    functions = dict(
+        detected_pelvis=detected_pelvis,
+        densify=hipart.densify,
+        tokens=lambda x, conf=None: tokens(hipart.hiarm, x, conf),
+        densify_every_soft=ours.densify,
+        logits=lambda x, conf=None: hipart.hiarm(x, q_s, q_d, conf),
+        features=lambda x, conf=None: tuple(
+            lifting_features(torch.cat([x, DENSE], 1), conf).values()
+        ),
+    )
+    return {name: as_tuple(f) for name, f in functions.items()} | lifters(SpatialLifter)
 
 
 def hidden_joints():
@@ -829,17 +1025,25 @@ def hidden_joints():
 @pytest.mark.parametrize("name", TAKERS)
 def test_coordinates_of_a_missing_joint_do_not_matter(takers, name, filler):
     x_s, conf = hidden_joints()
-    for a, b in zip(takers[name](x_s, conf), takers[name](x_s.masked_fill((conf == 0)[..., None], filler), conf),
-                    strict=True):
+    for a, b in zip(
+        takers[name](x_s, conf),
+        takers[name](x_s.masked_fill((conf == 0)[..., None], filler), conf),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
 @torch.no_grad()
 def test_nan_is_a_fair_coordinate_of_a_missing_joint(takers):
-    """Detectors write NaN for what they did not find. 0 * NaN is NaN: masks have to select, not multiply."""
+    """Detectors write NaN for what they did not find. 0 * NaN is NaN: masks have to select, not
+    multiply."""
     x_s, conf = hidden_joints()
     nan = x_s.masked_fill((conf == 0)[..., None], float("nan"))
-    leaks = [name for name in TAKERS if not all(map(torch.equal, takers[name](x_s, conf), takers[name](nan, conf)))]
+    leaks = [
+        name
+        for name in TAKERS
+        if not all(map(torch.equal, takers[name](x_s, conf), takers[name](nan, conf)))
+    ]
     assert leaks == []
 
 
@@ -853,11 +1057,15 @@ def test_no_confidence_means_all_visible(takers, name):
 
 @pytest.mark.parametrize("joint", range(17))
 def test_a_learned_token_stands_in_for_each_missing_joint(joint):
-    """Hiding a joint is not the same as seeing it at the origin, and the token that stands in has a gradient."""
+    """Hiding a joint is not the same as seeing it at the origin, and the token that stands in has a
+    gradient."""
     x_s, conf = torch.randn(4, 17, 2), torch.ones(4, 17)
     conf[:, joint] = 0
     x_s[:, joint] = 0
-    hiarm, lifter = randomize(HiARM(TINY), 0.3).eval(), randomize(SpatialLifter(17, 12, 2), 0.2).eval()
+    hiarm, lifter = (
+        randomize(HiARM(TINY), 0.3).eval(),
+        randomize(SpatialLifter(17, 12, 2), 0.2).eval(),
+    )
     q_s, q_d = torch.zeros(4, 16).long(), torch.zeros(4, 48).long()
     assert_differ(hiarm(x_s, q_s, q_d, conf)[0], hiarm(x_s, q_s, q_d)[0])
     hiarm(x_s, q_s, q_d, conf)[0].square().sum().backward()
@@ -867,11 +1075,11 @@ def test_a_learned_token_stands_in_for_each_missing_joint(joint):
     assert float(lifter.missing.grad.abs().max()) > 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 3
 
 
-def features_twin(x, conf):
+def features_reference(x, conf):
     """lifting_features of one sample x [161, 2] in loops, from its docstring."""
     seen = [1.0] * 17 if conf is None else [float(v > 0) for v in conf]
     visible = [x[j] for j in range(17) if seen[j]]
@@ -899,22 +1107,30 @@ def test_lifting_features_equal_plain_loops(with_conf):
         conf[conf < 0.3] = 0
         conf[0, 0], conf[1] = 0, 0
     got = lifting_features(x, conf)
+    assert list(got) == ["sparse", "dense", "fine"]
     for b in range(6):
-        for ours, twin in zip(got, features_twin(x[b].numpy(), None if conf is None else conf[b].numpy()), strict=True):
-            np.testing.assert_allclose(ours[b].numpy(), twin, atol=1e-12)
-    sparse, dense, fine, seen = lifting_features(x[:, :17], conf)
-    assert dense is None and fine is None and torch.equal(seen, got[3]) and torch.equal(sparse, got[0])
+        *levels, visible = features_reference(
+            x[b].numpy(), None if conf is None else conf[b].numpy()
+        )
+        for ours, expected in zip(got.values(), levels, strict=True):
+            np.testing.assert_allclose(ours[b].numpy(), expected, atol=1e-12)
+        np.testing.assert_array_equal(visible_joints(x[:, :17], conf)[b].numpy(), visible)
+    alone = lifting_features(x[:, :17], conf)
+    assert list(alone) == ["sparse"] and torch.equal(alone["sparse"], got["sparse"])
 
 
 def test_offsets_do_not_depend_on_the_place_in_the_image():
-    x, shift = torch.randn(3, 161, 2, dtype=torch.float64), torch.tensor([0.3, -0.7], dtype=torch.float64)
+    x, shift = (
+        torch.randn(3, 161, 2, dtype=torch.float64),
+        torch.tensor([0.3, -0.7], dtype=torch.float64),
+    )
     conf = torch.ones(3, 17)
     conf[0, [0, 5]] = 0
     here, there = lifting_features(x, conf), lifting_features(x + shift, conf)
-    assert_same(there[0][:, 0], here[0][:, 0] + shift)
-    assert_same(there[0][:, 1:], here[0][:, 1:])
-    assert_same(there[1], here[1])
-    assert_same(there[2], here[2])
+    assert_same(there["sparse"][:, 0], here["sparse"][:, 0] + shift)
+    assert_same(there["sparse"][:, 1:], here["sparse"][:, 1:])
+    assert_same(there["dense"], here["dense"])
+    assert_same(there["fine"], here["fine"])
 
 
 def test_spatial_lifter_has_the_papers_parameters():
@@ -926,71 +1142,73 @@ def test_spatial_lifter_has_the_papers_parameters():
     assert lifter.blocks[0].norm1.eps == lifter.blocks[0].norm2.eps == 1e-6
     rates = [b.drop_path for b in lifter.blocks]
     np.testing.assert_allclose(rates, [0.1 * i / 11 for i in range(12)], atol=1e-8)
-    assert all(b.p == 0 and b.fc1.out_features == 2 * 96 for b in lifter.blocks)
+    assert all(b.p == 0 and b.mlp[0].out_features == 2 * 96 for b in lifter.blocks)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_points, blocks", [(17, 2), (161, 1)])
-def test_spatial_lifter_equals_numpy_twin(n_points, blocks):
+def test_spatial_lifter_equals_numpy(n_points, blocks):
     torch.manual_seed(0)
     lifter = randomize(SpatialLifter(n_points, 12, blocks, heads=3), 0.3).double().eval()
-    x, y, conf = torch.randn(40, 161, 2).double(), torch.randn(40, 17, 3).double() * 200, torch.ones(40, 17).double()
+    x, y, conf = (
+        torch.randn(40, 161, 2).double(),
+        torch.randn(40, 17, 3).double() * 200,
+        torch.ones(40, 17).double(),
+    )
     conf[0, [0, 4]] = 0
     lifter.standardize(x[:, :n_points], y, conf)
     out = lifter(x[:2, :n_points], conf[:2]).numpy()
     w = weights(lifter)
     for b in range(2):
-        sparse, dense, fine, seen = features_twin(x[b].numpy(), conf[b].numpy())
+        sparse, dense, fine, seen = features_reference(x[b].numpy(), conf[b].numpy())
         tokens = linear(w, "embed_s", (sparse - w["mean_sparse"]) / w["std_sparse"])
         tokens[seen == 0] = w["missing"]
         if n_points == 161:
-            tokens = np.concatenate([tokens, linear(w, "embed_d", (dense - w["mean_dense"]) / w["std_dense"]),
-                                     linear(w, "embed_f", (fine - w["mean_fine"]) / w["std_fine"])])
+            tokens = np.concatenate(
+                [
+                    tokens,
+                    linear(w, "embed_d", (dense - w["mean_dense"]) / w["std_dense"]),
+                    linear(w, "embed_f", (fine - w["mean_fine"]) / w["std_fine"]),
+                ]
+            )
         tokens = tokens + w["position"]
         for i in range(blocks):
-            tokens = block_twin(w, f"blocks.{i}", tokens, 3, [range(n_points)] * n_points, 1e-6)
+            tokens = block_reference(
+                w, f"blocks.{i}", tokens, 3, [range(n_points)] * n_points, 1e-6
+            )
         tokens = layer_norm(w, "norm", tokens, 1e-6)[:17]
-        expected = linear(w, "head.1", layer_norm(w, "head.0", tokens, 1e-5)) * w["std_y"] + w["mean_y"]
+        expected = (
+            linear(w, "head.1", layer_norm(w, "head.0", tokens, 1e-5)) * w["std_y"] + w["mean_y"]
+        )
         np.testing.assert_allclose(out[b], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("lifter_class", [SpatialLifter, MLPLifter])
+LIFTERS = [SpatialLifter, MLPLifter]  # one interface, one set of tests
+
+
+@pytest.mark.parametrize("lifter_class", LIFTERS)
 def test_standardize_takes_the_training_sets_statistics(lifter_class):
     torch.manual_seed(0)
     lifter = lifter_class(161, 12, 1).double().eval()
-    x, y = torch.randn(300, 161, 2).double() * 0.1 + 0.3, torch.randn(300, 17, 3).double() * 250 + 40
+    x, y = (
+        torch.randn(300, 161, 2).double() * 0.1 + 0.3,
+        torch.randn(300, 17, 3).double() * 250 + 40,
+    )
     lifter.standardize(x, y)
-    for t in lifter.features(x, None)[:3]:
+    for t in lifter.features(x, None).values():
         torch.testing.assert_close(t.mean(0), torch.zeros_like(t[0]), rtol=0, atol=1e-6)
-        torch.testing.assert_close(t.std(0, correction=0), torch.ones_like(t[0]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            t.std(0, correction=0), torch.ones_like(t[0]), rtol=1e-4, atol=1e-4
+        )
     torch.testing.assert_close(lifter.mean_y, y.mean(0))
-    assert len(torch.unique(lifter.std_y)) == 1  # one scale for all: the loss weighs millimetres alike
+    assert (
+        len(torch.unique(lifter.std_y)) == 1
+    )  # one scale for all: the loss weighs millimetres alike
     assert lifter.mean_y.requires_grad is False and "mean_sparse" in lifter.state_dict()
 
 
 @torch.no_grad()
-def test_residual_mlp_against_numpy():
-    torch.manual_seed(0)
-    mlp = ResidualMLP(5, 3, 7, 2).double()
-    x = torch.randn(11, 5).double()
-    w = {k: v.numpy() for k, v in mlp.state_dict().items()}
-
-    def layer(h, name):
-        h = h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-        return h / (1 + np.exp(-h))  # SiLU
-
-    h = layer(x.numpy(), "first.0")
-    for b in range(2):
-        h = h + layer(layer(h, f"blocks.{b}.0.0"), f"blocks.{b}.1.0")
-    expected = h @ w["last.weight"].T + w["last.bias"]
-    np.testing.assert_allclose(mlp(x).numpy(), expected, rtol=1e-12)
-    y, hidden = mlp(x, with_hidden=True)
-    np.testing.assert_allclose(hidden.numpy(), h, rtol=1e-12)
-    assert torch.equal(y, mlp(x))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("lifter_class", [SpatialLifter, MLPLifter])
+@pytest.mark.parametrize("lifter_class", LIFTERS)
 @pytest.mark.parametrize("n_points", [17, 161])
 def test_lifters_give_joints_and_refuse_other_shapes(lifter_class, n_points):
     lifter = lifter_class(n_points, 12, 1).eval()
@@ -1001,7 +1219,7 @@ def test_lifters_give_joints_and_refuse_other_shapes(lifter_class, n_points):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lifter_class", [SpatialLifter, MLPLifter])
+@pytest.mark.parametrize("lifter_class", LIFTERS)
 @pytest.mark.parametrize("n_points", [17, 161])
 def test_a_lifter_refuses_the_points_of_the_other_one(lifter_class, n_points):
     with pytest.raises(ValueError, match=f"{n_points}.*found"):
@@ -1009,17 +1227,8 @@ def test_a_lifter_refuses_the_points_of_the_other_one(lifter_class, n_points):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lifter_class", [SpatialLifter, MLPLifter])
-def test_auxiliary_head_changes_nothing_else(lifter_class):
-    lifter = lifter_class(17, 12, 1, auxiliary=True).eval()
-    x = torch.randn(3, 17, 2)
-    y, extra = lifter(x, with_auxiliary=True)
-    assert torch.equal(y, lifter(x)) and extra.shape == (3, 48 * 6 + 96 * 2)
-
-
-@torch.no_grad()
-def test_lifters_do_not_mix_samples_in_eval():
-    for lifter in (SpatialLifter(161, 12, 2), MLPLifter(161, 12, 1)):
-        lifter.eval()
-        x = torch.randn(5, 161, 2)
-        torch.testing.assert_close(lifter(x)[3:4], lifter(x[3:4]), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("lifter_class", LIFTERS)
+def test_lifters_do_not_mix_samples_in_eval(lifter_class):
+    lifter = lifter_class(161, 12, 2).eval()
+    x = torch.randn(5, 161, 2)
+    torch.testing.assert_close(lifter(x)[3:4], lifter(x[3:4]), rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
-"""human36m.py on a small Human3.6M of our own: made-up motion of a made-up SMPL body, seen by the real cameras, written in
-the layouts of VideoPose3D and Pose2Mesh, and read back. What is expected is computed here in another way."""
+"""sources/human36m.py on a small Human3.6M of our own: made-up motion of a made-up SMPL body, seen
+by the real cameras, written in the layouts of VideoPose3D and Pose2Mesh, and read back. What is
+expected is computed here in another way."""
 
 import json
 import re
@@ -9,31 +10,47 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FUZZ, H36M_OF_SMPL, SMPL_JOINTS, regressor_onto, smpl_content, write_smpl_pkl
+from conftest import (
+    FUZZ,
+    H36M_OF_SMPL,
+    SMPL_JOINTS,
+    regressor_onto,
+    smpl_content,
+    write_smpl_pkl,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_smpl import direct
 
 import evaluate
-import human36m as H
-import prepare_data as P
+import prepare_data
 import sample
 import train
+from hipart import PART_JOINT
+from sources import human36m as H
+from sources import smpl
+from sources.coarsening import coarsen
+from sources.dataset import Split, load
+from sources.geometry import H36M_INTRINSICS, project
 
 SYMMETRY = [[4, 5, 6, 11, 12, 13], [1, 2, 3, 14, 15, 16]]
 SUBJECTS = ("S1", "S5", "S6", "S7", "S8", "S9", "S11")
 T, EVERY = 12, 3  # frames of a sequence, and every which has a fit
 # Of Human3.6M's metadata.xml: file names of sub-actions 1 and 2, of S1, S5, S6, S7, S8, S9, S11
 TABLE = {
-    2: ["Directions 1, Directions", "Directions 1, Directions 2", *["Directions 1, Directions"] * 5],
+    2: ["Directions 1, Directions", "Directions 1, Directions 2",
+        *["Directions 1, Directions"] * 5],
     3: ["Discussion 1, Discussion", "Discussion 2, Discussion 3", *["Discussion 1, Discussion"] * 3,
         *["Discussion 1, Discussion 2"] * 2],
     4: ["Eating 2, Eating", "Eating 1, Eating", "Eating 1, Eating 2", *["Eating 1, Eating"] * 4],
-    5: ["Greeting 1, Greeting", "Greeting 1, Greeting 2", *["Greeting 1, Greeting"] * 4, "Greeting 2, Greeting"],
-    6: [*["Phoning 1, Phoning"] * 3, "Phoning 2, Phoning", *["Phoning 1, Phoning"] * 2, "Phoning 3, Phoning 2"],
+    5: ["Greeting 1, Greeting", "Greeting 1, Greeting 2", *["Greeting 1, Greeting"] * 4,
+        "Greeting 2, Greeting"],
+    6: [*["Phoning 1, Phoning"] * 3, "Phoning 2, Phoning", *["Phoning 1, Phoning"] * 2,
+        "Phoning 3, Phoning 2"],
     7: [*["Posing 1, Posing"] * 2, "Posing 2, Posing", *["Posing 1, Posing"] * 4],
     8: ["Purchases 1, Purchases"] * 7,
-    9: ["Sitting 1, Sitting 2", "Sitting 1, Sitting", "Sitting 1, Sitting 2", *["Sitting 1, Sitting"] * 4],
+    9: ["Sitting 1, Sitting 2", "Sitting 1, Sitting", "Sitting 1, Sitting 2",
+        *["Sitting 1, Sitting"] * 4],
     10: ["SittingDown 2, SittingDown", "SittingDown, SittingDown 1", "SittingDown 1, SittingDown",
          *["SittingDown, SittingDown 1"] * 4],
     11: [*["Smoking 1, Smoking"] * 6, "Smoking 2, Smoking"],
@@ -42,7 +59,8 @@ TABLE = {
          *["Waiting 1, Waiting"] * 3],
     14: [*["Walking 1, Walking"] * 3, "Walking 1, Walking 2", *["Walking 1, Walking"] * 3],
     15: ["WalkDog 1, WalkDog"] * 7,
-    16: [*["WalkTogether 1, WalkTogether"] * 4, "WalkTogether 1, WalkTogether 2", *["WalkTogether 1, WalkTogether"] * 2],
+    16: [*["WalkTogether 1, WalkTogether"] * 4, "WalkTogether 1, WalkTogether 2",
+         *["WalkTogether 1, WalkTogether"] * 2],
 }  # fmt: skip
 # t of X_camera = R X_world + t in mm, cameras 0 to 3, as others derived it from metadata.xml
 TRANSLATIONS = {
@@ -63,8 +81,10 @@ TRANSLATIONS = {
 }  # fmt: skip
 # Places of the 17 among the 32 joints, and the order of Table 1 in papers: written out again
 MOVING = [0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27]
-PRINTED = ("Directions Discussion Eating Greeting Phoning Photo Posing Purchases Sitting SittingDown Smoking Waiting "
-           "WalkDog Walking WalkTogether").split()
+PRINTED = (
+    "Directions Discussion Eating Greeting Phoning Photo Posing Purchases Sitting SittingDown "
+    "Smoking Waiting WalkDog Walking WalkTogether"
+).split()
 
 
 def names_of(subject):
@@ -72,9 +92,10 @@ def names_of(subject):
 
 
 def seen_by(subject, view, world):
-    """Points [..., 3] mm in the world -> camera [..., 3] mm and pixels [..., 2], by VideoPose3D's formulas, one by one."""
+    """Points [..., 3] mm in the world -> camera [..., 3] mm and pixels [..., 2], by VideoPose3D's
+    formulas, one by one."""
     w, x, y, z, *centre = H.EXTRINSICS[subject][view]
-    (fx, fy), (cx, cy), k, p = list(P.H36M_INTRINSICS.values())[view]
+    (fx, fy), (cx, cy), k, p = list(H36M_INTRINSICS.values())[view]
     camera, pixels = np.empty_like(world), np.empty((*world.shape[:-1], 2))
     for index in np.ndindex(world.shape[:-1]):
         v, u = world[index] - centre, np.array([-x, -y, -z])  # the inverse rotation
@@ -82,7 +103,8 @@ def seen_by(subject, view, world):
         m = np.clip(camera[index][:2] / camera[index][2], -1, 1)
         r2 = m @ m
         radial = 1 + k[0] * r2 + k[1] * r2**2 + k[2] * r2**3
-        pixels[index] = (m * (radial + p[0] * m[0] + p[1] * m[1]) + np.array(p) * r2) * [fx, fy] + [cx, cy]
+        bent = m * (radial + p[0] * m[0] + p[1] * m[1]) + np.array(p) * r2
+        pixels[index] = bent * [fx, fy] + [cx, cy]
     return camera, pixels
 
 
@@ -96,14 +118,16 @@ def motion(seed, n=T):
 
 
 def write_source(folder, content, frames=T, every=EVERY):
-    """A Human3.6M of `frames` frames a sequence, `every` one with a fit, in the layouts of its owners -> the regressor,
-    {(subject, action): (motion, joints [T, 17, 3] mm)}, and the detections {subject: {action: 4 x [T, 17, 2] px}}."""
+    """A Human3.6M of `frames` frames a sequence, every `every`-th with a fit, in the layouts of its
+    owners -> the regressor, {(subject, action): (motion, joints [T, 17, 3] mm)}, and the detections
+    {subject: {action: 4 x [T, 17, 2] px}}."""
     write_smpl_pkl(folder / "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl", content)
     rest = SMPL_JOINTS[H36M_OF_SMPL].copy()
     rest[10] += [0, 0.12, 0]
     regressor = regressor_onto(rest, content["v_template"])
     np.save(folder / "J_regressor_h36m_correct.npy", regressor)
-    made, points = {}, H.smpl.Points(H.smpl.read(H.smpl.neutral(sorted(folder.glob("*.pkl")))), regressor)
+    model = smpl.read(smpl.neutral(sorted(folder.glob("*.pkl"))))
+    made, points = {}, smpl.Points(model, regressor)
     positions, positions_2d = {}, {}
     for subject in SUBJECTS:
         positions[subject], positions_2d[subject], fits = {}, {}, {}
@@ -116,15 +140,21 @@ def write_source(folder, content, frames=T, every=EVERY):
                 positions[subject][name] = x
                 rng = np.random.default_rng(len(made))
                 cams = [H.camera(subject, v) for v in range(4)]
-                views = [P.project(joints * 1000 @ np.array(c["R"]).T + c["t"], c) for c in cams]
-                positions_2d[subject][name] = [np.float32(v + rng.normal(size=v.shape) * 4) for v in views]
+                views = [project(joints * 1000 @ np.array(c["R"]).T + c["t"], c) for c in cams]
+                detected = [np.float32(v + rng.normal(size=v.shape) * 4) for v in views]
+                positions_2d[subject][name] = detected
                 made[subject, name] = m, joints * 1000
+                pose, shape, trans = (a.reshape(frames, -1).tolist() for a in m)
                 fits.setdefault(str(code), {})[str(sub)] = {
-                    str(t): dict(pose=m[0][t].ravel().tolist(), shape=m[1][t].tolist(), trans=m[2][t].tolist())
-                    for t in range(0, frames, every)}
+                    str(t): dict(pose=pose[t], shape=shape[t], trans=trans[t])
+                    for t in range(0, frames, every)
+                }
         n = subject[1:]
         (folder / f"Human36M_subject{n}_smpl_param.json").write_text(json.dumps(fits))
-        cameras = {str(k + 1): {key: H.camera(subject, k)[key] for key in ("R", "t", "f", "c")} for k in range(4)}
+        cameras = {}
+        for k in range(4):
+            c = H.camera(subject, k)
+            cameras[str(k + 1)] = {key: c[key] for key in ("R", "t", "f", "c")}
         (folder / f"Human36M_subject{n}_camera.json").write_text(json.dumps(cameras))
     np.savez_compressed(folder / "data_3d_h36m.npz", positions_3d=np.array(positions, object))
     write_detections(folder, positions_2d)
@@ -132,17 +162,21 @@ def write_source(folder, content, frames=T, every=EVERY):
 
 
 def write_detections(folder, positions_2d):
-    np.savez_compressed(folder / "data_2d_h36m_cpn_ft_h36m_dbb.npz", positions_2d=np.array(positions_2d, object),
-                        metadata=np.array(dict(layout_name="h36m", num_joints=17, keypoints_symmetry=SYMMETRY), object))
+    path = folder / "data_2d_h36m_cpn_ft_h36m_dbb.npz"
+    metadata = dict(layout_name="h36m", num_joints=17, keypoints_symmetry=SYMMETRY)
+    np.savez_compressed(path, positions_2d=np.array(positions_2d, object),
+                        metadata=np.array(metadata, object))
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The folder, and what went into it: content of the SMPL file, and what write_source returns."""
+    """The folder, and what went into it: content of the SMPL file, and what write_source
+    returns."""
     folder = tmp_path_factory.mktemp("h36m")
     content = smpl_content(20, 16)
     regressor, made, positions_2d = write_source(folder, content)
-    # What differs from the rule: longer and shorter detections, a camera without any, bad fits, a joint that was not found
+    # What differs from the rule: longer and shorter detections, a camera without any, bad fits, a
+    # joint that was not found
     long = positions_2d["S9"]["Walking"]
     long[0] = np.concatenate([long[0], long[0][-3:]])
     positions_2d["S9"]["Eating"][1] = positions_2d["S9"]["Eating"][1][: T - 5]
@@ -152,7 +186,8 @@ def source(tmp_path_factory):
     path = folder / "Human36M_subject5_smpl_param.json"
     fits = json.loads(path.read_text())
     fits["8"]["1"]["-3"] = fits["8"]["1"]["0"]  # no frame
-    fits["8"]["1"]["6"]["pose"][48:51] = [0, 0, 0.9]  # an arm that the joints do not have: about 35 mm in the mean
+    # an arm that the joints do not have: about 35 mm in the mean
+    fits["8"]["1"]["6"]["pose"][48:51] = [0, 0, 0.9]
     fits["9"]["2"] = {}  # a sub-action without any
     fits["9"]["1"]["0"]["shape"][3] = 3.5  # no such body: the mean one
     fits["8"]["1"]["3"]["pose"][3:] = [0.9] * 69  # far from the joints
@@ -169,7 +204,7 @@ def data(source, tmp_path_factory):
 
 
 def split_of(data, name):
-    return P.load(data.name, name, data.parent)
+    return load(data, name)
 
 
 def test_names_of_sub_actions_follow_the_table():
@@ -184,91 +219,111 @@ def test_names_of_sub_actions_follow_the_table():
 def test_cameras_stand_where_others_put_them(subject, view):
     c = H.camera(subject, view)
     assert np.allclose(c["t"], TRANSLATIONS[subject][view], atol=6e-4)
-    assert np.allclose(np.array(c["R"]) @ np.array(c["R"]).T, np.eye(3), atol=1e-12) and np.linalg.det(c["R"]) > 0
+    assert (
+        np.allclose(np.array(c["R"]) @ np.array(c["R"]).T, np.eye(3), atol=1e-12)
+        and np.linalg.det(c["R"]) > 0
+    )
 
 
 def test_every_camera_looks_at_the_middle_of_the_room():
     for subject in SUBJECTS:
         for view in range(4):
             camera, pixels = seen_by(subject, view, np.array([[0.0, 0, 900], [0, 0, 1000]]))
-            assert camera[0, 2] > 3000 and (np.abs(pixels[0] - 500) < 250).all() and pixels[1, 1] < pixels[0, 1]
+            assert (
+                camera[0, 2] > 3000
+                and (np.abs(pixels[0] - 500) < 250).all()
+                and pixels[1, 1] < pixels[0, 1]
+            )
 
 
-def test_counts_splits_and_actions(data, source, capsys):
+def test_counts_splits_and_actions(data, source):
     made = source[3]
     arrays = {}
     for name, subjects in (("train", H.TRAIN), ("val", H.TRAIN), ("test", H.TEST)):
         arrays[name], meta = split_of(data, name)
-        assert set(arrays[name]["subject"]) == {int(s[1:]) for s in subjects} and set(arrays[name]["camera"]) == {0, 1, 2, 3}
-    n_train = sum(4 * T for s, a in made if s in H.TRAIN and (s, a) not in H.VAL) - T  # a camera of S8 has no detections
-    n_test = sum(4 * T for s, a in made if s in H.TEST) - 4 * T - 5  # S11's Directions; a camera of S9 has fewer
+        assert set(arrays[name]["subject"]) == {int(s[1:]) for s in subjects}
+        assert set(arrays[name]["camera"]) == {0, 1, 2, 3}
+    # A camera of S8 has no detections, one of S9 has fewer, and S11's Directions are left out.
+    n_train = sum(4 * T for s, a in made if s in H.TRAIN and (s, a) not in H.VAL) - T
+    n_test = sum(4 * T for s, a in made if s in H.TEST) - 4 * T - 5
     assert H.ACTIONS == tuple(PRINTED) and H.KEPT == tuple(MOVING)
     assert H.SHIFTED == {("S9", "Greeting"), ("S9", "SittingDown 1"), ("S9", "Waiting 1")}
     directions = (arrays["test"]["subject"] == 11) & (arrays["test"]["action"] == 0)
     assert directions.sum() == 4 * T  # of two sequences one
     n_val = len(H.VAL) * 4 * len(range(0, T, EVERY))
     assert [len(arrays[s]["y"]) for s in ("train", "val", "test")] == [n_train, n_val, n_test]
-    assert arrays["val"]["fit"].all() and not arrays["test"]["fit"].all()
+    assert arrays["val"]["has_mesh"].all() and not arrays["test"]["has_mesh"].all()
     assert {meta["actions"][a] for a in arrays["val"]["action"]} == {a for _, a in H.VAL}
     assert set(arrays["test"]["action"]) == set(range(15))
-    left_out = 4 * (3 + T // EVERY)  # two bad poses, a NaN and a sub-action without, seen by four cameras
-    assert arrays["train"]["fit"].sum() == meta["splits"]["train"]["fits"] == (n_train + T) // EVERY - T // EVERY - left_out
-    assert meta["sources"]["fits_left_out"] == 2 and meta["noise"] is None and "with the three shifted" in meta[
-        "splits"]["test"]["about"]
+    # Two bad poses, a NaN and a sub-action without any, seen by four cameras
+    left_out = 4 * (3 + T // EVERY)
+    with_mesh = (n_train + T) // EVERY - T // EVERY - left_out
+    assert arrays["train"]["has_mesh"].sum() == with_mesh
+    assert meta["splits"]["train"]["with_mesh"] == with_mesh
+    assert meta["sources"]["fits_left_out"] == 2 and meta["noise"] is None
+    assert "with the three shifted" in meta["splits"]["test"]["about"]
 
 
-def test_numbers_from_the_world_to_the_pixel(data, source):
-    """Against formulas written one by one, and a body posed vertex by vertex: 1e-3 mm and 1e-4 px, and float32 storage."""
-    _, content, regressor, made, detected = source
+@pytest.mark.parametrize("name", ["test", "train"])
+def test_numbers_from_the_world_to_the_pixel(data, source, name):
+    """Against formulas written one by one, and a body posed vertex by vertex: 1e-3 mm and 1e-4 px,
+    and float32 storage."""
+    folder, content, regressor, made, detected = source
     rng = np.random.default_rng(0)
-    model = H.smpl.read(sorted(source[0].glob("*.pkl"))[0])
-    rest = H.rest_joints(model) @ H.Z_UP
-    levels = P.coarsen(model.v_template @ H.Z_UP, model.faces, rest[list(P.PART_JOINT)], weighting="plain")
-    for name, keys in (("test", sorted(k for k in made if k[0] in H.TEST and k != ("S11", "Directions"))),
-                       ("train", sorted(k for k in made if k[0] in H.TRAIN and k not in H.VAL))):
-        arrays, meta = split_of(data, name)
-        rows = {}
-        for subject, action in keys:
-            for view in range(4):
-                x = detected[subject][action][view]
-                for t in range(0 if x is None else min(T, len(x))):
-                    rows[len(rows)] = subject, action, view, t
-        assert len(rows) == len(arrays["y"])
-        for i in rng.integers(len(rows), size=60):
-            subject, action, view, t = rows[i]
-            camera, pixels = seen_by(subject, view, made[subject, action][1][t])
-            stored = {k: np.float64(a[i]) for k, a in arrays.items()}
-            off = camera - camera[0]
-            assert np.abs(stored["y"] - off).max() < 1e-3 + 2e-4 and np.abs(stored["root"] - camera[0]).max() < 1e-3 + 5e-4
-            assert np.abs(stored["x_s"] - pixels).max() < 1e-4 + 6e-5
-            x = np.concatenate([made[k][1] for k in made if k[0] == subject])[::50]
-            legs = np.linalg.norm(x[:, [1, 2, 4, 5]] - x[:, [2, 3, 5, 6]], axis=-1).sum(1) / 2
-            back = np.linalg.norm(x[:, [0, 7, 8, 9]] - x[:, [7, 8, 9, 10]], axis=-1).sum(1)
-            height = (np.median(legs + back) + 80) * list(P.H36M_INTRINSICS.values())[view][0][1] / camera[0, 2]
-            assert abs(stored["height_px"] / height - 1) < 0.03  # the median is over other frames
-            assert np.array_equal(stored["x_s_det"], np.float64(detected[subject][action][view][t])
-                                  * (stored["conf"] > 0)[:, None])
-            assert meta["actions"][int(stored["action"])] == action.split()[0] and f"S{int(stored['subject'])}" == subject
-            if subject != "S5" or action.split()[0] not in ("Purchases", "Sitting"):
-                assert stored["fit"] == (t % EVERY == 0)
-        fitted = [i for i in np.flatnonzero(arrays["fit"]) if rng.random() < 3 / arrays["fit"].sum()]
-        odd = [i for i in np.flatnonzero(arrays["fit"]) if rows[i] == ("S5", "Sitting 1", 2, 0)]
-        assert bool(odd) == (name == "train")
-        for i in [*odd, *fitted] or np.flatnonzero(arrays["fit"])[:2]:
-            subject, action, view, t = rows[i]
-            pose, shape, trans = (a[t] for a in made[subject, action][0])
-            shape = shape * ((subject, action, t) != ("S5", "Sitting 1", 0))
-            vertices = direct(content, pose, shape, trans) * 1000
-            for size, key in ((48, "x_d"), (96, "x_f")):
-                means = np.stack([vertices[levels[size] == k].mean(0) for k in range(size)])
-                assert np.abs(arrays[key][i] - seen_by(subject, view, means)[1]).max() < 1e-4 + 6e-5
-        assert (arrays["x_f"][~arrays["fit"]] == 0).all()
-    missing = (arrays["conf"] == 0).sum()
-    assert missing == 1  # of S6, in training
+    model = smpl.read(sorted(folder.glob("*.pkl"))[0])
+    rest = H.rest_joints(model)[list(PART_JOINT)] @ H.Z_UP
+    levels = coarsen(model.v_template @ H.Z_UP, model.faces, rest, weighting="plain")
+    if name == "test":
+        keys = sorted(k for k in made if k[0] in H.TEST and k != ("S11", "Directions"))
+    else:
+        keys = sorted(k for k in made if k[0] in H.TRAIN and k not in H.VAL)
+    arrays, meta = split_of(data, name)
+    rows = []  # which frame each sample must be
+    for subject, action in keys:
+        for view in range(4):
+            x = detected[subject][action][view]
+            rows += [(subject, action, view, t) for t in range(0 if x is None else min(T, len(x)))]
+    assert len(rows) == len(arrays["y"])
+    for i in rng.integers(len(rows), size=60):
+        subject, action, view, t = rows[i]
+        camera, pixels = seen_by(subject, view, made[subject, action][1][t])
+        stored = {k: np.float64(a[i]) for k, a in arrays.items()}
+        assert np.abs(stored["y"] - (camera - camera[0])).max() < 1e-3 + 2e-4
+        assert np.abs(stored["root"] - camera[0]).max() < 1e-3 + 5e-4
+        assert np.abs(stored["x_s"] - pixels).max() < 1e-4 + 6e-5
+        x = np.concatenate([made[k][1] for k in made if k[0] == subject])[::50]
+        legs = np.linalg.norm(x[:, [1, 2, 4, 5]] - x[:, [2, 3, 5, 6]], axis=-1).sum(1) / 2
+        back = np.linalg.norm(x[:, [0, 7, 8, 9]] - x[:, [7, 8, 9, 10]], axis=-1).sum(1)
+        focal = list(H36M_INTRINSICS.values())[view][0][1]
+        height = (np.median(legs + back) + 80) * focal / camera[0, 2]
+        assert abs(stored["height_px"] / height - 1) < 0.03  # the median is over other frames
+        visible = (stored["conf"] > 0)[:, None]
+        expected = np.float64(detected[subject][action][view][t]) * visible
+        assert np.array_equal(stored["x_s_det"], expected)
+        assert meta["actions"][int(stored["action"])] == action.split()[0]
+        assert f"S{int(stored['subject'])}" == subject
+        if subject != "S5" or action.split()[0] not in ("Purchases", "Sitting"):
+            assert stored["has_mesh"] == (t % EVERY == 0)
+    with_mesh = np.flatnonzero(arrays["has_mesh"])
+    some = [i for i in with_mesh if rng.random() < 3 / len(with_mesh)]
+    odd = [i for i in with_mesh if rows[i] == ("S5", "Sitting 1", 2, 0)]
+    assert bool(odd) == (name == "train")
+    for i in [*odd, *some] or with_mesh[:2]:
+        subject, action, view, t = rows[i]
+        pose, shape, trans = (a[t] for a in made[subject, action][0])
+        shape = shape * ((subject, action, t) != ("S5", "Sitting 1", 0))
+        vertices = direct(content, pose, shape, trans) * 1000
+        for size, key in ((48, "x_d"), (96, "x_f")):
+            means = np.stack([vertices[levels[size] == k].mean(0) for k in range(size)])
+            expected = seen_by(subject, view, means)[1]
+            assert np.abs(arrays[key][i] - expected).max() < 1e-4 + 6e-5
+    assert (arrays["x_f"][~arrays["has_mesh"]] == 0).all()
+    assert (arrays["conf"] == 0).sum() == (name == "train")  # a joint of S6 was not found
 
 
 def test_pixels_are_videopose3ds_own(source, tmp_path):
-    """Ground-truth 2D of VideoPose3D is what our projection gives: then the input is the clean skeleton."""
+    """Ground-truth 2D of VideoPose3D is what our projection gives: then the input is the clean
+    skeleton."""
     folder, _, _, made, detected = source
     shutil.copytree(folder, tmp_path / "gt")
     (tmp_path / "gt" / "data_2d_h36m_cpn_ft_h36m_dbb.npz").unlink()
@@ -276,22 +331,25 @@ def test_pixels_are_videopose3ds_own(source, tmp_path):
     for subject, action in made:
         x = np.stack([seen_by(subject, v, made[subject, action][1][:1])[1] for v in range(4)])
         gt[subject][action] = [np.float32(v) for v in x]
+    metadata = dict(num_joints=17, keypoints_symmetry=SYMMETRY)
     np.savez(tmp_path / "gt" / "data_2d_h36m_gt.npz", positions_2d=np.array(gt, object),
-             metadata=np.array(dict(num_joints=17, keypoints_symmetry=SYMMETRY), object))
+             metadata=np.array(metadata, object))
     arrays, _ = split_of(H.prepare(tmp_path / "gt", tmp_path / "data"), "test")
     assert np.abs(arrays["x_s_det"] - arrays["x_s"]).max() < 2e-4 and (arrays["conf"] == 1).all()
 
 
 def test_real_detections_lose_joints_in_training_only(data):
-    """Joint dropout teaches the token of a missing joint; what remains is what was stored, and testing sees all of it."""
-    split = train.Split(str(data), "train", torch.device("cpu"))
+    """Joint dropout teaches the token of a missing joint. What remains is what was stored, and
+    testing sees all of it."""
+    split = Split(data, "train", torch.device("cpu"))
     stored = split.read(slice(0, split.n))
-    twice = [split.read(slice(0, split.n), np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(twice[0]["conf"], twice[1]["conf"]) and not torch.equal(twice[0]["conf"], twice[2]["conf"])
-    lost = ((twice[0]["conf"] == 0) & (stored["conf"] > 0)).float()
-    assert 0.02 < lost.mean() < 0.06 and (lost.sum(0) > 0).all() and (twice[0]["conf"] > 0).any(1).all()
-    kept = twice[0]["conf"] > 0
-    assert torch.equal(twice[0]["x_s"][kept], stored["x_s"][kept]) and (twice[0]["x_s"][~kept] == 0).all()
+    a, b, c = (split.read(slice(0, split.n), np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert torch.equal(a["conf"], b["conf"]) and not torch.equal(a["conf"], c["conf"])
+    visible = a["conf"] > 0
+    lost = (~visible & (stored["conf"] > 0)).float()
+    assert 0.02 < lost.mean() < 0.06 and (lost.sum(0) > 0).all() and visible.any(1).all()
+    assert torch.equal(a["x_s"][visible], stored["x_s"][visible])
+    assert (a["x_s"][~visible] == 0).all()
     assert (stored["conf"] == 0).sum() == 1
 
 
@@ -306,35 +364,45 @@ def run_main(module, monkeypatch, capsys, *arguments):
 
 
 def test_from_the_files_to_the_papers_table(source, data, tmp_path, monkeypatch, capsys):
-    """One command from the user's folder to data, one to training; evaluate.py prints actions in the paper's order."""
+    """One command from the user's folder to data, one to training; evaluate.py prints actions in
+    the paper's order."""
     monkeypatch.chdir(tmp_path)
-    status, out, err = run_main(P, monkeypatch, capsys, "--source", "h36m", "--folder", source[0], "--without-shifted")
+    monkeypatch.setattr(train, "script", lambda *command: None)  # evaluate.py and sample.py follow
+    status, out, err = run_main(prepare_data, monkeypatch, capsys, "--source", "h36m",
+                                "--folder", source[0], "--without-shifted")
     assert status == 0, err
     assert "SMPL fits: Human36M_subject11_smpl_param.json" in out and "not used: notes.txt" in out
-    assert "2 sequences have more or fewer frames" in out and "1 sequences have no 2D joints (S8 Photo camera 2)" in out
-    arrays, meta = P.load("h36m", "test", "data")
-    assert len(arrays["y"]) == len(split_of(data, "test")[0]["y"]) - 3 * 4 * T and "without the three" in meta[
-        "splits"]["test"]["about"]
+    assert "2 sequences have more or fewer frames" in out
+    assert "1 sequences have no 2D joints (S8 Photo camera 2)" in out
+    arrays, meta = load("data/h36m", "test")
+    assert len(arrays["y"]) == len(split_of(data, "test")[0]["y"]) - 3 * 4 * T
+    assert "without the three" in meta["splits"]["test"]["about"]
     assert (tmp_path / "data/h36m/samples.png").stat().st_size > 10_000
-    tiny = ("--preset quick --name tiny --data data/h36m --limit 400 --D 16 --K_s 32 --K_d 32 --encoder_width 16 "
-            "--decoder_width 16 --width 16 --heads 2 --lifter_width 32 --regressor_width 32 --epochs_1 2 --epochs_2 1 "
-            "--epochs_r 1 --epochs_3 1 --warmup_free 2 --gcsab_blocks 1 --draws_3 2 --device cpu").split()
+    tiny = (
+        "--preset quick --name tiny --data data/h36m --limit 400 --D 16 --K_s 32 --K_d 32 "
+        "--encoder_width 16 --decoder_width 16 --width 16 --heads 2 --lifter_width 32 "
+        "--regressor_width 32 --epochs_1 2 --epochs_2 1 --epochs_r 1 --epochs_3 1 --warmup_free 2 "
+        "--gcsab_blocks 1 --draws_3 2 --device cpu"
+    ).split()
+    run = ("--name", "tiny", "--data", "data/h36m")
     for stage in (1, 2, 3):
         assert run_main(train, monkeypatch, capsys, *tiny, "--stage", stage)[0] in (0, None)
-    assert run_main(evaluate, monkeypatch, capsys, "--name", "tiny", "--data", "data/h36m")[0] in (0, None)
+    assert run_main(evaluate, monkeypatch, capsys, *run)[0] in (0, None)
     table = (tmp_path / "runs/tiny/table.md").read_text()
     after = table.split("MPJPE per action:")[1].split("\n")
-    assert [line.split("|")[1].strip() for line in after if line.startswith("| ")][2:17] == list(H.ACTIONS)
+    actions = [line.split("|")[1].strip() for line in after if line.startswith("| ")][2:17]
+    assert actions == list(H.ACTIONS)
     assert "data_2d_h36m_cpn_ft_h36m_dbb.npz" in table and re.search(r"\| +42\.0 \|", table)
-    assert "Human3.6M. The paper:" in table and "not this one" not in table and "S9 and S11" in table
-    has = meta["splits"]["test"]["fits"]
-    assert f"{has} of {len(arrays['y'])} samples have true dense and fine points" in table
+    assert "Human3.6M, as in the paper" in table and "not this one" not in table
+    assert "S9 and S11" in table
+    with_mesh = meta["splits"]["test"]["with_mesh"]
+    assert f"{with_mesh} of {len(arrays['y'])} samples have true dense and fine points" in table
     numbers = json.loads((tmp_path / "runs/tiny/evaluation.json").read_text())["splits"]["test"]
     assert numbers["mpjpe/ground_truth/0"]["frames"] and numbers["px/detected/generated"]["frames"]
-    assert run_main(sample, monkeypatch, capsys, "--name", "tiny", "--data", "data/h36m")[0] in (0, None)
+    assert run_main(sample, monkeypatch, capsys, *run)[0] in (0, None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is wrong with a folder, in one sentence
 
 
@@ -378,44 +446,65 @@ def shift(content):
             views[:] = [None if v is None else v + 300 for v in views]
 
 
+def erase(content):
+    for actions in content["positions_2d"].values():
+        for views in actions.values():
+            views[:] = [None if v is None else v * 0 for v in views]
+
+
+FITS_1, POSES_2D = "Human36M_subject1_smpl_param.json", "data_2d_h36m_cpn_ft_h36m_dbb.npz"
+MODEL = "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl"
+
+
 @pytest.mark.parametrize("damage, message", [
     (delete("data_3d*"), "lacks 3D joints"),
     (delete("data_2d*"), "lacks 2D joints"),
     (delete("*_smpl_param.json"), "lacks SMPL fits"),
     (delete("basicModel*"), "lacks SMPL model"),
-    (lambda f: shutil.copy(f / "data_2d_h36m_cpn_ft_h36m_dbb.npz", f / "data_2d_h36m_gt.npz"), "choose one with --detec"),
+    (lambda f: shutil.copy(f / POSES_2D, f / "data_2d_h36m_gt.npz"), "choose one with --detec"),
     (edit_3d(lambda p: p.pop("S7")), "lacks S7"),
-    (edit_3d(lambda p: p["S1"].update(Eating=p["S1"]["Eating"][:, :17])), r"S1 Eating: expected metres \[T, 32, 3\]"),
-    (edit_3d(lambda p: [v.__imul__(1000) for a in p.values() for v in a.values()]), "expected metres in the world's frame"),
-    (edit_3d(lambda p: p["S9"].update(Dancing=p["S9"]["Eating"])), "S9 Dancing: expected .* of one of"),
-    (edit_3d(lambda p: p["S9"]["Eating"].__setitem__((0, 0, 0), np.nan)), "S9 Eating: expected finite"),
+    (edit_3d(lambda p: p["S1"].update(Eating=p["S1"]["Eating"][:, :17])),
+     r"S1 Eating: expected metres \[T, 32, 3\]"),
+    (edit_3d(lambda p: [v.__imul__(1000) for a in p.values() for v in a.values()]),
+     "expected metres in the world's frame"),
+    (edit_3d(lambda p: p["S9"].update(Dancing=p["S9"]["Eating"])),
+     "S9 Dancing: expected .* of one of"),
+    (edit_3d(lambda p: p["S9"]["Eating"].__setitem__((0, 0, 0), np.nan)),
+     "S9 Eating: expected finite"),
     (edit_2d(lambda c: c["positions_2d"]["S1"]["Eating"].pop()), "expected a list of 4"),
-    (edit_2d(lambda c: c["positions_2d"]["S1"]["Eating"].__setitem__(0, np.zeros((4, 16, 2)))), r"pixels \[T, 17, 2\]"),
-    (edit_2d(lambda c: c["metadata"].update(layout_name="mine", keypoints_symmetry=None)), "no order of joints"),
+    (edit_2d(lambda c: c["positions_2d"]["S1"]["Eating"].__setitem__(0, np.zeros((4, 16, 2)))),
+     r"pixels \[T, 17, 2\]"),
+    (edit_2d(lambda c: c["metadata"].update(layout_name="mine", keypoints_symmetry=None)),
+     "no order of joints"),
     (edit_2d(shift), "expected files of the same frames"),
     (edit_2d(lambda c: c["positions_2d"].pop("S11")), "lacks S11"),
-    (edit_2d(lambda c: c["metadata"].update(layout_name=[], keypoints_symmetry=5)), "no order of joints"),
-    (edit_2d(lambda c: c["positions_2d"]["S1"].update(Eating=np.array(3.0))), "expected a list of 4"),
+    (edit_2d(lambda c: c["metadata"].update(layout_name=[], keypoints_symmetry=5)),
+     "no order of joints"),
+    (edit_2d(lambda c: c["positions_2d"]["S1"].update(Eating=np.array(3.0))),
+     "expected a list of 4"),
     (edit_2d(lambda c: c["positions_2d"].update({3: {}})), "dictionary of names"),
-    (edit_2d(lambda c: [v.__imul__(0) for a in c["positions_2d"].values() for x in a.values() for v in x if v is not None]),
-     "2D joints of data_2d_h36m_cpn_ft_h36m_dbb.npz, px, are inf"),
-    (lambda f: shutil.move(f / "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl", f / "basicModel_f.pkl"), "lacks SMPL model"),
-    (lambda f: (f / "old").mkdir() or shutil.copy(f / "Human36M_subject1_smpl_param.json", f / "old"), "keep one of them"),
-    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c.update({"17": c["2"]})), "expected actions 2 to 16"),
-    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c["4"]["1"]["0"].pop("trans")), "sub-action 1: expected"),
-    (edit_json("Human36M_subject1_smpl_param.json", lambda c: c["4"]["1"]["0"]["pose"].pop()), "pose .72 numbers"),
-    (edit_json("Human36M_subject9_camera.json", lambda c: c["2"].update(t=[0, 0, 5000])), "camera 2 is .* mm off"),
-    (lambda f: (f / "Human36M_subject1_smpl_param.json").write_text("[" * 10**5), "not a JSON file"),
-    (lambda f: (f / "data_3d_h36m.npz").write_bytes((f / "data_3d_h36m.npz").read_bytes()[:5000]), "not a NumPy file"),
+    (edit_2d(erase), "2D joints of data_2d_h36m_cpn_ft_h36m_dbb.npz, px, are inf"),
+    (lambda f: shutil.move(f / MODEL, f / "basicModel_f.pkl"), "lacks SMPL model"),
+    (lambda f: (f / "old").mkdir() or shutil.copy(f / FITS_1, f / "old"), "keep one of them"),
+    (edit_json(FITS_1, lambda c: c.update({"17": c["2"]})), "expected actions 2 to 16"),
+    (edit_json(FITS_1, lambda c: c["4"]["1"]["0"].pop("trans")), "sub-action 1: expected"),
+    (edit_json(FITS_1, lambda c: c["4"]["1"]["0"]["pose"].pop()), "pose .72 numbers"),
+    (edit_json("Human36M_subject9_camera.json", lambda c: c["2"].update(t=[0, 0, 5000])),
+     "camera 2 is .* mm off"),
+    (lambda f: (f / FITS_1).write_text("[" * 10**5), "not a JSON file"),
+    (lambda f: (f / "data_3d_h36m.npz").write_bytes((f / "data_3d_h36m.npz").read_bytes()[:5000]),
+     "not a NumPy file"),
 ], ids=str)  # fmt: skip
-def test_refusals_name_the_file_and_leave_earlier_output(source, tmp_path, monkeypatch, capsys, damage, message):
+def test_refusals_name_the_file_and_leave_earlier_output(
+        source, tmp_path, monkeypatch, capsys, damage, message):
     folder = tmp_path / "files"
     shutil.copytree(source[0], folder)
     damage(folder)
     (tmp_path / "data/h36m").mkdir(parents=True)
     (tmp_path / "data/h36m/meta.json").write_text("earlier")
     monkeypatch.chdir(tmp_path)
-    status, _, err = run_main(P, monkeypatch, capsys, "--source", "h36m", "--folder", folder, "--overwrite")
+    status, _, err = run_main(prepare_data, monkeypatch, capsys, "--source", "h36m",
+                              "--folder", folder, "--overwrite")
     said = [line for line in err.splitlines() if line.startswith("prepare_data.py: ")]
     assert status == 2 and len(said) == 1 and str(folder) in said[0]
     assert re.search(message, said[0]), said
@@ -442,15 +531,16 @@ def test_shifted_fits_are_noticed(source, tmp_path):
 
 def test_spins_regressor_is_turned_round(source, tmp_path, capsys):
     folder, _, regressor, _, _ = source
-    model = H.smpl.read(next(folder.glob("basicModel*")))
+    model = smpl.read(next(folder.glob("basicModel*")))
     spin = regressor[[0, 4, 5, 6, 1, 2, 3, *range(7, 17)]]
-    np.save(tmp_path / "J_regressor_h36m.npy", spin)
-    assert np.array_equal(H.smpl.read_regressor(tmp_path / "J_regressor_h36m.npy", model), regressor)
+    path = tmp_path / "J_regressor_h36m.npy"
+    np.save(path, spin)
+    assert np.array_equal(smpl.read_regressor(path, model), regressor)
     assert "left and right legs swapped" in capsys.readouterr().out
     for bad in (spin[:, :-1], spin * 2, spin[[0, 1, 5, 3, 4, 2, *range(6, 17)]], spin * np.nan):
-        np.save(tmp_path / "J_regressor_h36m.npy", bad)
+        np.save(path, bad)
         with pytest.raises(ValueError, match="J_regressor_h36m.npy: expected"):
-            H.smpl.read_regressor(tmp_path / "J_regressor_h36m.npy", model)
+            smpl.read_regressor(path, model)
 
 
 @given(st.data())
@@ -458,11 +548,13 @@ def test_spins_regressor_is_turned_round(source, tmp_path, capsys):
 def test_mutated_fits_are_read_or_refused(source, tmp_path_factory, data):
     raw = bytearray((source[0] / "Human36M_subject1_smpl_param.json").read_bytes()[:30_000])
     for _ in range(data.draw(st.integers(1, 4))):
-        at, kind = data.draw(st.integers(0, len(raw))), data.draw(st.sampled_from(["cut", "byte", "insert"]))
+        at = data.draw(st.integers(0, len(raw)))
+        kind = data.draw(st.sampled_from(["cut", "byte", "insert"]))
         if kind == "cut":
             del raw[at : at + data.draw(st.integers(1, 3000))]
         else:
-            raw[at : at + (kind == "byte")] = data.draw(st.sampled_from([b"1e999", b"NaN", b"{}", b"[]", b'"', b"-"]))
+            odd = st.sampled_from([b"1e999", b"NaN", b"{}", b"[]", b'"', b"-"])
+            raw[at : at + (kind == "byte")] = data.draw(odd)
     path = tmp_path_factory.getbasetemp() / "mutated.json"
     path.write_bytes(raw)
     try:
@@ -476,10 +568,15 @@ def test_mutated_fits_are_read_or_refused(source, tmp_path_factory, data):
 @given(st.data())
 @settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_arrays_are_read_or_refused(source, tmp_path_factory, data):
-    """Both kinds of npz, of few frames: bytes changed in the file, or values of the dictionaries within."""
-    folder, name = tmp_path_factory.getbasetemp(), data.draw(st.sampled_from(["positions_3d", "positions_2d"]))
-    junk = st.sampled_from([None, 3, "x", [], {}, np.zeros((2, 32, 2)), np.full((2, 17, 2), np.nan), np.zeros((0, 17, 2)),
-                            np.array(["a"]), [np.full((2, 17, 2), 1e30)] * 4, np.full((3, 32, 3), 1e9)])
+    """Both kinds of npz, of few frames: bytes changed in the file, or values of the dictionaries
+    within."""
+    folder = tmp_path_factory.getbasetemp()
+    name = data.draw(st.sampled_from(["positions_3d", "positions_2d"]))
+    junk = st.sampled_from([
+        None, 3, "x", [], {}, np.zeros((2, 32, 2)), np.full((2, 17, 2), np.nan),
+        np.zeros((0, 17, 2)), np.array(["a"]), [np.full((2, 17, 2), 1e30)] * 4,
+        np.full((3, 32, 3), 1e9),
+    ])  # fmt: skip
     good = np.full((2, 32, 3), 0.5) if name.endswith("3d") else [np.ones((2, 17, 2))] * 4
     value = {s: {"Eating": good} for s in SUBJECTS}
     where = data.draw(st.sampled_from(["file", "subject", "action"]))
@@ -504,4 +601,6 @@ def test_mutated_arrays_are_read_or_refused(source, tmp_path_factory, data):
             if name.endswith("3d"):
                 assert x.shape[1:] == (17, 3) and len(x) and np.isfinite(x).all()
             else:
-                assert len(x) == 4 and all(v is None or v.shape[1:] in ((17, 2), (17, 3)) for v in x)
+                assert len(x) == 4 and all(
+                    v is None or v.shape[1:] in ((17, 2), (17, 3)) for v in x
+                )

@@ -1,4 +1,5 @@
-"""BVH and AMASS files: as an independent reading has them, and turned into clips that stand as the file's person stands."""
+"""sources/mocap.py: BVH and AMASS files as an independent reading has them, and turned into clips
+that stand as the file's person stands."""
 
 import re
 
@@ -9,27 +10,42 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_smpl import rodrigues
 
-import mocap
-import prepare_data as P
-import smpl
+from sources import mocap, smpl
+from sources.bodies import BONES, bone_orientations
+from sources.geometry import quat_to_matrix
+from sources.motion import CLIP_STANDING_HEIGHT, NECK, ROOT
 
-# A person in CMU's names, facing +z, left = +x, arms to the sides; centimetres. (name, parent, offset)
-SKELETON = [
-    ("Hips", None, (0, 0, 0)), ("RightUpLeg", "Hips", (-9, -4, 0)), ("RightLeg", "RightUpLeg", (0, -42, 0)),
-    ("RightFoot", "RightLeg", (0, -41, 0)), ("RightToeBase", "RightFoot", (0, -7, 14)),
-    ("LeftUpLeg", "Hips", (9, -4, 0)), ("LeftLeg", "LeftUpLeg", (0, -42, 0)), ("LeftFoot", "LeftLeg", (0, -41, 0)),
-    ("LeftToeBase", "LeftFoot", (0, -7, 14)), ("Spine", "Hips", (0, 12, 0)), ("Spine1", "Spine", (0, 20, 0)),
-    ("Neck", "Spine1", (0, 22, 0)), ("Head", "Neck", (0, 10, 2)), ("RightShoulder", "Spine1", (-4, 18, 0)),
-    ("RightArm", "RightShoulder", (-13, 0, 0)), ("RightForeArm", "RightArm", (-28, 0, 0)),
-    ("RightHand", "RightForeArm", (-25, 0, 0)), ("LeftShoulder", "Spine1", (4, 18, 0)),
-    ("LeftArm", "LeftShoulder", (13, 0, 0)), ("LeftForeArm", "LeftArm", (28, 0, 0)), ("LeftHand", "LeftForeArm", (25, 0, 0)),
-]  # fmt: skip
+# A person in CMU's names, facing +z, left = +x, with the arms to the sides; centimetres.
+SKELETON = [  # name, parent, offset
+    ("Hips", None, (0, 0, 0)),
+    ("RightUpLeg", "Hips", (-9, -4, 0)),
+    ("RightLeg", "RightUpLeg", (0, -42, 0)),
+    ("RightFoot", "RightLeg", (0, -41, 0)),
+    ("RightToeBase", "RightFoot", (0, -7, 14)),
+    ("LeftUpLeg", "Hips", (9, -4, 0)),
+    ("LeftLeg", "LeftUpLeg", (0, -42, 0)),
+    ("LeftFoot", "LeftLeg", (0, -41, 0)),
+    ("LeftToeBase", "LeftFoot", (0, -7, 14)),
+    ("Spine", "Hips", (0, 12, 0)),
+    ("Spine1", "Spine", (0, 20, 0)),
+    ("Neck", "Spine1", (0, 22, 0)),
+    ("Head", "Neck", (0, 10, 2)),
+    ("RightShoulder", "Spine1", (-4, 18, 0)),
+    ("RightArm", "RightShoulder", (-13, 0, 0)),
+    ("RightForeArm", "RightArm", (-28, 0, 0)),
+    ("RightHand", "RightForeArm", (-25, 0, 0)),
+    ("LeftShoulder", "Spine1", (4, 18, 0)),
+    ("LeftArm", "LeftShoulder", (13, 0, 0)),
+    ("LeftForeArm", "LeftArm", (28, 0, 0)),
+    ("LeftHand", "LeftForeArm", (25, 0, 0)),
+]
 NAMES = [n for n, _, _ in SKELETON]
 PARENTS = [NAMES.index(p) if p else -1 for _, p, _ in SKELETON]
 
 
 def bvh_text(angles, order="ZXY", prefix="", z_up=False, positions=None, frame_time=1 / 30):
     """angles [T, 21, 3] degrees in channel order; positions [T, 3] of the root."""
+
     def swap(v):
         return (v[0], -v[2], v[1]) if z_up else v
 
@@ -40,7 +56,8 @@ def bvh_text(angles, order="ZXY", prefix="", z_up=False, positions=None, frame_t
         channels = f"6 Xposition Yposition Zposition {rotations}" if not depth else f"3 {rotations}"
         offset = " ".join(f"{v:.6f}" for v in swap(SKELETON[j][2]))
         children = [k for k, p in enumerate(PARENTS) if p == j]
-        inside = "".join(joint(k, depth + 1) for k in children) or f"{pad}  End Site\n{pad}  {{ OFFSET 0 -5 0 }}\n"
+        inside = "".join(joint(k, depth + 1) for k in children)
+        inside = inside or f"{pad}  End Site\n{pad}  {{ OFFSET 0 -5 0 }}\n"
         own = f"{pad}  OFFSET {offset}\n{pad}  CHANNELS {channels}\n"
         return f"{pad}{kind} {prefix}{NAMES[j]}\n{pad}{{\n{own}{inside}{pad}}}\n"
 
@@ -49,8 +66,12 @@ def bvh_text(angles, order="ZXY", prefix="", z_up=False, positions=None, frame_t
 
     T = len(angles)
     positions = np.zeros((T, 3)) + [0, 90, 0] if positions is None else positions
-    rows = [" ".join(f"{v:.6f}" for v in (*swap(positions[t]), *angles[t, depth_first(0)].ravel())) for t in range(T)]
-    return f"HIERARCHY\n{joint(0, 0)}MOTION\nFrames: {T}\nFrame Time: {frame_time:.8f}\n" + "\n".join(rows) + "\n"
+    rows = ""
+    for t in range(T):
+        row = (*swap(positions[t]), *angles[t, depth_first(0)].ravel())
+        rows += " ".join(f"{v:.6f}" for v in row) + "\n"
+    motion = f"MOTION\nFrames: {T}\nFrame Time: {frame_time:.8f}\n"
+    return f"HIERARCHY\n{joint(0, 0)}{motion}{rows}"
 
 
 def rotation(axis, degrees):
@@ -79,11 +100,13 @@ def second_reading(angles, order, root):
 @pytest.mark.parametrize("order", ["ZXY", "ZYX", "XYZ"])
 def test_positions_equal_a_second_reading(order):
     rng = np.random.default_rng(0)
-    angles, root = rng.uniform(-170, 170, (3, 21, 3)).round(4), rng.uniform(-100, 100, (3, 3)).round(4)
+    angles = rng.uniform(-170, 170, (3, 21, 3)).round(4)
+    root = rng.uniform(-100, 100, (3, 3)).round(4)
     bvh = mocap.parse_bvh(bvh_text(angles, order, positions=root))
     index = [bvh["names"].index(n) for n in NAMES]
     for t in range(3):
-        np.testing.assert_allclose(bvh["positions"][t, index], second_reading(angles[t], order, root[t]), atol=1e-4)
+        expected = second_reading(angles[t], order, root[t])
+        np.testing.assert_allclose(bvh["positions"][t, index], expected, atol=1e-4)
     assert bvh["fps"] == pytest.approx(30) and sum(n.endswith(" end") for n in bvh["names"]) == 5
 
 
@@ -93,10 +116,12 @@ def clip_of(tmp_path, angles, **options):
 
 
 def directions(clip):
-    """Of thighs, shins, feet, arms and forearms, trunk and head: as the clip poses a body, in its own axes (y up)."""
-    m = P.quat_to_matrix(P.bone_orientations((clip["quats"], clip["hinges"], clip["height"])))
+    """Of thighs, shins, feet, arms and forearms, trunk and head: as the clip poses a body, in its
+    own axes (y up)."""
+    m = quat_to_matrix(bone_orientations((clip["quats"], clip["hinges"], clip["height"])))
     columns = {"root": 1, "chest": 1, "neck": 1, "r_foot": 0, "l_foot": 0}
-    return {b: m[:, i, :, columns.get(b, 1)] * (1 if b in columns else -1) for i, b in enumerate(P.BONES)}
+    return {b: m[:, i, :, columns.get(b, 1)] * (1 if b in columns else -1)
+            for i, b in enumerate(BONES)}
 
 
 def true_directions(angles, order="ZXY"):
@@ -105,24 +130,28 @@ def true_directions(angles, order="ZXY"):
         x = dict(zip(NAMES, second_reading(frame, order, np.zeros(3)), strict=True))
         pairs = {"chest": ("Spine1", "Neck"), "neck": ("Neck", "Head")}
         for letter, side in (("r", "Right"), ("l", "Left")):
-            for bone, a, b in (("thigh", "UpLeg", "Leg"), ("shin", "Leg", "Foot"), ("arm", "Arm", "ForeArm"),
-                               ("forearm", "ForeArm", "Hand")):
+            for bone, a, b in (("thigh", "UpLeg", "Leg"), ("shin", "Leg", "Foot"),
+                               ("arm", "Arm", "ForeArm"), ("forearm", "ForeArm", "Hand")):
                 pairs[f"{letter}_{bone}"] = side + a, side + b
         out.append({b: mocap.unit(x[q] - x[p]) for b, (p, q) in pairs.items()})
     return {b: np.stack([o[b] for o in out]) for b in out[0]}
 
 
 def moving(T=40, seed=0):
-    """Random poses that a person could take: knees and elbows bend one way, by anything up to 120 degrees."""
+    """Random poses that a person could take: knees and elbows bend one way, by anything up to 120
+    degrees."""
     rng = np.random.default_rng(seed)
     angles = rng.uniform(-25, 25, (T, 21, 3))  # channels Z, X, Y
     angles[:, 0, 2] = rng.uniform(-180, 180, T)
     for name in ("Spine", "RightFoot", "LeftFoot", "RightShoulder", "LeftShoulder"):
         angles[:, NAMES.index(name)] *= 0.2
+    for name in ("RightLeg", "LeftLeg", "RightForeArm", "LeftForeArm"):
+        angles[:, NAMES.index(name)] = 0
     for knee in ("RightLeg", "LeftLeg"):
-        angles[:, NAMES.index(knee)] = np.stack([np.zeros(T), rng.uniform(0, 120, T), np.zeros(T)], 1)
-    for elbow, way in (("RightForeArm", 1), ("LeftForeArm", -1)):  # arms to the sides: elbows bend forward about y
-        angles[:, NAMES.index(elbow)] = np.stack([np.zeros(T), np.zeros(T), way * rng.uniform(0, 120, T)], 1)
+        angles[:, NAMES.index(knee), 1] = rng.uniform(0, 120, T)
+    # The arms are at the sides, so elbows bend forward about y.
+    for elbow, way in (("RightForeArm", 1), ("LeftForeArm", -1)):
+        angles[:, NAMES.index(elbow), 2] = way * rng.uniform(0, 120, T)
     return angles.round(4)
 
 
@@ -135,22 +164,26 @@ def test_limbs_point_where_the_files_do(tmp_path, options):
     ours, true = directions(clip), true_directions(angles[::step])
     for bone, expected in true.items():
         angle = np.degrees(np.arccos(np.clip((ours[bone] * expected).sum(-1), -1, 1)))
-        # a limb that is all but straight does not show its twist, so its small bend may go a little astray
+        # A limb that is all but straight does not show its twist, so its small bend may go a
+        # little astray.
         most = 3 if bone[2:] in ("shin", "forearm") else 0.05
         assert np.median(angle) < 0.01 and angle.max() < most, (bone, angle.max())
 
 
 def test_standing_straight_is_the_clips_zero_pose(tmp_path):
-    """Arms down, facing anywhere: no rotation anywhere but about the vertical axis, and 0.86 m high."""
+    """Arms down, facing anywhere: no rotation anywhere but about the vertical axis, and 0.86 m
+    high."""
     angles = np.zeros((3, 21, 3))
     angles[:, NAMES.index("RightArm"), 0], angles[:, NAMES.index("LeftArm"), 0] = 90, -90
     angles[:, 0, 2] = 0, 50, -120
     clip = clip_of(tmp_path, angles)
-    still = [i for i in range(9) if i not in (P.ROOT, P.NECK)]
-    assert np.abs(clip["quats"][:, still, 0]).min() > np.cos(np.radians(1)) and np.abs(clip["hinges"]).max() < 0.02
-    forward = P.quat_to_matrix(clip["quats"][:, P.ROOT])[..., 0]
-    np.testing.assert_allclose(forward, [[np.sin(a), 0, np.cos(a)] for a in np.radians([0, 50, -120])], atol=1e-6)
-    assert clip["height"] == pytest.approx(np.full(3, P.CLIP_STANDING_HEIGHT), rel=0.15)
+    still = [i for i in range(9) if i not in (ROOT, NECK)]
+    assert np.abs(clip["quats"][:, still, 0]).min() > np.cos(np.radians(1))
+    assert np.abs(clip["hinges"]).max() < 0.02
+    forward = quat_to_matrix(clip["quats"][:, ROOT])[..., 0]
+    expected = [[np.sin(a), 0, np.cos(a)] for a in np.radians([0, 50, -120])]
+    np.testing.assert_allclose(forward, expected, atol=1e-6)
+    assert clip["height"] == pytest.approx(np.full(3, CLIP_STANDING_HEIGHT), rel=0.15)
 
 
 def test_z_up_files_are_turned_upright(tmp_path):
@@ -165,7 +198,7 @@ def test_z_up_files_are_turned_upright(tmp_path):
 def test_quaternions_of_matrices(seed):
     q = mocap.unit(np.random.default_rng(seed).normal(size=(20, 4)))
     q[0], q[1] = [1, 0, 0, 0], [0, 1, 0, 0]
-    back = mocap.matrix_to_quat(P.quat_to_matrix(q))
+    back = mocap.matrix_to_quat(quat_to_matrix(q))
     np.testing.assert_allclose(np.abs((back * q).sum(-1)), 1, atol=1e-9)
     assert (back[:, 0] >= 0).all()
 
@@ -173,10 +206,13 @@ def test_quaternions_of_matrices(seed):
 @pytest.mark.parametrize("change, expected", [
     (lambda t: t.replace("MOTION", ""), "found .Frames:."), (lambda t: t[:400], "then MOTION"),
     (lambda t: "", "then MOTION"),
-    (lambda t: t.replace("Frames: 3", "Frames: 4"), "expected 4 frames"), (lambda t: t[:-30], "finite numbers"),
+    (lambda t: t.replace("Frames: 3", "Frames: 4"), "expected 4 frames"),
+    (lambda t: t[:-30], "finite numbers"),
     (lambda t: t.replace("HIERARCHY", "HIERARCHY {"), "found '{'"),
-    (lambda t: t.replace("Frame Time:", "Time:"), "Frame Time"), (lambda t: t.replace("Zrot", "Wrot"), "Wrotation"),
-    (lambda t: t.replace("90.000000", "nan"), "finite"), (lambda t: t.replace("RightUpLeg", "R2"), "no joint for r hip"),
+    (lambda t: t.replace("Frame Time:", "Time:"), "Frame Time"),
+    (lambda t: t.replace("Zrot", "Wrot"), "Wrotation"),
+    (lambda t: t.replace("90.000000", "nan"), "finite"),
+    (lambda t: t.replace("RightUpLeg", "R2"), "no joint for r hip"),
     (lambda t: t.replace("OFFSET", "OFFSETS"), "found 'OFFSETS'"),
     (lambda t: t.replace("Time: 0.0", "Time: 1e9"), "Frame Time to mean 1 to 10,000"),
     (lambda t: re.sub(r"-4[12]\.0{6}", "0", t), "no length"),
@@ -200,8 +236,10 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, data):
     for _ in range(data.draw(st.integers(1, 3))):
         a = data.draw(st.integers(0, len(text)))
         b = a + data.draw(st.integers(0, 60))
-        text = text[:a] + data.draw(st.one_of(st.text(max_size=5), st.just(text[a:b] * 2), st.sampled_from(
-            ["}", "{", "JOINT x", "End Site", "-1", "1e999", "CHANNELS 99999", "Frames: 0", "OFFSET"]))) + text[b:]
+        words = st.sampled_from(["}", "{", "JOINT x", "End Site", "-1", "1e999", "CHANNELS 99999",
+                                 "Frames: 0", "OFFSET"])
+        new = data.draw(st.one_of(st.text(max_size=5), st.just(text[a:b] * 2), words))
+        text = text[:a] + new + text[b:]
     path = tmp_path_factory.getbasetemp() / "mutated.bvh"
     path.write_text(text, encoding="utf-8", errors="replace")
     try:
@@ -212,12 +250,14 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, data):
         assert np.isfinite(clip["quats"]).all() and clip["quats"].shape[1:] == (9, 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # AMASS
 
 BODY = smpl_content(10, 8)
-LIMBS = {"root": (0, 9), "chest": (9, 12), "neck": (12, 15), "l_thigh": (1, 4), "l_shin": (4, 7), "r_thigh": (2, 5),
-         "r_shin": (5, 8), "l_arm": (16, 18), "l_forearm": (18, 20), "r_arm": (17, 19), "r_forearm": (19, 21)}  # fmt: skip
+LIMBS = {"root": (0, 9), "chest": (9, 12), "neck": (12, 15),
+         "l_thigh": (1, 4), "l_shin": (4, 7), "r_thigh": (2, 5), "r_shin": (5, 8),
+         "l_arm": (16, 18), "l_forearm": (18, 20),
+         "r_arm": (17, 19), "r_forearm": (19, 21)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +268,8 @@ def model(tmp_path_factory):
 
 
 def body_rotations(T, seed=0):
-    """Axis-angle [T, 22, 3] of somebody upright in a world with z up, with knees and elbows bent by 30 to 110 degrees."""
+    """Axis-angle [T, 22, 3] of somebody upright in a world with z up, with knees and elbows bent by
+    30 to 110 degrees."""
     rng = np.random.default_rng(seed)
     v = rng.normal(size=(T, 22, 3)) * 0.15
     v[:, 0] = rng.normal(size=(T, 3)) * 0.3 + [np.pi / 2, 0, 0]
@@ -240,15 +281,18 @@ def body_rotations(T, seed=0):
 
 
 def amass(v, style="smplh", fps=120.0, **other):
-    """The arrays of an AMASS file with the rotations v [T, 22, 3]; with random hands, and shapes that SMPL lacks."""
+    """The arrays of an AMASS file with the rotations v [T, 22, 3]; with random hands, and shapes
+    that SMPL lacks."""
     T, rng = len(v), np.random.default_rng(1)
-    hands, betas = rng.normal(size=(T, 90)), np.concatenate([rng.normal(size=10), np.full(6, 100.0)])
+    hands = rng.normal(size=(T, 90))
+    betas = np.concatenate([rng.normal(size=10), np.full(6, 100.0)])
     trans = rng.normal(size=(T, 3)) + [0, 0, 1]
     if style == "smplh":
-        made = dict(poses=np.concatenate([v.reshape(T, 66), hands], 1), mocap_framerate=fps, dmpls=np.zeros((T, 8)))
+        poses = np.concatenate([v.reshape(T, 66), hands], 1)
+        made = dict(poses=poses, mocap_framerate=fps, dmpls=np.zeros((T, 8)))
     else:
-        made = dict(root_orient=v[:, 0], pose_body=v[:, 1:].reshape(T, 63), pose_hand=hands, mocap_frame_rate=fps,
-                    surface_model_type="smplx")
+        made = dict(root_orient=v[:, 0], pose_body=v[:, 1:].reshape(T, 63), pose_hand=hands,
+                    mocap_frame_rate=fps, surface_model_type="smplx")
     return made | dict(trans=trans, betas=betas, gender="female") | other
 
 
@@ -258,7 +302,8 @@ def read_amass(tmp_path, model, content):
 
 
 def second_body(v, betas, trans):
-    """Joints [22, 3] of one frame in the clips' axes, and [24, 3] in rest: 4 x 4 matrices, an implementation of its own."""
+    """Joints [22, 3] of one frame in the clips' axes, and [24, 3] in rest: 4 x 4 matrices, an
+    implementation of its own."""
     rest, world = BODY["J_regressor"] @ (BODY["v_template"] + BODY["shapedirs"] @ betas[:10]), []
     for j, parent in enumerate(SMPL_PARENTS[:22]):
         m = np.eye(4)
@@ -277,46 +322,59 @@ def test_amass_limbs_point_where_the_files_do(tmp_path, model, style, fps, step,
     clip = read_amass(tmp_path, model, content)
     assert clip["action"] is None and clip["period"] is None
     np.testing.assert_allclose(clip["time"], np.arange(len(v[::step])) * step / fps)
-    bodies = [second_body(*frame) for frame in zip(v, [content["betas"]] * len(v), content["trans"], strict=True)]
+    every = zip(v, [content["betas"]] * len(v), content["trans"], strict=True)
+    bodies = [second_body(*frame) for frame in every]
     x, rest = np.stack([b[0] for b in bodies])[::step], bodies[0][1]
     ours = directions(clip)
 
     def degrees(bone, a, b):
-        return np.degrees(np.arccos(np.clip((ours[bone] * mocap.unit(x[:, b] - x[:, a])).sum(-1), -1, 1)))
+        cosine = (ours[bone] * mocap.unit(x[:, b] - x[:, a])).sum(-1)
+        return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
 
     assert max(degrees(bone, *ends).max() for bone, ends in LIMBS.items()) < 0.01
-    sole = rest[11] - rest[8]  # the foot points as far above the line from ankle to toe as it does in the rest pose
+    # The foot points as far above the line from ankle to toe as it does in the rest pose.
+    sole = rest[11] - rest[8]
+    pitch = np.degrees(np.arcsin(-sole[1] / np.linalg.norm(sole)))
     for bone, ends in (("l_foot", (7, 10)), ("r_foot", (8, 11))):
-        np.testing.assert_allclose(degrees(bone, *ends), np.degrees(np.arcsin(-sole[1] / np.linalg.norm(sole))), atol=0.01)
+        np.testing.assert_allclose(degrees(bone, *ends), pitch, atol=0.01)
     floor = x[:, [7, 8, 10, 11], 1].min()
-    legs = [np.median([np.linalg.norm(x[:, a] - x[:, b], axis=-1) for a, b in ends]) for ends in (((1, 4), (2, 5)),
-                                                                                                   ((4, 7), (5, 8)))]
-    np.testing.assert_allclose(clip["height"], (x[:, 0, 1] - floor) * P.CLIP_STANDING_HEIGHT / sum(legs), rtol=1e-3)
+    thigh, shin = (np.median([np.linalg.norm(x[:, a] - x[:, b], axis=-1) for a, b in ends])
+                   for ends in (((1, 4), (2, 5)), ((4, 7), (5, 8))))
+    height = (x[:, 0, 1] - floor) * CLIP_STANDING_HEIGHT / (thigh + shin)
+    np.testing.assert_allclose(clip["height"], height, rtol=1e-3)
 
 
 def test_amass_t_pose_stands_and_faces_as_known(tmp_path, model):
-    """Upright in z up: body y -> world z, so that the T-pose faces -y; then turned by 90 degrees, to x; then in the air."""
+    """Upright in z up: body y -> world z, so that the T-pose faces -y; then turned by 90 degrees,
+    to x; then in the air."""
     v = np.zeros((3, 22, 3))
     v[:, 0] = [np.pi / 2, 0, 0], np.full(3, 2 * np.pi / 3 / 3**0.5), [np.pi / 2, 0, 0]
     trans = np.array([[0, 0, 0], [5, 5, 0], [0, 0, 0.3]])
     clip = read_amass(tmp_path, model, amass(v, fps=30, betas=np.zeros(10), trans=trans))
-    forward = P.quat_to_matrix(clip["quats"][:, P.ROOT])[..., 0]
+    forward = quat_to_matrix(clip["quats"][:, ROOT])[..., 0]
     np.testing.assert_allclose(forward, [[0, 0, 1], [1, 0, 0], [0, 0, 1]], atol=1e-6)
     assert np.abs(clip["hinges"]).max() < np.radians(12)  # legs and arms are straight
-    np.testing.assert_allclose(np.diff(clip["height"]) / clip["height"][0], [0, 0.3 / 0.92], atol=1e-6)
-    assert np.abs(directions(clip)["r_foot"][:, 1]).max() < 0.05  # flat on the floor, though the line to the toe goes down
-    arm = mocap.unit(SMPL_JOINTS[18] - SMPL_JOINTS[16]) * np.ones((3, 1))  # the left one: along x, then along the world's y
-    np.testing.assert_allclose(directions(clip)["l_arm"], [arm[0], arm[0, [2, 1, 0]] * [1, 1, -1], arm[0]], atol=1e-6)
+    rise = np.diff(clip["height"]) / clip["height"][0]
+    np.testing.assert_allclose(rise, [0, 0.3 / 0.92], atol=1e-6)
+    # Feet are flat on the floor, though the line to the toe goes down.
+    assert np.abs(directions(clip)["r_foot"][:, 1]).max() < 0.05
+    # The left arm lies along x, then along the world's y.
+    x, y, z = mocap.unit(SMPL_JOINTS[18] - SMPL_JOINTS[16])
+    expected = [[x, y, z], [z, y, -x], [x, y, z]]
+    np.testing.assert_allclose(directions(clip)["l_arm"], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("gender", [
-    np.array("male"), np.array(b"male"), np.array("neutral", object), np.array(b"male", object), np.array(["male"], object),
+    np.array("male"), np.array(b"male"), np.array("neutral", object), np.array(b"male", object),
+    np.array(["male"], object),
 ], ids=["str", "bytes", "object", "object bytes", "list"])  # fmt: skip
 def test_amass_gender_and_shapes_of_any_kind(tmp_path, model, gender):
     v = body_rotations(9)
     first = read_amass(tmp_path, model, amass(v, poses=amass(v)["poses"].astype(np.float32)))
     betas = amass(v)["betas"][:10].astype(np.float32)
-    second = read_amass(tmp_path, model, amass(v, "smplx", gender=gender, betas=betas, labels=np.array([["a"], {}], object)))
+    labels = np.array([["a"], {}], object)
+    content = amass(v, "smplx", gender=gender, betas=betas, labels=labels)
+    second = read_amass(tmp_path, model, content)
     np.testing.assert_allclose(np.abs((first["quats"] * second["quats"]).sum(-1)), 1, atol=1e-6)
 
 
@@ -324,31 +382,42 @@ WITHOUT = object()
 
 
 @pytest.mark.parametrize("style, change, expected", [
-    ("smplh", dict(poses=WITHOUT), r"expected poses to be numbers \[9, 66 or more\], found only mocap_framerate, dmpls"),
+    ("smplh", dict(poses=WITHOUT),
+     r"expected poses to be numbers \[9, 66 or more\], found only mocap_framerate, dmpls"),
     ("smplh", dict(poses=np.zeros((9, 65))), r"poses .*66 or more\], found float64 \[9, 65\]"),
-    ("smplh", dict(poses=np.zeros((8, 156))), r"poses .*\[9, 66 or more\], found float64 \[8, 156\]"),
+    ("smplh", dict(poses=np.zeros((8, 156))),
+     r"poses .*\[9, 66 or more\], found float64 \[8, 156\]"),
     ("smplh", dict(poses=np.zeros((9, 52, 3))), "poses .*found float64"),
     ("smplh", dict(poses=np.full((9, 156), np.nan)), "poses .*finite and below a million"),
-    ("smplh", dict(poses=np.array(3.0)), "expected poses"), ("smplh", dict(poses=np.full((9, 156), "a")), "found <U1"),
-    ("smplx", dict(pose_body=WITHOUT), r"expected pose_body to be numbers \[9, 63\], found only root_orient"),
+    ("smplh", dict(poses=np.array(3.0)), "expected poses"),
+    ("smplh", dict(poses=np.full((9, 156), "a")), "found <U1"),
+    ("smplx", dict(pose_body=WITHOUT),
+     r"expected pose_body to be numbers \[9, 63\], found only root_orient"),
     ("smplx", dict(pose_body=np.zeros((9, 66))), r"pose_body .*\[9, 63\], found float64 \[9, 66\]"),
     ("smplx", dict(root_orient=np.zeros((8, 3))), "expected root_orient"),
     ("smplh", dict(trans=WITHOUT), r"expected trans to be numbers \[any, 3\]"),
     ("smplh", dict(trans=np.full((9, 3), np.inf)), "trans .*finite"),
     ("smplh", dict(trans=np.zeros((9, 2))), "expected trans"),
     ("smplh", dict(betas=WITHOUT), r"expected betas to be numbers \[10 or more\]"),
-    ("smplh", dict(betas=np.zeros(9)), r"betas .*found float64 \[9\]"), ("smplh", dict(betas=np.zeros((1, 16))), "betas"),
-    ("smplh", dict(betas=np.array(None)), "found object"), ("smplh", dict(betas=np.full(10, 1e300)), "betas .*million"),
-    ("smplh", dict(mocap_framerate=WITHOUT), "expected mocap_framerate to be one number, found only"),
-    ("smplh", dict(mocap_framerate=0), "expected mocap_framerate to mean 1 to 10,000 frames per second, found 0"),
-    ("smplh", dict(mocap_framerate=-120.0), "found -120"), ("smplh", dict(mocap_framerate=np.nan), "framerate .*finite"),
+    ("smplh", dict(betas=np.zeros(9)), r"betas .*found float64 \[9\]"),
+    ("smplh", dict(betas=np.zeros((1, 16))), "betas"),
+    ("smplh", dict(betas=np.array(None)), "found object"),
+    ("smplh", dict(betas=np.full(10, 1e300)), "betas .*million"),
+    ("smplh", dict(mocap_framerate=WITHOUT),
+     "expected mocap_framerate to be one number, found only"),
+    ("smplh", dict(mocap_framerate=0),
+     "expected mocap_framerate to mean 1 to 10,000 frames per second, found 0"),
+    ("smplh", dict(mocap_framerate=-120.0), "found -120"),
+    ("smplh", dict(mocap_framerate=np.nan), "framerate .*finite"),
     ("smplh", dict(mocap_framerate="120"), "mocap_framerate to be one number, found <U3"),
-    ("smplx", dict(mocap_frame_rate=np.zeros(2)), r"mocap_frame_rate to be one number, found float64 \[2\]"),
+    ("smplx", dict(mocap_frame_rate=np.zeros(2)),
+     r"mocap_frame_rate to be one number, found float64 \[2\]"),
     ("smplh", dict(mocap_framerate=2000.0), "at least two frames at 30 per second, found 1"),
     ("smplh", dict(trans=np.zeros((0, 3)), poses=np.zeros((0, 156))), "at least two frames"),
 ])  # fmt: skip
 def test_bad_amass_files_get_one_sentence(tmp_path, model, style, change, expected):
-    content = {k: a for k, a in (amass(body_rotations(9), style) | change).items() if a is not WITHOUT}
+    content = amass(body_rotations(9), style) | change
+    content = {k: a for k, a in content.items() if a is not WITHOUT}
     with pytest.raises(ValueError, match=expected) as e:
         read_amass(tmp_path, model, content)
     assert str(tmp_path / "a_poses.npz") in str(e.value) and "\n" not in str(e.value)
@@ -357,10 +426,13 @@ def test_bad_amass_files_get_one_sentence(tmp_path, model, style, change, expect
 @given(st.data())
 @settings(max_examples=100 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_amass_files_are_read_or_refused(tmp_path_factory, model, data):
-    content, path = amass(body_rotations(9), data.draw(st.sampled_from(["smplh", "smplx"]))), tmp_path_factory.getbasetemp()
-    path = path / "mutated_poses.npz"
-    odd = [np.array(0), np.array(1e30), np.array([]), np.array(None), np.array("x"), np.zeros((2, 3), np.float16),
-           np.full((9, 66), 1e5), np.full((9, 3), -1e5), np.zeros((9, 156), bool), np.full(10, 1e5), np.full(16, 7, np.int8)]
+    content = amass(body_rotations(9), data.draw(st.sampled_from(["smplh", "smplx"])))
+    path = tmp_path_factory.getbasetemp() / "mutated_poses.npz"
+    odd = [
+        np.array(0), np.array(1e30), np.array([]), np.array(None), np.array("x"),
+        np.zeros((2, 3), np.float16), np.full((9, 66), 1e5), np.full((9, 3), -1e5),
+        np.zeros((9, 156), bool), np.full(10, 1e5), np.full(16, 7, np.int8),
+    ]  # fmt: skip
     for _ in range(data.draw(st.integers(0, 2))):
         key = data.draw(st.sampled_from(sorted(content)))
         content[key] = data.draw(st.sampled_from(odd))
@@ -388,7 +460,8 @@ def test_a_folder_of_amass_files(tmp_path, capsys):
         np.savez(tmp_path / name, **content)
 
     v = body_rotations(9)
-    with pytest.raises(ValueError, match="lacks motion .*amass.is.tue.mpg.de.*; smpl .*smpl.is.tue.mpg.de"):
+    lacks = "lacks motion .*amass.is.tue.mpg.de.*; smpl .*smpl.is.tue.mpg.de"
+    with pytest.raises(ValueError, match=lacks):
         mocap.read_folder(tmp_path, "amass")
     write("CMU/01/01_01_poses.npz", **amass(v))
     write("KIT/smplx walk_stageii.npz", **amass(v, "smplx"))

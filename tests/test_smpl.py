@@ -1,12 +1,7 @@
-"""smpl.py and safe_pickle.py: the regressed points against a body that is posed vertex by vertex, and the files."""
+"""sources/smpl.py: points against a body that is posed vertex by vertex, and the model files."""
 
 import math
 import pickle
-import struct
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +9,7 @@ from conftest import FUZZ, SMPL_JOINTS, SMPL_PARENTS, smpl_content, write_smpl_p
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import safe_pickle
-import smpl
+from sources import smpl
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +32,8 @@ def rodrigues(v):
 
 
 def direct(content, pose, shape, trans):
-    """The model as its paper has it: one body, 4 x 4 matrices, a loop over the vertices -> vertices [V, 3]."""
+    """The model as its paper has it: one body, 4 x 4 matrices, a loop over the vertices.
+    -> vertices [V, 3]"""
     rest = content["v_template"] + content["shapedirs"] @ shape
     joints = content["J_regressor"] @ rest
     R = [rodrigues(v) for v in pose]
@@ -61,7 +56,11 @@ def direct(content, pose, shape, trans):
 def test_points_equal_a_body_posed_vertex_by_vertex(content, model, size):
     rng = np.random.default_rng(1)
     regressor = rng.normal(size=(7, len(content["v_template"])))
-    pose, shape, trans = rng.normal(size=(3, 24, 3)) * size, rng.normal(size=(3, 10)), rng.normal(size=(3, 3))
+    pose, shape, trans = (
+        rng.normal(size=(3, 24, 3)) * size,
+        rng.normal(size=(3, 10)),
+        rng.normal(size=(3, 3)),
+    )
     found = smpl.Points(model, regressor)(pose, shape, trans)
     for i in range(3):
         expected = regressor @ direct(content, pose[i], shape[i], trans[i])
@@ -105,40 +104,6 @@ def test_other_files_get_one_sentence(tmp_path, content, change, expected):
     assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
-class Evil:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('this ran')",)
-
-
-@pytest.mark.parametrize("raw", [
-    pickle.dumps(Evil()), pickle.dumps({"v_template": Evil()}, protocol=2), pickle.dumps([len]),
-    b"cos\nsystem\n(S'true'\ntR.", b"c__builtin__\nobject\nc__builtin__\nobject\nN\x87R.",
-    b"ccopy_reg\n_reconstructor\n(c__builtin__\nobject\nc__builtin__\nobject\nNtR.",
-], ids=["call", "within", "name", "system", "object", "reconstructor"])  # fmt: skip
-def test_nothing_of_a_pickle_runs(tmp_path, raw):
-    path = tmp_path / "evil.pkl"
-    path.write_bytes(raw)
-    with pytest.raises(ValueError, match="is not a pickle that can be read"):
-        safe_pickle.load_pickle(path)
-
-
-@pytest.mark.parametrize("change", [
-    dict(indptr=np.array([0, 1])), dict(indices=np.array([5, 0])), dict(_shape=(10**6, 10**6)), dict(_shape=None),
-    dict(indptr=np.array([0, 2, 1, 2])), dict(data=np.zeros(9)),
-])  # fmt: skip
-def test_sparse_matrices_that_contradict_themselves(change):
-    made = safe_pickle._Sparse()
-    good = dict(_shape=(2, 3), data=np.array([1.0, 2.0]), indices=np.array([0, 1]), indptr=np.array([0, 1, 1, 2]))
-    made.__setstate__(good)
-    assert made.real({}).tolist() == [[1, 0, 0], [0, 0, 2]]
-    rows = safe_pickle._SparseRows()
-    rows.__setstate__(good | dict(_shape=(np.int64(3), np.int32(2))))
-    assert rows.real({}).tolist() == [[1, 0], [0, 0], [0, 2]]
-    made.__setstate__(good | change)
-    with pytest.raises((ValueError, TypeError)):
-        made.real({})
-
-
 @given(st.data())
 @settings(max_examples=150 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_models_are_read_or_refused(tmp_path_factory, data):
@@ -162,66 +127,3 @@ def test_mutated_models_are_read_or_refused(tmp_path_factory, data):
 
 
 _SMALL = smpl_content(3, 3)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pickles that are small and want much
-
-
-def word(text):
-    return b"X" + struct.pack("<I", len(text)) + text.encode()
-
-
-def name(module, what):
-    return f"c{module}\n{what}\n".encode()
-
-
-def laughs(levels, then):
-    """A list that holds the one before twice, and so on: tiny in the file, endless when written out. It is memo `levels`."""
-    return b"(]K\x01aq\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(levels)) + b"1" + then
-
-
-ATTACKS = {
-    "deep key": b"})" + b"\x85" * 100_000 + b"K\x01s.",
-    "key that doubles": b"})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(40)) + b"K\x01s.",
-    "keys at once": b"}(" + b")" + b"\x85" * 1000 + b"K\x01u.",
-    "set of deep things": b"\x8f(" + b")" + b"\x85" * 100_000 + b"\x90.",
-    "memory before reading": b"\x96" + struct.pack("<Q", 1 << 46) + b".",
-    "dtype": name("numpy", "dtype") + b"q\xf0" + laughs(40, b"h\xf0h\x28\x85R."),
-    "chumpy": laughs(40, name("chumpy.ch", "Ch") + b")R}" + word("x") + b"h\x28sb."),
-    "state of a function": name("numpy", "dtype") + b"N}" + word("__defaults__") + word("f8") + b"\x85s\x86b0N.",
-    "state of a class": name("chumpy.ch", "Ch") + b"}" + word("real") + b"K\x01sb0N.",
-}
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_small_pickles_that_want_much_are_refused_at_once(tmp_path, attack):
-    """In a process of its own, with little memory: some of these ended it."""
-    path = tmp_path / "attack.pkl"
-    path.write_bytes(b"\x80\x04" + ATTACKS[attack])
-    code = ("import resource, sys, pathlib, safe_pickle\n"
-            "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\nresource.setrlimit(resource.RLIMIT_CPU, (20, 20))\n"
-            "before = {k: vars(v).copy() for k, v in safe_pickle._ArraysOnly.stand_ins.items() if hasattr(v, '__dict__')}\n"
-            "try:\n    safe_pickle.load_pickle(pathlib.Path(sys.argv[1]))\nexcept ValueError as e:\n    print(len(str(e)))\n"
-            "after = {k: vars(v).copy() for k, v in safe_pickle._ArraysOnly.stand_ins.items() if hasattr(v, '__dict__')}\n"
-            "assert before == after and not safe_pickle._ArraysOnly.stand_ins['numpy', 'dtype'].__defaults__")
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=Path(smpl.__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0 and 0 < int(done.stdout) < 600, (done.returncode, done.stderr[-300:])
-
-
-def test_limits_and_orders_of_arrays(tmp_path, monkeypatch):
-    path = tmp_path / "a.pkl"
-    a = np.asfortranarray(np.arange(6.0).reshape(2, 3))
-    path.write_bytes(pickle.dumps({"a": a, "b": a.astype(">i2")}, protocol=2))
-    found = safe_pickle.load_pickle(path)
-    assert np.array_equal(found["a"], a) and np.array_equal(found["b"], a) and found["b"].dtype == ">i2"
-    with pytest.raises(ValueError, match="has more than 0 MB"):
-        safe_pickle.load_pickle(path, 100)
-    made = safe_pickle._Sparse()
-    made.__setstate__(dict(_shape=(4000, 4000), data=np.zeros(0), indices=np.zeros(0, int), indptr=np.zeros(4001, int)))
-    with pytest.raises(ValueError, match="contradicts itself"):
-        made.real({})
-    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as z:
-        z.writestr("x.npy", b"")
-    with pytest.raises(ValueError, match="packed in a way"):
-        safe_pickle.load_arrays(tmp_path / "a.npz")

@@ -1,7 +1,9 @@
-"""train.py: resume to the same bits, checkpoints, schedules, the reading of data, the log, refusals in one sentence.
+"""train.py: resume to the same bits, presets, the log, the lifters' inputs, refusals in one
+sentence.
 
-Everything runs the real command line: in this process where the test looks inside, as a subprocess where the exit
-status or the whole chain is the point. The data are the tiny set of conftest.py; the sizes below train in seconds.
+Everything runs the real command line: in this process where the test looks inside, as a subprocess
+where the exit status or the whole chain is the point. The data are the tiny set of conftest.py; the
+sizes below train in seconds.
 """
 
 import dataclasses
@@ -21,30 +23,54 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import checkpoints
 import train
-from hipart import MSST, Config, HiPART, Regressor, detected_pelvis
+from baselines import Regressor
+from hipart import MSST, Config, HiPART, detected_pelvis
+from sources import dataset
 
 HERE = Path(train.__file__).parent
-TINY = dict(D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_width=12, token_hidden=8, width=16,
-            heads=2, mlp_ratio=2, gcsab_blocks=2, ph_blocks=1, dropout=0.1, lifter="spatial", lifter_width=12,
-            lifter_blocks=2, warmup_free=6, epochs_1=3, batch_1=16, epochs_2=3, batch_2=16, epochs_3=2, batch_3=32,
-            weight_decay_3=0.05, draws_3=2, epochs_r=2, regressor_width=32)  # fmt: skip
-FEEDS = ("sparse", "generated", "regressor", "auxiliary", "ground_truth_clean")  # the whole chain below trains them all
+TINY = dict(
+    D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_width=12, token_hidden=8,
+    width=16, heads=2, mlp_ratio=2, gcsab_blocks=2, ph_blocks=1, dropout=0.1,
+    lifter="spatial", lifter_width=12, lifter_blocks=2, warmup_free=6, epochs_1=3, batch_1=16,
+    epochs_2=3, batch_2=16, epochs_3=2, batch_3=32, weight_decay_3=0.05, draws_3=2, epochs_r=2,
+    regressor_width=32,
+)  # fmt: skip
+CONFIG = {k: v for k, v in TINY.items() if k in vars(Config())}
+TRAINING = {k: v for k, v in TINY.items() if k in vars(train.Training())}
+INPUTS = ("sparse", "generated", "regressor", "ground_truth_clean")  # the chain below has all six
 BAR = re.compile(r"^.*\d+/\d+ \[[^\]]*\]")  # a progress bar, which may stand before the message
 FLAGS = {a.dest: a.option_strings[0] for a in train.arguments()._actions}
 
 
 def flags(**values):
-    """Command-line options of Config's fields; a switch stands alone."""
-    return [part for k, v in values.items() for part in ((FLAGS[k],) if v is True else (FLAGS[k], str(v)))]
+    """Command-line options of the fields of Config and Training; a switch stands alone."""
+    return [
+        part
+        for k, v in values.items()
+        for part in ((FLAGS[k],) if v is True else (FLAGS[k], str(v)))
+    ]
 
 
-def main(monkeypatch, folder, *args, **config):
-    """`python train.py --preset paper --name tiny ARGS` with the tiny sizes, in this process, with `folder` as cwd."""
+def main(monkeypatch, folder, *args, **options):
+    """`python train.py --preset paper --name tiny ARGS` with the tiny sizes, in this process, with
+    `folder` as the current one, and without the tables and figures at its end."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     precision = torch.get_float32_matmul_precision()
-    argv = ["train.py", "--preset", "paper", "--name", "tiny", "--device", "cpu", *map(str, args), *flags(**TINY | config)]
+    argv = [
+        "train.py",
+        "--preset",
+        "paper",
+        "--name",
+        "tiny",
+        "--device",
+        "cpu",
+        *map(str, args),
+        *flags(**TINY | options),
+    ]
     with monkeypatch.context() as m:
+        m.setattr(train, "script", lambda *command: None)
         m.chdir(folder)
         m.setattr(sys, "argv", argv)
         try:
@@ -60,7 +86,10 @@ def refused(monkeypatch, capsys, folder, *args, **config):
         main(monkeypatch, folder, *args, **config)
     code = exit_info.value.code
     status, said = (code, "") if isinstance(code, int) else (1, str(code))
-    lines = [BAR.sub("", line).strip() for line in re.split(r"[\r\n]", said + "\n" + capsys.readouterr().err)]
+    lines = [
+        BAR.sub("", line).strip()
+        for line in re.split(r"[\r\n]", said + "\n" + capsys.readouterr().err)
+    ]
     return status, "\n".join(filter(None, lines))
 
 
@@ -72,7 +101,10 @@ def log(folder, model=None):
     def strict(constant):
         raise AssertionError(f"log.jsonl holds {constant}, which is not JSON")
 
-    rows = [json.loads(line, parse_constant=strict) for line in open(Path(folder) / "runs" / "tiny" / "log.jsonl")]
+    rows = [
+        json.loads(line, parse_constant=strict)
+        for line in open(Path(folder) / "runs" / "tiny" / "log.jsonl")
+    ]
     return [r for r in rows if model is None or r["model"] == model]
 
 
@@ -100,8 +132,9 @@ def data(tiny_data):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """All three stages in one uninterrupted process; the detections it drew are kept beside. -> folder, detections."""
-    folder, drawn, detect = tmp_path_factory.mktemp("trained"), [], train.detect
+    """All three stages in one uninterrupted process; the detections it drew are kept beside. ->
+    folder, detections."""
+    folder, drawn, detect = tmp_path_factory.mktemp("trained"), [], dataset.detect
     with pytest.MonkeyPatch.context() as m:
 
         def spy(*args):
@@ -109,8 +142,8 @@ def trained(data, tmp_path_factory):
             drawn.append(out[0].copy())
             return out
 
-        m.setattr(train, "detect", spy)
-        m.setattr(train, "FEEDS", {feed: train.FEEDS[feed] for feed in FEEDS})
+        m.setattr(dataset, "detect", spy)
+        m.setattr(train, "INPUTS", {name: train.INPUTS[name] for name in INPUTS})
         for stage in (1, 2, 3):
             drawn.append(f"stage {stage}")
             main(m, folder, "--data", data, "--stage", stage)
@@ -122,7 +155,7 @@ def run(trained):
     return trained[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Resume
 
 
@@ -131,14 +164,14 @@ class Stop(Exception):
 
 
 def pull_plug_after(m, prefix, epoch):
-    save = train.save_checkpoint
+    save = checkpoints.save_checkpoint
 
     def saving(path, **content):
         save(path, **content)
         if path.stem.startswith(prefix) and content["epoch"] == epoch:
             raise Stop
 
-    m.setattr(train, "save_checkpoint", saving)
+    m.setattr(checkpoints, "save_checkpoint", saving)
 
 
 def begin(run, folder, *names):
@@ -158,7 +191,9 @@ def assert_same_run(a, b, name):
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_resumed_stage_1_is_bit_for_bit_the_uninterrupted_one(run, data, tmp_path, monkeypatch, epoch):
+def test_resumed_stage_1_is_bit_for_bit_the_uninterrupted_one(
+    run, data, tmp_path, monkeypatch, epoch
+):
     """Before the codebooks are set (6 steps are one epoch and a half) and after."""
     with monkeypatch.context() as m:
         pull_plug_after(m, "stage1", epoch)
@@ -201,7 +236,8 @@ def test_resumed_stage_2_is_bit_for_bit_the_uninterrupted_one(run, data, tmp_pat
 
 
 def test_resumed_training_on_generation_itself(run, data, tmp_path, monkeypatch):
-    """The switches of ours: the last epoch of stage 2 differs from the others, and a resumed run has to know."""
+    """The switches of ours: the last epoch of stage 2 differs from the others, and a resumed run
+    has to know."""
     ours = dict(condition="every", soft=True, epochs_soft=1)
     for name in ("whole", "cut"):
         begin(run, tmp_path / name, "stage1")
@@ -213,12 +249,14 @@ def test_resumed_training_on_generation_itself(run, data, tmp_path, monkeypatch)
     main(monkeypatch, tmp_path / "cut", "--data", data, "--stage", 2, "--resume", *flags(**ours))
     assert_same_run(tmp_path / "whole", tmp_path / "cut", "stage2")
     rows = log(tmp_path / "whole", "stage2")
-    assert rows[-1]["train"]["loss"] > rows[-2]["train"]["loss"] + 1  # the pose error has joined the loss
+    assert (
+        rows[-1]["train"]["loss"] > rows[-2]["train"]["loss"] + 1
+    )  # the pose error has joined the loss
 
 
 def test_resumed_lifter_is_bit_for_bit_the_uninterrupted_one(run, data, tmp_path, monkeypatch):
     begin(run, tmp_path, "stage1", "stage2", "regressor")
-    monkeypatch.setattr(train, "FEEDS", {"generated": "the only one"})
+    monkeypatch.setattr(train, "INPUTS", {"generated": "the only one"})
     with monkeypatch.context() as m:
         pull_plug_after(m, "stage3", 1)
         with pytest.raises(Stop):
@@ -229,8 +267,9 @@ def test_resumed_lifter_is_bit_for_bit_the_uninterrupted_one(run, data, tmp_path
 
 
 def test_a_new_stage_2_means_a_new_generated_training_set(run, data, tmp_path, monkeypatch):
-    """What an older HiARM generated must not be found on disk and trained on: the same lifter as in a clean folder."""
-    monkeypatch.setattr(train, "FEEDS", {"generated": "the only one"})
+    """What an older HiARM generated must not be found on disk and trained on: the same lifter as in
+    a clean folder."""
+    monkeypatch.setattr(train, "INPUTS", {"generated": "the only one"})
     short = dict(epochs_2=1, epochs_r=1, epochs_3=1, lifter="mlp")
     begin(run, tmp_path / "used", "stage1", "stage2")
     main(monkeypatch, tmp_path / "used", "--data", data, "--stage", 3, **short)
@@ -240,8 +279,20 @@ def test_a_new_stage_2_means_a_new_generated_training_set(run, data, tmp_path, m
     begin(run, tmp_path / "clean", "stage1")
     for folder in ("used", "clean"):
         for stage in (2, 3):
-            main(monkeypatch, tmp_path / folder, "--data", data, "--stage", stage, "--seed", 1, **short)
-    used, clean = (checkpoint(tmp_path / folder, "stage3_generated_0")["model"] for folder in ("used", "clean"))
+            main(
+                monkeypatch,
+                tmp_path / folder,
+                "--data",
+                data,
+                "--stage",
+                stage,
+                "--seed",
+                1,
+                **short,
+            )
+    used, clean = (
+        checkpoint(tmp_path / folder, "stage3_generated_0")["model"] for folder in ("used", "clean")
+    )
     assert_same(used, clean)
 
 
@@ -254,78 +305,48 @@ def test_resuming_a_finished_stage_changes_nothing(run, data, tmp_path, monkeypa
 
 def test_another_seed_is_another_run(run, data, tmp_path, monkeypatch):
     main(monkeypatch, tmp_path, "--data", data, "--stage", 1, "--seed", 1)
-    assert not torch.equal(checkpoint(tmp_path, "stage1")["model"]["E_f.embed.weight"],
-                           checkpoint(run, "stage1")["model"]["E_f.embed.weight"])
+    assert not torch.equal(
+        checkpoint(tmp_path, "stage1")["model"]["E_f.embed.weight"],
+        checkpoint(run, "stage1")["model"]["E_f.embed.weight"],
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints and what stands in them
 
 
 def test_checkpoints_are_safe_to_load_and_complete(run):
-    expected = dataclasses.asdict(dataclasses.replace(Config(), **TINY))
-    epochs = dict(stage1=3, stage2=3, regressor=2) | {f"stage3_{feed}_0": 2 for feed in FEEDS}
+    config, training = vars(Config(**CONFIG)), vars(train.Training(**TRAINING))
+    epochs = dict(stage1=3, stage2=3, regressor=2) | {f"stage3_{name}_0": 2 for name in INPUTS}
     for name, n in epochs.items():
         saved = checkpoint(run, name)  # weights_only=True
         assert saved.keys() >= {"model", "optimizer", "random", "config", "epoch", "step"}, name
-        assert saved["config"] == expected and saved["epoch"] == n, name
+        assert saved["config"] == config and saved["training"] == training, name
+        assert saved["epoch"] == n, name
         decay = max(group["weight_decay"] for group in saved["optimizer"]["param_groups"])
         assert decay == {"stage1": 0.15, "stage2": 0.03, "regressor": 0.01}.get(name, 0.05), name
-        assert all(torch.isfinite(t).all() for t in saved["model"].values() if t.is_floating_point()), name
+        assert all(
+            torch.isfinite(t).all() for t in saved["model"].values() if t.is_floating_point()
+        ), name
     assert not [p.name for p in (run / "runs" / "tiny").iterdir() if ".tmp" in p.name]
 
 
 def test_stage_2_left_the_tokenizer_alone(run):
     one, two = checkpoint(run, "stage1")["model"], checkpoint(run, "stage2")["model"]
-    assert torch.equal(one["Q_s.codebook"], two["C_s"]) and torch.equal(one["Q_d.codebook"], two["C_d"])
+    assert torch.equal(one["Q_s.codebook"], two["C_s"]) and torch.equal(
+        one["Q_d.codebook"], two["C_d"]
+    )
     assert not [k for k in two if k.startswith("msst") or k.startswith("E_f")]
 
 
-def test_checkpoints_are_written_beside_and_renamed(tmp_path, monkeypatch):
-    """A crash while writing leaves the old checkpoint whole."""
-    path = tmp_path / "stage1.pt"
-    train.save_checkpoint(path, epoch=1)
-
-    def half(content, where):
-        Path(where).write_bytes(b"half of a checkpoint")
-        raise Stop
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(Stop):
-        train.save_checkpoint(path, epoch=2)
-    assert torch.load(path, weights_only=True) == dict(epoch=1)
-
-
-def test_weight_decay_spares_biases_and_norms():
-    model = HiPART(dataclasses.replace(Config(), **TINY)).hiarm
-    optimizer = train.adamw(model, 1e-3, 0.5, torch.device("cpu"))
-    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
-    names = {n for n, p in model.named_parameters() if id(p) in decayed}
-    assert {"P_c.weight", "head_s.weight", "GCSAB.0.qkv.weight"} <= names
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
-    assert [n for n in names if n.endswith("bias") or "norm" in n] == []
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedules and presets
-
-
-def test_warmup_cosine_values():
-    f = train.warmup_cosine(10)
-    assert [f(s, 110) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert f(10, 110) == pytest.approx(1.0) and f(60, 110) == pytest.approx(0.5)
-    assert f(35, 110) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-    values = [f(s, 110) for s in range(110)]
-    assert max(values) == pytest.approx(1.0) and 0 <= values[-1] < 1e-3
-    assert values[:10] == sorted(values[:10]) and values[10:] == sorted(values[10:], reverse=True)
-    assert train.warmup_cosine(500)(49, 500) == pytest.approx(1.0)  # a short run warms up over a tenth of its steps
-    assert all(0 < train.warmup_cosine(500)(s, n) <= 1 for n in (1, 2, 9, 10) for s in range(n))
 
 
 def test_the_learning_rate_of_the_lifter_is_the_papers(run, data, tmp_path, monkeypatch):
     """Adam, 1e-3 times 0.96 every 4 epochs."""
     begin(run, tmp_path, "stage1", "stage2")
-    monkeypatch.setattr(train, "FEEDS", {"sparse": "the only one"})
+    monkeypatch.setattr(train, "INPUTS", {"sparse": "the only one"})
     main(monkeypatch, tmp_path, "--data", data, "--stage", 3, epochs_3=5, epochs_r=1)
     lr = [r["lr"] for r in log(tmp_path, "stage3_sparse_0")]
     assert lr == pytest.approx([1e-3] * 4 + [0.96e-3], rel=1e-5)
@@ -338,15 +359,44 @@ def test_the_learning_rate_of_stages_1_and_2_falls_to_zero(run):
         assert [r["steps"] for r in rows] == [4, 8, 12]
 
 
-def test_preset_paper_is_config_but_for_the_epochs_of_stage_1_and_the_others_are_configs():
-    built = {}
-    for name, options in train.PRESETS.items():
-        fields = {k: v for k, v in options.items() if k != "limit"}
-        built[name] = Config(**fields)
-        structure = {k: getattr(built[name], k) for k in ("decoder_blocks", "lsab_blocks", "cosine_local")}
-        assert structure == {k: getattr(Config(), k) for k in structure}
-        assert built[name].width % built[name].heads == 0
-    assert built.keys() == {"quick", "standard", "paper"} and built["paper"] == Config(epochs_1=40)
+def test_training_is_the_papers():
+    """Appendix C; docs/decisions.md lists what is ours."""
+    paper = dict(
+        limit=0,
+        epochs_1=20,
+        batch_1=128,
+        lr_1=1e-3,
+        weight_decay_1=0.15,
+        warmup_1=500,
+        epochs_2=50,
+        batch_2=64,
+        lr_2=5e-4,
+        weight_decay_2=0.03,
+        epochs_soft=0,
+        lifter="spatial",
+        lifter_width=96,
+        lifter_blocks=12,
+        epochs_3=25,
+        batch_3=256,
+        lr_3=1e-3,
+        weight_decay_3=0.0,
+        cosine_3=False,
+        turn_3=0.0,
+    )
+    training = vars(train.Training())
+    assert {k: training[k] for k in paper} == paper
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        train.Training().lr_1 = 1.0
+    assert not set(training) & set(vars(Config()))  # or an option would mean two things
+
+
+def test_presets_are_pairs_of_overrides():
+    assert train.PRESETS.keys() == {"quick", "standard", "paper"}
+    for config, training in train.PRESETS.values():
+        model, _ = Config(**config), train.Training(**training)
+        structure = ("decoder_blocks", "lsab_blocks", "cosine_local")
+        assert all(getattr(model, k) == getattr(Config(), k) for k in structure)
+    assert train.PRESETS["paper"] == ({}, dict(epochs_1=40))  # all else is the paper's
 
 
 def test_the_commands_of_the_docstring_parse():
@@ -356,24 +406,21 @@ def test_the_commands_of_the_docstring_parse():
         train.arguments().parse_args(shlex.split(command.split("#")[0]))
 
 
-def test_every_field_of_config_is_a_typed_option():
+def test_every_field_of_config_and_training_is_a_typed_option():
     args = train.arguments().parse_args(flags(**TINY))
     for k, v in TINY.items():
         assert getattr(args, k) == v and type(getattr(args, k)) is type(v)
-    assert {f.name for f in dataclasses.fields(Config)} <= FLAGS.keys()
-    off = next(o for a in train.arguments()._actions for o in a.option_strings if re.fullmatch("--no-cosine.local", o))
+    assert vars(Config()).keys() | vars(train.Training()).keys() <= FLAGS.keys()
+    off = next(
+        o
+        for a in train.arguments()._actions
+        for o in a.option_strings
+        if re.fullmatch("--no-cosine.local", o)
+    )
     assert train.arguments().parse_args([off]).cosine_local is False
     with pytest.raises(SystemExit) as e:
         train.arguments().parse_args(flags(epochs_1="many"))
     assert e.value.code == 2
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading data
-
-
-def split(data, name="train", limit=0):
-    return train.Split(data, name, torch.device("cpu"), limit)
 
 
 def raw(data, name, key):
@@ -384,41 +431,6 @@ def normalised(px, size=(1000, 1000)):
     return px / size[0] * 2 - np.array([1, size[1] / size[0]])
 
 
-def test_read_gives_the_stored_draw_a_fresh_one_or_the_clean_pose(data):
-    val = split(data, "val")
-    stored, clean = val.read(slice(0, 32)), val.read(slice(0, 32), clean=True)
-    conf = raw(data, "val", "conf")
-    expected = normalised(raw(data, "val", "x_s_det")) * (conf > 0)[..., None]
-    np.testing.assert_allclose(stored["x_s"].numpy(), expected, atol=1e-5)
-    np.testing.assert_array_equal(stored["conf"].numpy(), conf)
-    np.testing.assert_allclose(clean["x_s"].numpy(), normalised(raw(data, "val", "x_s")), atol=1e-5)
-    assert bool((clean["conf"] == 1).all())
-    for key in ("x_d", "x_f"):
-        np.testing.assert_allclose(stored[key].numpy(), normalised(raw(data, "val", key)), atol=1e-5)
-    for key in ("y", "action"):
-        np.testing.assert_array_equal(stored[key].numpy(), raw(data, "val", key))
-    fresh = [val.read(slice(0, 32), np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(fresh[0]["x_s"], fresh[1]["x_s"]) and torch.equal(fresh[0]["conf"], fresh[1]["conf"])
-    assert not torch.equal(fresh[0]["x_s"], fresh[2]["x_s"]) and not torch.equal(fresh[0]["x_s"], stored["x_s"])
-    for b in (stored, clean, *fresh):
-        assert bool((b["x_s"][b["conf"] == 0] == 0).all())
-    rows = np.array([3, 7, 31])
-    np.testing.assert_array_equal(val.read(rows)["y"].numpy(), raw(data, "val", "y")[rows])
-
-
-def test_reading_leaves_the_stored_arrays_alone(data):
-    val, before = split(data, "val"), raw(data, "val", "y").copy()
-    val.read(slice(0, 32))["y"].add_(1)
-    np.testing.assert_array_equal(raw(data, "val", "y"), before)
-    np.testing.assert_array_equal(val.read(slice(0, 32))["y"].numpy(), before)
-
-
-def test_blocks_are_all_samples_in_order(data):
-    blocks = list(split(data, "val").blocks(size=10))
-    assert [len(b["y"]) for b in blocks] == [10, 10, 10, 2]
-    np.testing.assert_array_equal(torch.cat([b["y"] for b in blocks]).numpy(), raw(data, "val", "y"))
-
-
 def row_of(data, y):
     """Which stored training sample each y [n, 17, 3] is."""
     keys = {row.tobytes(): i for i, row in enumerate(raw(data, "train", "y"))}
@@ -426,58 +438,9 @@ def row_of(data, y):
     return [keys[row.tobytes()] for row in y.numpy()]
 
 
-@pytest.mark.parametrize("block, size, limit", [(8192, 16, 0), (8192, 24, 0), (20, 8, 0), (16, 16, 0), (8192, 16, 37),
-                                                (8192, 100, 0), (32, 7, 50)])
-def test_an_epoch_has_every_sample_at_most_once(data, monkeypatch, block, size, limit):
-    monkeypatch.setattr(train, "BLOCK", block)
-    s = split(data, "train", limit)
-    assert s.n == (limit or 64)
-    torch.manual_seed(0)
-    batches = list(s.batches(size, np.random.default_rng(0)))
-    assert len(batches) == s.steps(size)
-    seen = [row_of(data, b["y"]) for b in batches]
-    flat = sum(seen, [])
-    used = np.arange(s.n) * 64 // s.n
-    assert len(flat) == len(set(flat)) and set(flat) <= set(used.tolist()) and np.array_equal(s.rows, used)
-    assert len(flat) > s.n - size * math.ceil(s.n / block)  # no more is left over than a batch a block
-    assert flat != sorted(flat)  # shuffled
-    for b, rows in zip(batches, seen, strict=True):
-        np.testing.assert_allclose(b["x_f"].numpy(), normalised(raw(data, "train", "x_f")[rows]), atol=1e-5)
-        assert {k: tuple(v.shape[1:]) for k, v in b.items()} == dict(x_s=(17, 2), conf=(17,), x_d=(48, 2), x_f=(96, 2),
-                                                                     y=(17, 3), action=(), height_px=(), fit=())
-
-
-@pytest.mark.parametrize("block, size", [(20, 8), (21, 16), (63, 16)])
-def test_batches_are_full(data, monkeypatch, block, size):
-    """A block's remainder must not become a small batch with as much say as a full one."""
-    monkeypatch.setattr(train, "BLOCK", block)
-    sizes = [len(b["y"]) for b in split(data).batches(size, np.random.default_rng(0))]
-    assert set(sizes) == {size}
-
-
-def test_fewer_samples_than_a_batch_are_one_batch(data):
-    assert [len(b["y"]) for b in split(data, limit=5).batches(16, np.random.default_rng(0))] == [5]
-
-
-def test_batches_depend_on_the_seeds_alone(data):
-    def epoch(order_seed, noise_seed):
-        torch.manual_seed(order_seed)
-        return list(split(data).batches(16, np.random.default_rng(noise_seed)))
-
-    base = epoch(0, 0)
-    for a, b in zip(base, epoch(0, 0), strict=True):
-        assert_same(a, b)
-    other_order, other_noise = epoch(1, 0), epoch(0, 1)
-    assert not torch.equal(base[0]["y"], other_order[0]["y"])
-    assert torch.equal(base[0]["y"], other_noise[0]["y"]) and not torch.equal(base[0]["x_s"], other_noise[0]["x_s"])
-
-
-def test_a_trailing_slash_in_data_is_no_other_data_set(data):
-    assert split(data + "/").n == 64
-
-
 def test_noise_is_drawn_afresh_every_epoch_and_stage(trained):
-    """No two epochs of a stage see the same detections, and stage 3 is densified from draws that stage 2 never saw."""
+    """No two epochs of a stage see the same detections, and stage 3 is densified from draws that
+    stage 2 never saw."""
     stages, current = {}, None
     for entry in trained[1]:
         if isinstance(entry, str):
@@ -491,27 +454,45 @@ def test_noise_is_drawn_afresh_every_epoch_and_stage(trained):
     assert not set(stages["stage 1"]) & set(stages["stage 2"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The log, and whether its numbers are true
 
 
 def test_log_holds_everything_for_every_epoch(run):
-    epochs = dict(stage1=3, stage2=3, regressor=2) | {f"stage3_{feed}_0": 2 for feed in FEEDS}
-    wanted = dict(stage1={"fine_px", "dense_px", "perplexity_s", "perplexity_d", "dead_s", "dead_d", "L_local",
-                          "L_global", "action_accuracy"},
-                  stage2={"acc_s", "acc_d", "fine_px"}, regressor={"fine_px"})
+    epochs = dict(stage1=3, stage2=3, regressor=2) | {f"stage3_{name}_0": 2 for name in INPUTS}
+    wanted = dict(
+        stage1={
+            "fine_px",
+            "dense_px",
+            "perplexity_s",
+            "perplexity_d",
+            "dead_s",
+            "dead_d",
+            "L_local",
+            "L_global",
+            "action_accuracy",
+        },
+        stage2={"acc_s", "acc_d", "fine_px"},
+        regressor={"fine_px"},
+    )
     assert {r["model"] for r in log(run)} == epochs.keys()
     for name, n in epochs.items():
         rows = log(run, name)
         assert [r["epoch"] for r in rows] == list(range(1, n + 1)), name
         for r in rows:
             assert r["val"].keys() >= wanted.get(name, {"mpjpe"}), name
-            assert r["train"] and all(math.isfinite(v) for v in (*r["val"].values(), *r["train"].values())), name
-            assert all(0 <= v <= 1 for k, v in r["val"].items() if k.startswith(("dead", "acc", "action_acc")))
+            assert r["train"] and all(
+                math.isfinite(v) for v in (*r["val"].values(), *r["train"].values())
+            ), name
+            assert all(
+                0 <= v <= 1
+                for k, v in r["val"].items()
+                if k.startswith(("dead", "acc", "action_acc"))
+            )
 
 
 def model_of(run, with_hiarm=True):
-    model = HiPART(dataclasses.replace(Config(), **TINY)).eval()
+    model = HiPART(Config(**CONFIG)).eval()
     model.msst.load_state_dict(checkpoint(run, "stage1")["model"])
     if with_hiarm:
         model.hiarm.load_state_dict(checkpoint(run, "stage2")["model"])
@@ -521,7 +502,10 @@ def model_of(run, with_hiarm=True):
 def val_poses(data):
     """Stored draw of the validation split in normalised coordinates, read without train.py."""
     conf = torch.from_numpy(raw(data, "val", "conf"))
-    px = {k: torch.from_numpy(normalised(raw(data, "val", k))).float() for k in ("x_s_det", "x_d", "x_f")}
+    px = {
+        k: torch.from_numpy(normalised(raw(data, "val", k))).float()
+        for k in ("x_s_det", "x_d", "x_f")
+    }
     return px["x_s_det"] * (conf > 0)[..., None], conf, px["x_d"], px["x_f"]
 
 
@@ -532,17 +516,27 @@ def perplexity(q, K):
 
 @torch.no_grad()
 def test_logged_numbers_of_stage_1_are_true(run, data):
-    model, (x_s, conf, x_d, x_f), said = model_of(run, False).msst, val_poses(data), log(run, "stage1")[-1]["val"]
+    model, (x_s, conf, x_d, x_f), said = (
+        model_of(run, False).msst,
+        val_poses(data),
+        log(run, "stage1")[-1]["val"],
+    )
     pelvis = detected_pelvis(x_s, conf)
     q_s, q_d = model.encode((x_f - pelvis) / 0.125)
-    for name, got, target in zip(("dense_px", "fine_px"), model.decode(q_s, q_d), (x_d, x_f), strict=True):
-        assert said[name] == pytest.approx(float((got * 0.125 + pelvis - target).norm(dim=-1).mean()) * 500, rel=1e-3)
+    for name, got, target in zip(
+        ("dense_px", "fine_px"), model.decode(q_s, q_d), (x_d, x_f), strict=True
+    ):
+        assert said[name] == pytest.approx(
+            float((got * 0.125 + pelvis - target).norm(dim=-1).mean()) * 500, rel=1e-3
+        )
     for name, q, K in (("s", q_s, TINY["K_s"]), ("d", q_d, TINY["K_d"])):
         expected, dead = perplexity(q, K)
         assert said[f"perplexity_{name}"] == pytest.approx(expected, rel=1e-3)
         assert said[f"dead_{name}"] == pytest.approx(dead, abs=1e-6)
     o, action = model((x_f - pelvis) / 0.125), torch.from_numpy(raw(data, "val", "action"))
-    assert said["action_accuracy"] == pytest.approx(float((o["p_A"].argmax(-1) == action).float().mean()), abs=1e-6)
+    assert said["action_accuracy"] == pytest.approx(
+        float((o["p_A"].argmax(-1) == action).float().mean()), abs=1e-6
+    )
     chosen = o["p_A"].log_softmax(-1)[torch.arange(32), action]
     assert said["L_global"] == pytest.approx(-float(chosen.mean()), rel=1e-3)
 
@@ -551,48 +545,75 @@ def test_logged_numbers_of_stage_1_are_true(run, data):
 def test_logged_numbers_of_stage_2_are_true(run, data):
     model, (x_s, conf, _, x_f), said = model_of(run), val_poses(data), log(run, "stage2")[-1]["val"]
     _, got_f = model.densify(x_s, conf)
-    assert said["fine_px"] == pytest.approx(float((got_f - x_f).norm(dim=-1).mean()) * 500, rel=1e-3)
+    assert said["fine_px"] == pytest.approx(
+        float((got_f - x_f).norm(dim=-1).mean()) * 500, rel=1e-3
+    )
     pelvis = detected_pelvis(x_s, conf)
     q_s, q_d = model.msst.encode((x_f - pelvis) / 0.125)
     logits_s, logits_d = model.hiarm((x_s - pelvis) / 0.125, q_s, q_d, conf)
-    assert said["acc_s"] == pytest.approx(float((logits_s.argmax(-1) == q_s).float().mean()), abs=2e-3)
-    assert said["acc_d"] == pytest.approx(float((logits_d.argmax(-1) == q_d).float().mean()), abs=2e-3)
+    assert said["acc_s"] == pytest.approx(
+        float((logits_s.argmax(-1) == q_s).float().mean()), abs=2e-3
+    )
+    assert said["acc_d"] == pytest.approx(
+        float((logits_d.argmax(-1) == q_d).float().mean()), abs=2e-3
+    )
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("feed", FEEDS)
-def test_logged_mpjpe_of_every_feed_is_true(run, data, feed):
-    """What each lifter is fed, built here by hand from the stored validation split."""
+@pytest.mark.parametrize("name", INPUTS)
+def test_logged_mpjpe_of_every_input_is_true(run, data, name):
+    """The input of each lifter, built here by hand from the stored validation split."""
     x_s, conf, x_d, x_f = val_poses(data)
-    if feed.endswith("_clean"):
-        x_s, conf = torch.from_numpy(normalised(raw(data, "val", "x_s"))).float(), torch.ones(32, 17)
-    if feed == "ground_truth_clean":
+    if name.endswith("_clean"):
+        x_s, conf = (
+            torch.from_numpy(normalised(raw(data, "val", "x_s"))).float(),
+            torch.ones(32, 17),
+        )
+    if name == "ground_truth_clean":
         x = torch.cat([x_s, x_d, x_f], 1)
-    elif feed == "generated":
+    elif name == "generated":
         x = torch.cat([x_s, *model_of(run).densify(x_s, conf)], 1)
-    elif feed == "regressor":
+    elif name == "regressor":
         regressor = Regressor(TINY["regressor_width"]).eval()
         regressor.load_state_dict(checkpoint(run, "regressor")["model"])
         x = torch.cat([x_s, *regressor.densify(x_s, conf)], 1)
     else:
-        assert feed in ("sparse", "auxiliary")
+        assert name == "sparse"
         x = x_s
-    lifter = train.new_lifter(dataclasses.replace(Config(), **TINY), feed).eval()
-    lifter.load_state_dict(checkpoint(run, f"stage3_{feed}_0")["model"])
+    lifter = train.new_lifter(train.Training(**TRAINING), name).eval()
+    lifter.load_state_dict(checkpoint(run, f"stage3_{name}_0")["model"])
     error = (lifter(x, conf) - torch.from_numpy(raw(data, "val", "y"))).norm(dim=-1).mean()
-    assert log(run, f"stage3_{feed}_0")[-1]["val"]["mpjpe"] == pytest.approx(float(error), rel=1e-3)
+    assert log(run, f"stage3_{name}_0")[-1]["val"]["mpjpe"] == pytest.approx(float(error), rel=1e-3)
 
 
 def test_validation_does_not_depend_on_how_it_is_cut_into_blocks(data, tmp_path, monkeypatch):
-    """32 validation samples at once, or as 12 + 12 + 8: every mean is over samples, not over blocks."""
-    monkeypatch.setattr(train, "FEEDS", {"sparse": "a", "generated": "b"})
-    blocks = train.Split.blocks
+    """32 validation samples at once, or as 12 + 12 + 8: every mean is over samples, not over
+    blocks."""
+    monkeypatch.setattr(train, "INPUTS", {"sparse": "a", "generated": "b"})
+    blocks = dataset.Split.blocks
     for block in (8192, 12):
-        monkeypatch.setattr(train.Split, "blocks", lambda self, rng=None, clean=False, size=0, n=block: blocks(
-            self, rng, clean, n))
+        monkeypatch.setattr(
+            dataset.Split,
+            "blocks",
+            lambda self, rng=None, clean=False, size=0, n=block: blocks(self, rng, clean, n),
+        )
         for stage in (1, 2, 3):
-            main(monkeypatch, tmp_path / str(block), "--data", data, "--limit", 12, "--stage", stage, warmup_free=1,
-                 epochs_1=2, epochs_2=1, epochs_r=1, epochs_3=1, lifter="mlp")
+            main(
+                monkeypatch,
+                tmp_path / str(block),
+                "--data",
+                data,
+                "--limit",
+                12,
+                "--stage",
+                stage,
+                warmup_free=1,
+                epochs_1=2,
+                epochs_2=1,
+                epochs_r=1,
+                epochs_3=1,
+                lifter="mlp",
+            )
     whole, cut = log(tmp_path / "8192"), log(tmp_path / "12")
     assert [r["model"] for r in whole] == [r["model"] for r in cut]
     for a, b in zip(whole, cut, strict=True):
@@ -601,70 +622,108 @@ def test_validation_does_not_depend_on_how_it_is_cut_into_blocks(data, tmp_path,
 
 @torch.no_grad()
 def test_every_lifter_trains_on_matching_points_and_poses(run, data, tmp_path, monkeypatch):
-    """Batch by batch: the detection is that of the very sample whose y is the target, and the rest comes from it."""
-    seen, batches = [], train.Split.batches
+    """Batch by batch: the detection is that of the very sample whose y is the target, and the rest
+    comes from it."""
+    seen, batches = [], dataset.Split.batches
 
     def spy(self, *args, **kwargs):
         for batch in batches(self, *args, **kwargs):
             seen.append(batch)
             yield batch
 
-    monkeypatch.setattr(train.Split, "batches", spy)
+    monkeypatch.setattr(dataset.Split, "batches", spy)
     clean = torch.from_numpy(normalised(raw(data, "train", "x_s"))).float()
     fine = torch.from_numpy(normalised(raw(data, "train", "x_f"))).float()
-    for feed in ("sparse", "generated", "regressor", "ground_truth"):
-        begin(run, tmp_path / feed, "stage1", "stage2")
-        monkeypatch.setattr(train, "FEEDS", {feed: "the only one"})
+    for name in ("sparse", "generated", "regressor", "ground_truth"):
+        begin(run, tmp_path / name, "stage1", "stage2")
+        monkeypatch.setattr(train, "INPUTS", {name: "the only one"})
         seen.clear()
         with torch.enable_grad():
-            main(monkeypatch, tmp_path / feed, "--data", data, "--stage", 3, epochs_r=1, lifter="mlp")
+            main(
+                monkeypatch, tmp_path / name, "--data", data, "--stage", 3, epochs_r=1, lifter="mlp"
+            )
         x, conf, rows = (torch.cat([b[k] for b in seen if "x" in b]) for k in ("x", "conf", "y"))
         rows = torch.tensor(row_of(data, rows))
-        assert x.shape[1] == (17 if feed == "sparse" else 161) and len(x) == 2 * 64  # two epochs
-        distance = ((x[:, None, :17] - clean).norm(dim=-1) * (conf > 0)[:, None]).sum(-1)  # to every sample of the set
-        assert float((distance.argmin(1) == rows).float().mean()) > 0.9, feed
-        if feed == "generated":
+        assert x.shape[1] == (17 if name == "sparse" else 161) and len(x) == 2 * 64  # two epochs
+        distance = ((x[:, None, :17] - clean).norm(dim=-1) * (conf > 0)[:, None]).sum(
+            -1
+        )  # to every sample of the set
+        assert float((distance.argmin(1) == rows).float().mean()) > 0.9, name
+        if name == "generated":
             made = model_of(run).densify(x[:, :17], conf)
             torch.testing.assert_close(x[:, 17:], torch.cat(made, 1), rtol=1e-3, atol=1e-3)
-        if feed == "ground_truth":
+        if name == "ground_truth":
             torch.testing.assert_close(x[:, 65:], fine[rows])
 
 
 @given(seed=st.integers(0, 2**32 - 1), angle=st.floats(-math.pi, math.pi))
 def test_turned_is_what_a_camera_that_turns_about_its_ray_to_the_pelvis_sees(seed, angle):
     rng = np.random.default_rng(seed)
-    points = rng.normal(size=(3, 40, 3)) * 400 + [*rng.uniform(-600, 600, 2), 5000]  # camera frame, mm
+    points = rng.normal(size=(3, 40, 3)) * 400 + [
+        *rng.uniform(-600, 600, 2),
+        5000,
+    ]  # camera frame, mm
     y = points[:, :17] - points[:, :1]
     seen = torch.tensor(points[..., :2] / points[..., 2:] * train.FOCAL)
-    x, turned = train.turned(seen, torch.tensor(y), torch.ones(3, 17), torch.full((3,), angle, dtype=torch.float64))
-    axis = points[:, 0] / np.linalg.norm(points[:, 0], axis=-1, keepdims=True)  # Rodrigues' formula, about the ray
+    x, turned = train.turn_camera(
+        seen, torch.tensor(y), torch.ones(3, 17), torch.full((3,), angle, dtype=torch.float64)
+    )
+    axis = points[:, 0] / np.linalg.norm(
+        points[:, 0], axis=-1, keepdims=True
+    )  # Rodrigues' formula, about the ray
     a, c = axis[:, None], np.cos(angle)
-    expected = points * c + np.cross(a, points) * np.sin(angle) + a * np.sum(a * points, -1, keepdims=True) * (1 - c)
+    expected = (
+        points * c
+        + np.cross(a, points) * np.sin(angle)
+        + a * np.sum(a * points, -1, keepdims=True) * (1 - c)
+    )
     np.testing.assert_allclose(turned, expected[:, :17] - points[:, :1], atol=1e-8)
     np.testing.assert_allclose(x, expected[..., :2] / expected[..., 2:] * train.FOCAL, atol=1e-10)
     np.testing.assert_allclose(x[:, 0], seen[:, 0], atol=1e-12)  # the pelvis stays where it is
 
 
 def test_half_of_the_training_poses_are_turned(run, data, tmp_path, monkeypatch):
-    angles, turned = [], train.turned
-    monkeypatch.setattr(train, "turned", lambda x, y, conf, angle: angles.append(angle) or turned(x, y, conf, angle))
-    monkeypatch.setattr(train, "FEEDS", {"ground_truth": "the only one"})
+    angles, turn = [], train.turn_camera
+
+    def spy(x, y, conf, angle):
+        angles.append(angle)
+        return turn(x, y, conf, angle)
+
+    monkeypatch.setattr(train, "turn_camera", spy)
+    monkeypatch.setattr(train, "INPUTS", {"ground_truth": "the only one"})
     begin(run, tmp_path, "stage1", "stage2")
-    main(monkeypatch, tmp_path, "--data", data, "--stage", 3, epochs_r=1, epochs_3=4, lifter="mlp", turn_3=0.5)
+    main(
+        monkeypatch,
+        tmp_path,
+        "--data",
+        data,
+        "--stage",
+        3,
+        epochs_r=1,
+        epochs_3=4,
+        lifter="mlp",
+        turn_3=0.5,
+    )
     angle = torch.cat(angles)
-    assert len(angle) == 4 * len(raw(data, "train", "y"))  # training only, every pose in every epoch
-    assert 0.35 < float((angle == 0).float().mean()) < 0.65 and 0.3 < float(angle[angle != 0].std()) < 0.7
+    assert len(angle) == 4 * len(
+        raw(data, "train", "y")
+    )  # training only, every pose in every epoch
+    assert (
+        0.35 < float((angle == 0).float().mean()) < 0.65
+        and 0.3 < float(angle[angle != 0].std()) < 0.7
+    )
 
 
 def test_training_helps(run):
-    """Not accuracy, only that the loop descends: reconstruction and lifting end below their first epoch."""
+    """Not accuracy, only that the loop descends: reconstruction and lifting end below their first
+    epoch."""
     assert log(run, "regressor")[-1]["val"]["fine_px"] < log(run, "regressor")[0]["val"]["fine_px"]
-    for feed in ("sparse", "ground_truth_clean"):
-        rows = log(run, f"stage3_{feed}_0")
+    for name in ("sparse", "ground_truth_clean"):
+        rows = log(run, f"stage3_{name}_0")
         assert rows[-1]["train"]["mpjpe"] < rows[0]["train"]["mpjpe"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Refusals
 
 
@@ -675,7 +734,9 @@ def one_sentence(message):
 
 def test_a_missing_earlier_stage_is_said_with_the_command(run, data, tmp_path, monkeypatch, capsys):
     _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 2)
-    assert re.search(r"stage1\.pt.*`python train\.py --name tiny --stage 1`.*options", one_sentence(said))
+    assert re.search(
+        r"stage1\.pt.*`python train\.py --name tiny --stage 1`.*options", one_sentence(said)
+    )
     begin(run, tmp_path / "later", "stage1")
     _, said = refused(monkeypatch, capsys, tmp_path / "later", "--data", data, "--stage", 3)
     assert re.search(r"stage2\.pt.*`python train\.py .*--stage 2.*`", one_sentence(said))
@@ -692,7 +753,9 @@ def test_an_unfinished_stage_is_not_built_upon(data, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_missing_data_set_is_said_with_the_command(tmp_path, monkeypatch, capsys, stage):
-    _, said = refused(monkeypatch, capsys, tmp_path, "--data", tmp_path / "nowhere", "--stage", stage)
+    _, said = refused(
+        monkeypatch, capsys, tmp_path, "--data", tmp_path / "nowhere", "--stage", stage
+    )
     assert "nowhere" in one_sentence(said) and "prepare_data.py" in said
 
 
@@ -702,10 +765,14 @@ def test_a_finished_run_is_not_overwritten(run, data, tmp_path, monkeypatch, cap
     assert "--resume" in one_sentence(said)
 
 
-@pytest.mark.parametrize("change", [dict(lr_1=0.5), dict(epochs_1=4), dict(K_s=8), dict(beta=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "change", [dict(lr_1=0.5), dict(epochs_1=4), dict(K_s=8), dict(beta=1.0)], ids=str
+)
 def test_resume_with_another_config_is_refused(run, data, tmp_path, monkeypatch, capsys, change):
     begin(run, tmp_path, "stage1")
-    _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 1, "--resume", **change)
+    _, said = refused(
+        monkeypatch, capsys, tmp_path, "--data", data, "--stage", 1, "--resume", **change
+    )
     assert re.search("stage1.pt.*(config|options)", one_sentence(said))
 
 
@@ -716,7 +783,9 @@ def test_resume_with_another_seed_or_data_is_refused(data, tmp_path, monkeypatch
         pull_plug_after(m, "stage1", 1)
         with pytest.raises(Stop):
             main(m, tmp_path, "--data", data, "--stage", 1)
-    _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 1, "--resume", *change)
+    _, said = refused(
+        monkeypatch, capsys, tmp_path, "--data", data, "--stage", 1, "--resume", *change
+    )
     assert "stage1.pt" in one_sentence(said)
 
 
@@ -727,7 +796,9 @@ def test_stage_2_on_a_tokenizer_of_other_sizes_is_refused(run, data, tmp_path, m
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text", "foreign"])
-@pytest.mark.parametrize("args", [["--stage", "2"], ["--stage", "1", "--resume"]], ids=["read", "resume"])
+@pytest.mark.parametrize(
+    "args", [["--stage", "2"], ["--stage", "1", "--resume"]], ids=["read", "resume"]
+)
 def test_a_damaged_checkpoint_is_refused(run, data, tmp_path, monkeypatch, capsys, damage, args):
     begin(run, tmp_path, "stage1")
     path = tmp_path / "runs" / "tiny" / "stage1.pt"
@@ -735,14 +806,18 @@ def test_a_damaged_checkpoint_is_refused(run, data, tmp_path, monkeypatch, capsy
     if damage == "foreign":
         torch.save({"weights": torch.zeros(3)}, path)
     else:
-        path.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "text": b"not a checkpoint"}[damage])
+        path.write_bytes(
+            {"half": whole[: len(whole) // 2], "empty": b"", "text": b"not a checkpoint"}[damage]
+        )
     _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, *args)
     assert "stage1.pt" in one_sentence(said)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(run, data, tmp_path, monkeypatch, capsys):
     begin(run, tmp_path, "stage1")
-    torch.save(dict(checkpoint(run, "stage1"), config=Path("x")), tmp_path / "runs" / "tiny" / "stage1.pt")
+    torch.save(
+        dict(checkpoint(run, "stage1"), config=Path("x")), tmp_path / "runs" / "tiny" / "stage1.pt"
+    )
     _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 2)
     assert "stage1.pt" in one_sentence(said)
 
@@ -775,7 +850,9 @@ def test_bad_data_are_said_in_one_sentence(data, tmp_path, monkeypatch, capsys, 
     assert "bad" in one_sentence(said)
 
 
-@pytest.mark.parametrize("case", ["no stage", "no data", "bad data", "finished", "config", "damaged"])
+@pytest.mark.parametrize(
+    "case", ["no stage", "no data", "bad data", "finished", "config", "damaged"]
+)
 def test_every_refusal_exits_with_2(run, data, tmp_path, monkeypatch, capsys, case):
     if case in ("finished", "config", "damaged"):
         begin(run, tmp_path, "stage1")
@@ -785,9 +862,15 @@ def test_every_refusal_exits_with_2(run, data, tmp_path, monkeypatch, capsys, ca
         shutil.copytree(data, tmp_path / "bad")
         spoil_version(tmp_path / "bad")
     folder = {"no data": tmp_path / "nowhere", "bad data": tmp_path / "bad"}.get(case, data)
-    args = {"no stage": ["--stage", 2], "config": ["--stage", 1, "--resume"], "damaged": ["--stage", 2]}
+    args = {
+        "no stage": ["--stage", 2],
+        "config": ["--stage", 1, "--resume"],
+        "damaged": ["--stage", 2],
+    }
     config = dict(lr_1=0.5) if case == "config" else {}
-    status, _ = refused(monkeypatch, capsys, tmp_path, "--data", folder, *args.get(case, ["--stage", 1]), **config)
+    status, _ = refused(
+        monkeypatch, capsys, tmp_path, "--data", folder, *args.get(case, ["--stage", 1]), **config
+    )
     assert status == 2
 
 
@@ -798,7 +881,9 @@ def test_every_refusal_exits_with_2(run, data, tmp_path, monkeypatch, capsys, ca
     ([], dict(epochs_1=1, warmup_free=100)),  # training would end before quantization begins
     ([], dict(lr_1=1e20)),  # diverges at once
 ], ids=["limit", "codes", "actions", "warmup", "diverged"])  # fmt: skip
-def test_settings_that_cannot_work_are_said_in_one_sentence(data, tmp_path, monkeypatch, capsys, args, config):
+def test_settings_that_cannot_work_are_said_in_one_sentence(
+    data, tmp_path, monkeypatch, capsys, args, config
+):
     _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 1, *args, **config)
     one_sentence(said)
 
@@ -810,64 +895,146 @@ def test_a_diverged_stage_2_is_refused_and_not_saved(run, data, tmp_path, monkey
     assert not (tmp_path / "runs" / "tiny" / "stage2.pt").exists()
 
 
-def test_no_steps_without_quantization_means_quantization_from_the_start(data, tmp_path, monkeypatch):
+def test_no_steps_without_quantization_means_quantization_from_the_start(
+    data, tmp_path, monkeypatch
+):
     main(monkeypatch, tmp_path, "--data", data, "--stage", 1, warmup_free=0, epochs_1=1)
     assert bool(checkpoint(tmp_path, "stage1")["model"]["Q_s.active"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # As a user runs it
 
 
 def python_train(folder, *args):
     env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    return subprocess.run([sys.executable, str(HERE / "train.py"), *map(str, args)], cwd=folder, env=env, text=True,
-                          capture_output=True)
+    return subprocess.run(
+        [sys.executable, str(HERE / "train.py"), *map(str, args)],
+        cwd=folder,
+        env=env,
+        text=True,
+        capture_output=True,
+    )
 
 
 def test_the_whole_chain_from_another_folder(data, tmp_path):
-    """`python train.py` with tiny settings: stages 1-3, tables and figures, run from outside the project's folder."""
+    """`python train.py` with tiny settings: stages 1-3, tables and figures, run from outside the
+    project's folder."""
     short = TINY | dict(epochs_1=2, epochs_2=1, epochs_3=1, epochs_r=1, lifter="mlp")
-    done = python_train(tmp_path, "--name", "tiny", "--data", data, "--device", "cpu", *flags(**short))
+    done = python_train(
+        tmp_path, "--name", "tiny", "--data", data, "--device", "cpu", *flags(**short)
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "preset quick on cpu" in done.stdout
     run = tmp_path / "runs" / "tiny"
-    made = {"stage1.pt", "stage2.pt", "regressor.pt", "log.jsonl"} | {f"stage3_{feed}_0.pt" for feed in train.FEEDS}
+    made = {"stage1.pt", "stage2.pt", "regressor.pt", "log.jsonl"} | {
+        f"stage3_{name}_0.pt" for name in train.INPUTS
+    }
     assert made <= {p.name for p in run.iterdir()}
     assert list(run.rglob("*.png")) and "mpjpe" in done.stdout.lower()
 
 
-def test_resuming_forgets_log_lines_that_have_no_checkpoint(tmp_path):
-    run = train.Run(tmp_path, Config(), torch.device("cpu"))
-    for model, epoch in (("stage1", 1), ("stage1", 2), ("stage2", 1), ("stage2", 2)):
-        run.log(model=model, epoch=epoch)
-    run.forget("stage2", 1)
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(r["model"], r["epoch"]) for r in rows] == [("stage1", 1), ("stage1", 2), ("stage2", 1)]
-
-
 @pytest.mark.parametrize("stage, file", [(2, "stage1.pt"), (3, "stage2.pt")])
 def test_stages_of_other_data_are_refused(run, data, tmp_path, monkeypatch, capsys, stage, file):
-    """A data set of the same name that was prepared again in another way; other versions of libraries do not count."""
+    """A data set of the same name that was prepared again in another way; other versions of
+    libraries do not count."""
     shutil.copytree(Path(run) / "runs", tmp_path / "runs")
     (tmp_path / "runs/tiny" / ("stage2.pt" if stage == 2 else "regressor.pt")).unlink()
     shutil.copytree(data, tmp_path / "data")
     meta = json.loads((tmp_path / "data/meta.json").read_text())
     (tmp_path / "data/meta.json").write_text(json.dumps(meta | {"seed": 99}))
-    status, said = refused(monkeypatch, capsys, tmp_path, "--data", tmp_path / "data", "--stage", stage)
+    status, said = refused(
+        monkeypatch, capsys, tmp_path, "--data", tmp_path / "data", "--stage", stage
+    )
     assert status == 2 and f"{file} was trained on other data" in said
-    names = [train.Run(tmp_path, Config(), torch.device("cpu"), data=str(tmp_path / "data")).samples()]
+    names = [run_in(tmp_path, tmp_path / "data").samples()]
     for change in ({"seed": 99, "versions": {"numpy": "0"}}, {"seed": 98}):
         (tmp_path / "data/meta.json").write_text(json.dumps(meta | change))
-        names.append(train.Run(tmp_path, Config(), torch.device("cpu"), data=str(tmp_path / "data")).samples())
+        names.append(run_in(tmp_path, tmp_path / "data").samples())
     assert names[0] == names[1] != names[2]
+
+
+def run_in(folder, data="data/demo", **training):
+    """A Run in this process."""
+    device = torch.device("cpu")
+    return checkpoints.Run(folder, Config(), train.Training(**training), device, data=str(data))
 
 
 def test_a_generated_set_of_another_size_is_made_again(run, data, tmp_path):
     shutil.copytree(Path(run) / "runs", tmp_path / "runs")
-    config = Config(**checkpoint(run, "stage2")["config"])
-    some, whole = (train.Run(tmp_path / "runs/tiny", config, torch.device("cpu"), data=data, limit=n) for n in (24, 0))
-    model = train.load_hipart(whole)
-    assert len(train.densified_training_set(some, model, some.split("train"), 0)[0]) == 24
-    x, conf = train.densified_training_set(whole, model, whole.split("train"), 0)
-    assert len(x) == len(conf) == whole.split("train").n == 64
+    some, whole = (run_in(tmp_path / "runs/tiny", data, limit=n) for n in (24, 0))
+    model, stored = train.load_hipart(whole), tmp_path / "runs/tiny/generated_0.npy"
+    train.densified_training_set(some, model, some.split("train"), 0)
+    assert len(np.load(stored)) == 24
+    read = train.densified_training_set(whole, model, whole.split("train"), 0)
+    assert len(np.load(stored)) == whole.split("train").n == 64
+    x, conf = read(np.array([3, 60])).values()
+    assert x.shape == (2, 161, 2) and conf.shape == (2, 17)
+
+
+def test_finished_stages_are_counted(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "INPUTS", {name: train.INPUTS[name] for name in INPUTS})
+    shutil.copytree(Path(run) / "runs", tmp_path / "runs")
+    there = run_in(tmp_path / "runs/tiny", data)
+    assert train.trained_stages(there) == 3 and train.trained_stages(there, seeds=2) == 2
+    (there.path / "stage3_generated_0.pt").unlink()
+    assert train.trained_stages(there) == 2
+    torch.save(checkpoint(tmp_path, "stage2") | dict(epoch=1), there.path / "stage2.pt")
+    assert train.trained_stages(there) == 1
+    (there.path / "stage1.pt").unlink()
+    assert train.trained_stages(there) == 0
+
+
+def test_the_next_command_has_the_options_of_stage_1(run, data, tmp_path, monkeypatch):
+    """It is run as it is printed: a resumed stage with other options would be refused."""
+    begin(run, tmp_path, "stage1", "stage2")
+    command = train.next_command(run_in(tmp_path / "runs/tiny", data), 2)
+    assert command.startswith("python train.py --preset ") and "--name tiny" in command
+    assert command.endswith(f"--data {data} --stage 2 --resume")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    monkeypatch.setattr(train, "script", lambda *command: None)
+    train.main()
+    assert checkpoint(tmp_path, "stage2")["epoch"] == 3
+
+
+def test_the_next_command_is_short_where_it_can_be(tmp_path):
+    quick, other = (run_in(tmp_path / "runs" / name) for name in ("quick", "other"))
+    assert train.next_command(quick, 1) == "python train.py --preset quick --stage 1"
+    assert train.next_command(other, 1) == "python train.py --name other --stage 1"
+    config, training = train.PRESETS["quick"]
+    fields = vars(Config(**config)) | vars(train.Training(**training | dict(turn_3=0.1)))
+    assert train.nearest_preset(fields) == ("quick", dict(turn_3=0.1))
+    config, training = (dict(vars(kind())) for kind in (Config, train.Training))
+    other.path.mkdir(parents=True)
+    content = dict(model={}, epoch=1, epochs=1, run=dict(seed=3), config=config | dict(soft=True),
+                   training=training | dict(epochs_1=40, limit=9))
+    torch.save(content, other.path / "stage1.pt")
+    assert train.next_command(other, 3, seeds=2) == (
+        "python train.py --preset paper --name other --soft --limit 9 --seed 3 --stage 3 --seeds 2")
+
+
+def test_a_run_ends_with_tables_and_figures(run, data, tmp_path, monkeypatch):
+    begin(run, tmp_path, "stage1")
+    commands = []
+    argv = [
+        "train.py",
+        "--preset",
+        "paper",
+        "--name",
+        "tiny",
+        "--data",
+        data,
+        "--device",
+        "cpu",
+        "--stage",
+        "1",
+        "--resume",
+        *flags(**TINY),
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(train, "script", lambda *command: commands.append(command))
+    train.main()
+    names = ("--name", "tiny", "--data", data)
+    assert commands == [("evaluate.py", *names, "--seeds", "1"), ("sample.py", *names)]

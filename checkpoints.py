@@ -1,0 +1,271 @@
+"""Runs and their checkpoints: what all trainings share beside their maths.
+
+    run = Run(Path("runs/NAME"), Config(...), Training(...), device)
+    loop = Loop(run, "stage1", model, optimizer, epochs, steps per epoch, schedule)
+
+A run is a folder. log.jsonl in it has a line for every epoch. A checkpoint holds the model, the
+optimiser, the step, the random state, Config and Training; it is written beside the old one and
+renamed, so that an interruption costs one epoch at most, and what is trained on is what would have
+been trained on without it.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hipart import Config
+from sources.dataset import Split
+
+
+@dataclass
+class Run:
+    """Where a run writes, and what it was told."""
+
+    path: Path
+    config: Config
+    training: Any  # a train.Training
+    device: torch.device
+    seed: int = 0
+    data: str = "data/demo"
+    resume: bool = False
+
+    def identity(self) -> dict:
+        """What must not change when a run resumes, beside Config and Training."""
+        return dict(seed=self.seed, data=self.data, samples=self.samples())
+
+    def samples(self) -> str:
+        """A name for the samples: a hash of what meta.json says, but for versions of libraries."""
+        meta = json.loads(Path(self.data, "meta.json").read_text())
+        meta.pop("versions", None)
+        return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+
+    def log(self, **row) -> None:
+        """Append a line to log.jsonl, with numbers to six digits."""
+        with open(self.path / "log.jsonl", "a") as f:
+            f.write(json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
+
+    def forget(self, model: str, epoch: int) -> None:
+        """Drop the log lines of epochs that never reached a checkpoint: they will come again."""
+        path = self.path / "log.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        kept = [r for r in rows if r["model"] != model or r["epoch"] <= epoch]
+        write(path, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def split(self, name: str, has_mesh: bool = False) -> Split:
+        """A split of the data, and of the training split as many samples as Training.limit says."""
+        limit = self.training.limit if name == "train" else 0
+        try:
+            return Split(self.data, name, self.device, limit, has_mesh)
+        except (ValueError, OSError) as e:
+            stop(str(e))
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """Random numbers for the simulated detector, keyed by stage, seed and epoch, so that any
+        epoch can be drawn again."""
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+def _rounded(v):
+    if isinstance(v, dict):
+        return {k: _rounded(x) for k, x in v.items()}
+    return float(f"{float(v):.6g}") if isinstance(v, (float, Tensor)) else v
+
+
+def stop(message: str) -> NoReturn:
+    """Say in one sentence what the user can mend, and exit with status 2."""
+    tqdm.write(message, file=sys.stderr)  # a plain print would be glued to an open progress bar
+    raise SystemExit(2)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text beside and rename it: a reader sees the old file or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def save_checkpoint(path: Path, **content) -> None:
+    """torch.save, beside and renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    torch.save(content, beside)
+    os.replace(beside, path)
+
+
+def load_checkpoint(run: Run, name: str) -> dict:
+    """The checkpoint `name` of a run, or one sentence and exit status 2 if it is not there, is
+    damaged, or is not of this version of the project."""
+    path, stage = run.path / f"{name}.pt", {"stage1": 1, "stage2": 2}.get(name, 3)
+    again = f"run `python train.py --name {run.path.name} --stage {stage}` with its options"
+    if not path.exists():
+        stop(f"{path} is not there: {again} first")
+    try:
+        saved = torch.load(path, map_location=run.device, weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
+        stop(f"{path} is not a readable checkpoint ({type(e).__name__}): delete it and {again}")
+    wanted = {"model", "config", "training", "epoch", "epochs"}
+    if (not isinstance(saved, dict) or not wanted <= set(saved)
+            or set(saved["config"]) != set(vars(run.config))
+            or set(saved["training"]) != set(vars(run.training))):
+        stop(f"{path} is not a checkpoint of this version of the project: delete it and {again}")
+    return saved | dict(path=path)
+
+
+def load_finished(run: Run, name: str, same_data: bool = False) -> dict:
+    """The checkpoint of a training that ran to its end; same_data: on the data of this run, too."""
+    saved = load_checkpoint(run, name)
+    if saved["epoch"] < saved["epochs"]:
+        stop(f"{saved['path']} is unfinished ({saved['epoch']} of {saved['epochs']} epochs): "
+             "go on with --resume")
+    if same_data and saved["run"]["samples"] != run.samples():
+        stop(f"{saved['path']} was trained on other data than {run.data} holds now: "
+             "train it again under another --name")
+    return saved
+
+
+def restore(module: nn.Module, saved: dict) -> nn.Module:
+    """The module with the weights of a checkpoint, frozen and in eval mode."""
+    try:
+        module.load_state_dict(saved["model"])
+    except RuntimeError:
+        stop(f"{saved['path']} has weights of other sizes than these options: use those of its "
+             "training")
+    return module.eval().requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------
+# A training
+
+
+class Loop:
+    """The learning rate, the progress bar, the log, and a checkpoint after every epoch.
+
+        loop = Loop(run, "stage1", model, optimizer, epochs, steps per epoch, schedule)
+        for epoch in loop.epochs():                 # with --resume from where it stopped
+            for batch in loop.steps(batches):       # sets the learning rate, shows a bar
+                loop.update(loss, terms)            # backward, and the optimiser's step
+            loop.finish_epoch(numbers)              # log.jsonl, and runs/NAME/stage1.pt
+
+    schedule(step, steps) gives the factor on the learning rate.
+    """
+
+    def __init__(self, run: Run, name: str, model: nn.Module, optimizer, epochs: int,
+                 per_epoch: int, schedule: Callable[[int, int], float]):
+        self.run, self.name, self.model, self.optimizer = run, name, model, optimizer
+        self.n_epochs, self.per_epoch, self.schedule = epochs, per_epoch, schedule
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.epoch, self.step, self.seconds = 0, 0, 0.0
+        self.path = run.path / f"{name}.pt"
+        if self.path.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        if not self.run.resume:
+            stop(f"{self.path} exists already: add --resume to go on, or choose another --name")
+        saved = load_checkpoint(self.run, self.name)
+        if any(saved.get(key) != value for key, value in self._told().items()):
+            stop(f"{self.path} was trained with other options: resume with the same ones, "
+                 "or choose another --name")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"]["cpu"].cpu())
+        if saved["random"]["cuda"]:
+            torch.cuda.set_rng_state_all([state.cpu() for state in saved["random"]["cuda"]])
+        self.epoch, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
+        self.run.forget(self.name, self.epoch)
+
+    def _told(self) -> dict:
+        return dict(config=asdict(self.run.config), training=asdict(self.run.training),
+                    run=self.run.identity())
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, counted from 0."""
+        while self.epoch < self.n_epochs:
+            self.began, self.sums = time.perf_counter(), defaultdict(float)
+            self.model.train()
+            yield self.epoch
+
+    def steps(self, batches: Iterable[dict]) -> Iterator[dict]:
+        """The batches of an epoch, each with its learning rate. The model is in eval mode after
+        them."""
+        title = f"{self.name} {self.epoch + 1}/{self.n_epochs}"
+        self.bar = tqdm(batches, title, self.per_epoch, leave=False, mininterval=1)
+        for batch in self.bar:
+            factor = self.schedule(self.step, self.per_epoch * self.n_epochs)
+            for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = lr * factor
+            yield batch
+            self.step += 1
+        if not all(math.isfinite(float(v)) for v in self.sums.values()):
+            stop(f"{self.name}: the loss became infinite or NaN in epoch {self.epoch + 1}; "
+                 "try a lower learning rate")
+        self.model.eval()
+
+    def update(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        """One step of the optimiser down the gradient of the loss; `terms` go to the log."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        for name, value in terms.items():
+            self.sums[name] += value  # stays on the device: nobody waits for it
+        if self.step % 20 == 19:
+            self.bar.set_postfix({name: f"{float(value):.3g}" for name, value in terms.items()})
+
+    def finish_epoch(self, val: dict[str, float | Tensor]) -> None:
+        """Log an epoch and write its checkpoint; val: numbers on the validation split."""
+        self.epoch += 1
+        self.seconds += time.perf_counter() - self.began
+        val = {name: float(value) for name, value in val.items()}
+        self.run.log(model=self.name, epoch=self.epoch, steps=self.step, seconds=self.seconds,
+                     lr=self.optimizer.param_groups[0]["lr"],
+                     train={name: v / self.per_epoch for name, v in self.sums.items()}, val=val)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in val.items())
+        print(f"{self.name} {self.epoch}/{self.n_epochs}  {self.seconds:.0f} s  {numbers}",
+              flush=True)
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        save_checkpoint(
+            self.path, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+            random=dict(cpu=torch.get_rng_state(), cuda=cuda), epochs=self.n_epochs,
+            epoch=self.epoch, step=self.step, seconds=self.seconds, val=val, **self._told())
+
+
+def warmup_cosine(warmup: int) -> Callable[[int, int], float]:
+    """A linear warm-up over `warmup` steps (at most a tenth of all), then half a cosine to zero."""
+
+    def factor(step: int, steps: int) -> float:
+        rise = max(1, min(warmup, steps // 10))
+        fallen = max(0, step - rise) / max(1, steps - rise)
+        return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * fallen)))
+
+    return factor
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only; biases and norms go without."""
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; without a name, the GPU if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda needs a GPU that torch can see, and there is none: "
+             "leave --device out")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+

@@ -1,0 +1,1 @@
+"""Where poses come from, and how they lie on disk."""

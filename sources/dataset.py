@@ -1,0 +1,360 @@
+"""How a data set lies on disk, and how it is read.
+
+A data set is a folder with meta.json and, for every split, a folder of plain .npy files, one for
+each of ARRAYS. Whoever makes one writes into `new_data_set`; the models read it with `Split`, in
+blocks of tensors. docs/data.md describes every array.
+"""
+
+import copy
+import json
+import os
+import platform
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure  # without pyplot, which may want a display
+from torch import Tensor
+
+from hipart import (
+    JOINT_NAMES,
+    LEFT,
+    PARENTS,
+    PART_JOINT,
+    RIGHT,
+    detected_pelvis,
+    normalize_screen,
+    to_model_frame,
+)
+from sources.detector import detect, drop_joints
+
+FORMAT_VERSION = 2  # 2: has_mesh and with_mesh, which version 1 called fit and fits
+SPLITS = ("train", "val", "test", "unseen")  # of the default data set
+BLOCK = 8192  # samples that are read, detected and moved to the device at once
+
+# name: (shape after N, dtype). If the detector is simulated, x_s_det and conf are stored for every
+# split but train, for which they are drawn afresh in every epoch. has_mesh is stored if not every
+# sample has dense and fine points; where it is False, x_d and x_f are 0.
+ARRAYS = {
+    "x_s": ((17, 2), "float32"), "x_d": ((48, 2), "float32"), "x_f": ((96, 2), "float32"),
+    "y": ((17, 3), "float32"), "root": ((3,), "float32"), "height_px": ((), "float32"),
+    "action": ((), "int64"), "subject": ((), "int64"), "camera": ((), "int64"),
+    "x_s_det": ((17, 2), "float32"), "conf": ((17,), "float32"), "has_mesh": ((), "bool"),
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+@contextmanager
+def new_data_set(folder, overwrite=False):
+    """A temporary folder beside `folder`, which takes its place at the end.
+
+    If anything fails, nothing is left of it, and an older data set stays. Raises ValueError if
+    `folder` exists and `overwrite` is False.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder} exists already: choose another --name or add --overwrite.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}.????????"):
+        print(f"{left} belongs to another preparation: delete it, unless that still runs")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    new, old = temporary / "new", temporary / "old"
+    try:
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    finally:
+        if old.exists() and not folder.exists():  # the second rename failed
+            os.replace(old, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def create_split(folder, n):
+    """Create the files of a split of n samples; `append_samples` fills them piece by piece.
+
+    So a split of any size takes the same memory.
+    """
+    folder.mkdir()
+    for name, (shape, dtype) in ARRAYS.items():
+        with open(folder / f"{name}.npy", "wb") as f:
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (n, *shape)}
+            np.lib.format.write_array_header_1_0(f, header)
+
+
+def append_samples(folder, arrays):
+    """Append samples to a split. arrays: as in ARRAYS, or one value for all; what lacks is 0."""
+    n = len(arrays["y"])
+    for name, (shape, dtype) in ARRAYS.items():
+        with open(folder / f"{name}.npy", "ab") as f:
+            f.write(np.broadcast_to(arrays.get(name, 0), (n, *shape)).astype(dtype).tobytes())
+
+
+def base_meta(folder, source):
+    """What the meta.json of every data set holds. source: a choice of prepare_data.py --source."""
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    return {
+        "source": source,
+        "format_version": FORMAT_VERSION,
+        "name": Path(folder).name,
+        "joint_names": list(JOINT_NAMES),
+        "parents": list(PARENTS),
+        "part_joint": list(PART_JOINT),
+        "versions": versions | {"networkx": nx.__version__},
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# A user's folder
+
+
+def check_folder(folder, recognise, wanted):
+    """Look through a user's folder before any work -> {kind: its files, sorted}.
+
+    recognise(path) -> a key of `wanted`, or None. wanted: kind -> (what it is and where it comes
+    from, whether it is needed). What each file was recognised as is printed. Raises ValueError if
+    something that is needed is not there.
+    """
+    folder, found, other = Path(folder), {kind: [] for kind in wanted}, []
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there: --folder must name the folder with your files.")
+    for path in sorted(_files(folder)):
+        found.get(recognise(path), other).append(path)
+
+    def some(paths):
+        more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+        return ", ".join(str(p.relative_to(folder)) for p in paths[:4]) + more
+
+    missing = []
+    print(f"{folder}:")
+    for kind, (what, needed) in wanted.items():
+        if found[kind]:
+            print(f"  {kind}: {some(found[kind])}")
+        else:
+            print(f"  {kind}: {'MISSING' if needed else 'none (not needed)'}; {what}")
+            missing += [f"{kind} ({what})"] * needed
+    if other:
+        print(f"  not used: {some(other)}")
+    if missing:
+        raise ValueError(f"{folder} lacks {'; '.join(missing)}.")
+    return found
+
+
+def _files(folder):
+    """All files under a folder. Links are followed, since people link to where their data lie."""
+    visited = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in visited:
+            folders.clear()  # a link that leads back: go no deeper
+            continue
+        visited.add(os.path.realpath(root))
+        yield from (Path(root, name) for name in names if Path(root, name).is_file())
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load(folder, split):
+    """Read one split of the data set `folder` (data/NAME) -> (arrays, meta).
+
+    arrays: dict of memory-mapped, read-only arrays as in ARRAYS; meta: what meta.json holds. All
+    is checked, a piece at a time, so that a split of any size takes the same memory. Raises
+    FileNotFoundError or ValueError with one sentence, which names the command that mends it.
+    """
+    folder = Path(folder)
+    name, root = folder.name, folder.parent
+    if not (folder / "meta.json").is_file():
+        raise FileNotFoundError(f"No data set in {folder}: make it with "
+                                f"`python prepare_data.py --name {name} --out {root}`.")
+    again = f"make it again with `python prepare_data.py --name {name} --out {root} --overwrite`"
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'meta.json'} is not valid JSON ({error}): {again}.") from None
+    if meta.get("source", "demo") != "demo":
+        again = again.replace("--name", f"--source {meta['source']} --folder DIR --name")
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{folder} has format version {version}, expected {FORMAT_VERSION}: "
+                         f"{again}.")
+    if split not in meta["splits"]:
+        raise ValueError(f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}.")
+    try:
+        return {name: _read(folder / split, meta, name) for name in _stored(meta, split)}, meta
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: {again}.") from None
+    except ValueError as error:
+        raise ValueError(f"{error}: {again}.") from None
+
+
+def _stored(meta, split):
+    """The names of the arrays of a split."""
+    drawn = {"x_s_det", "conf"} if split == "train" and meta["noise"] else set()
+    always = set() if "with_mesh" in meta["splits"][split] else {"has_mesh"}
+    return [name for name in ARRAYS if name not in drawn | always]
+
+
+def _read(folder, meta, name):
+    """One checked array of a split."""
+    path, (shape, dtype) = folder / f"{name}.npy", ARRAYS[name]
+    expected = (meta["splits"][folder.name]["n"], *shape)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        what = f"{path} cannot be read, it is truncated or no plain array"
+        raise ValueError(f"{what} ({error})") from None
+    if array.shape != expected or array.dtype != dtype:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected {dtype} {expected}")
+    if not all(np.isfinite(array[i : i + 65536]).all() for i in range(0, len(array), 65536)):
+        raise ValueError(f"{path} holds NaN or infinite values")
+    return array
+
+
+class Split:
+    """One split of a data set, read in blocks of tensors. Poses come in normalised image
+    coordinates (`hipart.normalize_screen`).
+
+    limit: only so many samples, evenly spread (0: all). has_mesh: only samples that have dense and
+    fine points. Raises what `load` raises.
+    """
+
+    def __init__(self, folder: Path | str, name: str, device: torch.device, limit: int = 0,
+                 has_mesh: bool = False):
+        self.arrays, self.meta = load(folder, name)
+        self.w, self.h = self.meta["image_size"]
+        self.device, self.n = device, len(self.arrays["x_s"])
+        self.rows = np.arange(self.n)  # of the arrays; a part of them in what `_chosen` makes
+        chosen = self.with_mesh() if has_mesh else self
+        chosen = chosen.spread(limit) if limit else chosen
+        self.rows, self.n = chosen.rows, chosen.n
+
+    def _chosen(self, rows: np.ndarray) -> "Split":
+        other = copy.copy(self)
+        other.rows, other.n = rows, len(rows)
+        return other
+
+    def with_mesh(self) -> "Split":
+        """Only the samples that have dense and fine points."""
+        has_mesh = self.arrays.get("has_mesh")
+        return self if has_mesh is None else self._chosen(self.rows[has_mesh[self.rows]])
+
+    def spread(self, n: int) -> "Split":
+        """At most n samples, evenly spread."""
+        n = min(n, self.n)
+        return self._chosen(self.rows[np.arange(n) * self.n // max(n, 1)])
+
+    def read(self, rows, rng: np.random.Generator | None = None, clean: bool = False
+             ) -> dict[str, Tensor]:
+        """Samples `rows` as tensors: x_s [n, 17, 2], conf [n, 17], x_d [n, 48, 2], x_f [n, 96, 2],
+        y [n, 17, 3] mm, action [n], height_px [n], has_mesh [n].
+
+        x_s is what the detector gives: the stored detections; or, if `rng` is given, fresh ones of
+        the simulated detector, or the stored ones with fresh joint dropout; or, if `clean`, the
+        projected joints. Where has_mesh is False, x_d and x_f mean nothing.
+        """
+        a = {k: np.array(v[self.rows[rows]]) for k, v in self.arrays.items()}
+        a.setdefault("has_mesh", np.ones(len(a["y"]), bool))
+        if clean:
+            a["conf"] = np.ones(a["x_s"].shape[:2], np.float32)
+        elif rng is not None and self.meta["noise"]:
+            a["x_s"], a["conf"] = detect(a["x_s"], a["height_px"], rng, self.meta["noise"])
+        else:
+            a["x_s"] = a["x_s_det"]
+            if rng is not None:
+                a["x_s"], a["conf"] = drop_joints(a["x_s"], a["conf"], a["height_px"], rng)
+        names = ("x_s", "conf", "x_d", "x_f", "y", "action", "height_px", "has_mesh")
+        t = {k: torch.from_numpy(a[k]).to(self.device) for k in names}
+        for k in ("x_s", "x_d", "x_f"):
+            t[k] = normalize_screen(t[k], self.w, self.h)
+        t["x_s"] = t["x_s"] * (t["conf"] > 0)[..., None]  # a missing joint is at 0 here, too
+        return t
+
+    def blocks(self, rng: np.random.Generator | None = None, clean: bool = False,
+               size: int = BLOCK):
+        """All samples in order, `size` at a time."""
+        for start in range(0, self.n, size):
+            yield self.read(slice(start, min(start + size, self.n)), rng, clean)
+
+    def batches(self, size: int, rng: np.random.Generator | None, clean: bool = False,
+                prepare=lambda block, rows: block):
+        """One epoch of shuffled full batches, or a single smaller one if there are not enough
+        samples for a full one.
+
+        The order comes from torch's random state. `prepare(block, rows)` sees each block once and
+        returns what the batches are cut from.
+        """
+        order = torch.randperm(self.n).numpy()
+        for start in range(0, self.n, BLOCK):
+            rows = np.sort(order[start : start + BLOCK])  # in order, which disks like better
+            if start and len(rows) < size:
+                return
+            block = prepare(self.read(rows, rng, clean), rows)
+            shuffled = torch.randperm(len(rows)).to(self.device)
+            for i in range(0, len(rows) - size + 1, size) if len(rows) >= size else [0]:
+                yield {k: v[shuffled[i : i + size]] for k, v in block.items()}
+
+    def steps(self, size: int) -> int:
+        """How many batches of `size` an epoch has."""
+        return max(1, sum(min(BLOCK, self.n - start) // size for start in range(0, self.n, BLOCK)))
+
+    def pixels(self, a: Tensor, b: Tensor) -> Tensor:
+        """Mean distance of normalised points [..., 2], in pixels of the image."""
+        return (a - b).norm(dim=-1).mean() * (self.w / 2)
+
+
+def in_model_frame(block: dict[str, Tensor], rows=None) -> dict[str, Tensor]:
+    """A block with x_s, x_d and x_f brought to the model frame; the rest stays as it is.
+
+    `rows` is unused: with it, this function can be the `prepare` of `Split.batches`.
+    """
+    pelvis = detected_pelvis(block["x_s"], block["conf"])
+    return block | {k: to_model_frame(block[k], pelvis) for k in ("x_s", "x_d", "x_f")}
+
+
+# --------------------------------------------------------------------------------------------------
+# A picture
+
+BONE_COLOURS = {"left": "#0072B2", "right": "#D55E00", "middle": "#444444"}  # Okabe-Ito
+
+
+def draw_samples(path, arrays, meta):
+    """Twelve random samples as a picture: the clean skeleton (left blue, right orange), the fine
+    points by part, and the detections. arrays: of the test split; meta: with seed and actions."""
+    colours = colormaps["tab20"](np.arange(16))  # of the parts
+    rng = np.random.default_rng(meta["seed"])
+    pick = rng.permutation(len(arrays["x_s"]))[:12]
+    fig = Figure(figsize=(20, 7.6))
+    axes = fig.subplots(2, 6)
+    for ax, i in zip(axes.flat, pick, strict=False):
+        x_s, x_f, x_det = (arrays[k][i] for k in ("x_s", "x_f", "x_s_det"))
+        visible = arrays["conf"][i] > 0
+        ax.scatter(*x_f.T, s=16, color=colours[np.arange(96) // 6])
+        for joint, parent in enumerate(PARENTS[1:], 1):
+            side = "left" if joint in LEFT else "right" if joint in RIGHT else "middle"
+            ax.plot(*x_s[[joint, parent]].T, color=BONE_COLOURS[side], lw=2)
+        for joint in np.flatnonzero(visible):
+            ax.plot(*np.stack([x_s[joint], x_det[joint]]).T, color="k", lw=0.7)
+        ax.scatter(*x_det[visible].T, marker="x", s=22, c="k")
+        ax.scatter(*x_s[~visible].T, marker="o", s=60, facecolor="none", edgecolor="#CC0000")
+        (x, y), half = (x_s.max(0) + x_s.min(0)) / 2, 0.6 * max(np.ptp(x_s, 0).max(), 150)
+        ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half), aspect="equal")
+        ax.set_xticks([]), ax.set_yticks([])
+        action, body, camera = (arrays[k][i] for k in ("action", "subject", "camera"))
+        action = ("unknown", *meta["actions"])[action + 1]
+        ax.set_title(f"{action}, body {body}, camera {camera}", fontsize=11)
+    fig.suptitle("Test samples: skeleton (left blue, right orange), 96 fine points by part, "
+                 "detected joints (x), missing joints (red rings)")
+    fig.tight_layout()
+    fig.savefig(path, dpi=70)

