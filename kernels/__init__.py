@@ -183,7 +183,8 @@ def _(x, codebook, with_distance=True):
     name = "reference" if x.dtype == torch.float64 else backend(x.device)[0]
     if name == "reference":
         return reference.quantize(x, codebook, with_distance)
-    return getattr(torch.ops, f"hipart_{name}").quantize(x, codebook, with_distance)
+    idx, distance = getattr(torch.ops, f"hipart_{name}").quantize(x, codebook)
+    return idx, distance if with_distance else distance.new_empty(0)
 
 
 @torch.library.impl("hipart::code_statistics", "default")
@@ -203,9 +204,9 @@ def _(codebook, *rest):
 
 @torch.library.register_fake("hipart::quantize")
 def _(x, codebook, with_distance=True):
-    N = x.shape[0]
-    return (x.new_empty(N, dtype=torch.int64),
-            x.new_empty(N if with_distance else 0, dtype=torch.float64))
+    distances = x.shape[0] if with_distance else 0
+    idx = x.new_empty(x.shape[0], dtype=torch.int64)
+    return idx, x.new_empty(distances, dtype=torch.float64)
 
 
 @torch.library.register_fake("hipart::code_statistics")

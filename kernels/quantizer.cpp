@@ -1,22 +1,20 @@
 // The CPU ops: nearest code, code statistics and EMA update, to the contract of reference.py.
 //
-// How a cheap screen can give an exact answer. Let a row x and a code c both be shifted by the same
-// vector. Then |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c), and |x|^2 is the same for all codes. A cheap
-// product gives the bracket, the *score*, up to an error that has a bound E. So if
-// score(a) - E(a) > score(b) + E(b), code a has lost for certain. What is left, as a rule eight
-// codes of 2048, is compared in float64 exactly as the contract says.
+// How a cheap screen gives an exact answer. Shift a row x and all codes c by one vector. Then
+// |x - c|^2 = |x|^2 + (|c|^2 - 2 x.c), and |x|^2 is the same for all codes. A cheap product gives
+// the bracket, the *score*, up to an error that has a bound E. If score(a) - E(a) is greater than
+// score(b) + E(b), code a has lost for certain. What is left, as a rule eight codes of 2048, is
+// compared in float64 exactly as the contract says.
 //
-// The cheap product is one of integers. Every row and every code is scaled to a length of 32767 and
+// The cheap product is one of integers. Every row and code is scaled to a length of 32767 and
 // rounded toward zero, which makes none longer. So each number fits into 16 bits, and no sum of
-// products exceeds 2^30 (Cauchy and Schwarz), however large D is. One AVX2 instruction multiplies
-// 16 such numbers and adds them in pairs, another adds the pairs to the sums; of float32 it takes
-// only 8 at a time. (AVX-512 VNNI takes 32, and adds in the same instruction.) Sums of integers are
-// exact. All that has to be bounded is how far rounding has moved x and c, and that is measured.
+// products exceeds 2^30 (Cauchy and Schwarz), however large D is. An AVX2 instruction multiplies 16
+// such numbers, but 8 of float32; one of AVX-512 VNNI takes 32. Sums of integers are exact. So only
+// how far rounding has moved x and c has to be bounded, and that is measured.
 //
-// Where the bytes go. The codebook is packed once, so that one step of the inner loop reads two
-// registers full of codes, two dimensions of each. Two such panels (4 KB with AVX2 and D = 128) and
-// a block of 24 rows (6 KB) share the first-level cache. Of the N x K scores only the smallest of
-// every 8 codes is kept: 3 K floats per thread, which stay in the second-level cache.
+// Where the bytes go. One step of the inner loop reads two registers of packed codes, and two
+// dimensions of each. Two such panels (4 KB with AVX2 and D = 128) and 24 rows (6 KB) share the
+// first-level cache. Of N x K scores only the smallest of every 8 codes is kept.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -24,7 +22,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -35,6 +32,14 @@
 #endif
 
 namespace {
+// -------------------------------------------------------------------------------------------------
+// The search. Up to the next ruler only at::parallel_for is PyTorch's: a test compiles this alone.
+
+constexpr int OCTET = 8;              // neighbouring codes that share a bound and a smallest score
+constexpr int MR = 6;                 // rows at once: their sums take 12 of 16 registers
+constexpr int ROWS = 4 * MR;          // rows of a block
+constexpr double LENGTH = INT16_MAX;  // to which rows and codes are scaled
+#define INLINE [[gnu::always_inline]] inline  // into one function for each instruction set
 
 // The contract knows no flushing of denormals, whatever this thread was told before.
 struct KeepDenormals {
@@ -44,24 +49,6 @@ struct KeepDenormals {
   ~KeepDenormals() { _mm_setcsr(before); }
 #endif
 };
-
-template <class F>
-void in_parallel(int64_t n, int64_t grain, const F& work) {
-  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    const KeepDenormals guard;
-    work(begin, end);
-  });
-}
-
-// -------------------------------------------------------------------------------------------------
-// The search. Up to the next ruler nothing is from PyTorch, so a test can compile this part alone.
-
-constexpr int OCTET = 8;              // neighbouring codes that share a bound and a smallest score
-constexpr int MR = 6;                 // rows at once: their sums take 12 of 16 registers
-constexpr int ROWS = 4 * MR;          // rows of a block
-constexpr double LENGTH = INT16_MAX;  // to which rows and codes are scaled
-
-#define INLINE [[gnu::always_inline]] inline  // into one function for each instruction set
 
 using Pair = int32_t __attribute__((may_alias));  // two int16 that are moved together
 struct alignas(64) Line { int16_t v[32]; };       // a cache line, or a register of AVX-512
@@ -102,7 +89,8 @@ struct Codebook {
     for (int64_t k = 0; k < K; ++k)
       for (int64_t d = 0; d < D; ++d) mean[d] += codes[k * D + d] * (1.0 / K);
     std::vector<Rounded> rounded(octets * OCTET);
-    in_parallel(octets, 8, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, octets, 8, [&](int64_t begin, int64_t end) {
+      const KeepDenormals guard;
       std::vector<double> v(D);
       std::vector<int16_t> whole(pairs * 2);
       for (int64_t k = begin * OCTET; k < end * OCTET; ++k) {
@@ -113,19 +101,18 @@ struct Codebook {
         }
         rounded[k] = round_to_int16(v, whole.data());
         const auto* from = reinterpret_cast<const Pair*>(whole.data());
-        auto* to = reinterpret_cast<Pair*>(screen.data());
-        to += place(k) / lanes * pairs * lanes + place(k) % lanes;
-        for (int64_t d = 0; d < pairs; ++d) to[d * lanes] = from[d];
+        auto* to = reinterpret_cast<Pair*>(screen.data()) + place(k) / lanes * pairs * lanes;
+        for (int64_t d = 0; d < pairs; ++d) to[d * lanes + place(k) % lanes] = from[d];
       }
     });
     for (const Rounded& code : rounded) unit = std::max(unit, code.length);
     if (unit == 0) unit = NAN;  // all codes are equal; NaN rules none of them out
     for (int64_t k = 0; k < octets * OCTET; ++k) {
-      const auto c = static_cast<float>(rounded[k].length / unit);
+      const auto c = float(rounded[k].length / unit);
       square[place(k)] = c * c;
-      scale[place(k)] = static_cast<float>(rounded[k].length / unit / LENGTH);
+      scale[place(k)] = float(rounded[k].length / unit / LENGTH);
       length[k / OCTET] = std::max(length[k / OCTET], c);
-      moved[k / OCTET] = std::max(moved[k / OCTET], static_cast<float>(rounded[k].moved / unit));
+      moved[k / OCTET] = std::max(moved[k / OCTET], float(rounded[k].moved / unit));
     }
   }
 };
@@ -140,16 +127,14 @@ struct Codebook {
 //    u (2 X C + C^2). Together 14 u X C + 5 u C^2, which 16 u C (X + C) covers.
 // 3. The contract rounds e = x - c, e e and D sums, each by 2^-53, so its number is off by
 //    (D + 3) 2^-53 |x - c|^2. Of |x - c|^2 <= X^2 + 2 X C + C^2 the second term covers all but X^2.
-//    The factor 2^-52 covers the rounding of this product, as 2.002 covers that of the first.
-// What underflow loses is far below 2^-90. X^2 overflows long before any score can: E is infinite
-// or NaN then, and rules nothing out.
+// That it is 2.002 and 2^-52 covers the rounding of E. What underflow loses is far below 2^-90. X^2
+// overflows long before any score can: E is infinite or NaN then, and rules nothing out.
 INLINE float error_bound(float X, float dX, float C, float dC, int64_t D) {
-  return 2.002f * (dX * C + X * dC) + 0x1p-20f * (C * (X + C)) + (D + 4) * 0x1p-52f * (X * X) +
-         0x1p-90f;
+  const float contract = (D + 4) * 0x1p-52f * (X * X) + 0x1p-90f;
+  return 2.002f * (dX * C + X * dC) + 0x1p-20f * (C * (X + C)) + contract;
 }
 
-// Pairs, or sums, that one instruction takes. Every processor has the first kind. The others are
-// written in assembly, as an intrinsic would want the same of every processor that runs this file.
+// Pairs, or sums, of one instruction. An intrinsic would want the wider ones of every processor.
 using Four = int32_t __attribute__((vector_size(16), may_alias));
 using Eight = int32_t __attribute__((vector_size(32), may_alias));
 using Sixteen = int32_t __attribute__((vector_size(64), may_alias));
@@ -186,8 +171,7 @@ INLINE void screen_tile(const int16_t* x, const float* scale, const Codebook& co
   for (int64_t d = 0; d < pairs; ++d, ++c) {
 #pragma GCC unroll 6
     for (int i = 0; i < MR; ++i) {
-      const Pair pair = reinterpret_cast<const Pair*>(x)[i * pairs + d];
-      const Register everywhere = pair - Register{};
+      const Register everywhere = reinterpret_cast<const Pair*>(x)[i * pairs + d] - Register{};
       multiply_add(sum[i][0], everywhere, c[0]);
       multiply_add(sum[i][1], everywhere, c[pairs]);
     }
@@ -203,7 +187,7 @@ INLINE void screen_tile(const int16_t* x, const float* scale, const Codebook& co
 #pragma omp simd
       for (int j = 0; j < 8; ++j)
         least[j] = std::min(first ? INFINITY : least[j],
-                            square[j] - scale[i] * unit[j] * static_cast<float>(product[q + j]));
+                            square[j] - scale[i] * unit[j] * float(product[q + j]));
     }
   }
 }
@@ -211,19 +195,20 @@ INLINE void screen_tile(const int16_t* x, const float* scale, const Codebook& co
 // The contract's number for a row and the codes of an octet.
 INLINE void certify(const float* x, const float* c, int64_t D, double* s) {
   std::fill_n(s, OCTET, 0.0);
-  for (int64_t d = 0; d < D; ++d, c += OCTET) {
+  for (int64_t d = 0; d < D; ++d, c += OCTET)
 #pragma omp simd
     for (int j = 0; j < OCTET; ++j) {
-      const double e = static_cast<double>(x[d]) - static_cast<double>(c[j]);
+      const double e = double(x[d]) - double(c[j]);
       s[j] += e * e;
     }
-  }
 }
 
 // x [rows][D], at most 24 rows -> idx, distance [rows]
+struct Work { const Codebook& codebook; const float* x; int rows; int64_t* idx; double* distance; };
+
 template <class Register>
-INLINE void search(const Codebook& codebook, const float* x, int rows, int64_t* idx,
-                   double* distance) {
+INLINE void search(const Work& work) {
+  const auto& [codebook, x, rows, idx, distance] = work;
   constexpr int LANES = sizeof(Register) / sizeof(Pair);
   const int64_t K = codebook.K, D = codebook.D, pairs = codebook.pairs, octets = codebook.octets;
   std::vector<int16_t> whole(ROWS * pairs * 2);  // [24][pairs][2] the rows, and zeros after them
@@ -233,9 +218,9 @@ INLINE void search(const Codebook& codebook, const float* x, int rows, int64_t* 
   for (int row = 0; row < rows; ++row) {
     for (int64_t d = 0; d < D; ++d) v[d] = x[row * D + d] - codebook.mean[d];
     const Rounded rounded = round_to_int16(v, &whole[row * pairs * 2]);
-    length[row] = static_cast<float>(rounded.length / codebook.unit);
-    moved[row] = static_cast<float>(rounded.moved / codebook.unit);
-    scale[row] = static_cast<float>(2 * rounded.length / codebook.unit / LENGTH);
+    length[row] = float(rounded.length / codebook.unit);
+    moved[row] = float(rounded.moved / codebook.unit);
+    scale[row] = float(2 * rounded.length / codebook.unit / LENGTH);
   }
   for (int64_t p = 0; p < octets * OCTET; p += 2 * LANES)
     for (int row = 0; row < rows; row += MR)
@@ -262,28 +247,19 @@ INLINE void search(const Codebook& codebook, const float* x, int rows, int64_t* 
         if (octet * OCTET >= K || lowest[octet] > highest) continue;
         double s[OCTET];
         certify(&x[row * D], &codebook.as_given[octet * D * OCTET], D, s);
-        for (int64_t k = octet * OCTET; k < std::min((octet + 1) * OCTET, K); ++k)
-          if (idx[row] < 0 || s[k % OCTET] < distance[row])
-            idx[row] = k, distance[row] = s[k % OCTET];
+        for (int64_t k = octet * OCTET, j = 0; j < OCTET && k < K; ++j, ++k)
+          if (idx[row] < 0 || s[j] < distance[row]) idx[row] = k, distance[row] = s[j];
       }
     }
   }
 }
 
-// The same code for three instruction sets. The machine that runs it chooses, as a binary may be
-// cached and copied.
-void search_portable(const Codebook& c, const float* x, int rows, int64_t* idx, double* distance) {
-  search<Four>(c, x, rows, idx, distance);
-}
+// The same code for three instruction sets. The machine that runs it chooses.
+void search_portable(const Work& work) { search<Four>(work); }
 #ifdef __x86_64__
-[[gnu::target("avx2")]]
-void search_avx2(const Codebook& c, const float* x, int rows, int64_t* idx, double* distance) {
-  search<Eight>(c, x, rows, idx, distance);
-}
+[[gnu::target("avx2")]] void search_avx2(const Work& work) { search<Eight>(work); }
 [[gnu::target("avx512bw,avx512vnni")]]
-void search_avx512(const Codebook& c, const float* x, int rows, int64_t* idx, double* distance) {
-  search<Sixteen>(c, x, rows, idx, distance);
-}
+void search_avx512(const Work& work) { search<Sixteen>(work); }
 #endif
 
 // -------------------------------------------------------------------------------------------------
@@ -293,63 +269,59 @@ void search_avx512(const Codebook& c, const float* x, int rows, int64_t* idx, do
 using at::Tensor;
 
 bool all_finite(const float* v, int64_t n) {
-  float zero = 0;  // a sum of v - v is NaN if any v is infinite or NaN
+  float zero = 0;  // the sum of v - v is NaN if any v is infinite or NaN
 #pragma omp simd reduction(+ : zero)
   for (int64_t i = 0; i < n; ++i) zero += v[i] - v[i];
   return zero == 0;
 }
 
-// How many codes a register holds. HIPART_LANES=4 or 8 is for tests of the narrower ones.
-int lanes_here() {
+// How many codes a register holds, and the search for it. HIPART_LANES=4 or 8 is for tests.
+std::pair<int, decltype(&search_portable)> widest_here() {
   const char* wanted = std::getenv("HIPART_LANES");
   const int most = wanted ? std::atoi(wanted) : 16;
   TORCH_CHECK_VALUE(most == 4 || most == 8 || most == 16,
                     "HIPART_LANES must be 4, 8 or 16, found " + std::string(wanted));
 #ifdef __x86_64__
-  const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
-  if (most == 16 && wide) return 16;
-  if (most >= 8 && __builtin_cpu_supports("avx2")) return 8;
+  if (most == 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni"))
+    return {16, search_avx512};
+  if (most >= 8 && __builtin_cpu_supports("avx2")) return {8, search_avx2};
 #endif
-  return 4;
+  return {4, search_portable};
 }
 
-// x [N, D], codebook [K, D], not float64 -> idx [N], d [N] or [0]
-std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& codebook, bool with_distance) {
+// x [N, D], codebook [K, D], not float64 -> idx [N], d [N]
+std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& codebook) {
   TORCH_CHECK_VALUE(x.dim() == 2 && codebook.dim() == 2 && x.size(1) == codebook.size(1) &&
                     codebook.numel() > 0 && x.is_cpu() && codebook.is_cpu() &&
                     x.scalar_type() != at::kDouble && codebook.scalar_type() != at::kDouble,
                     "hipart_cpp::quantize needs x [N, D] and codebook [K, D], no float64");
-  const Tensor rows = x.to(at::kFloat).contiguous();  // bfloat16 and float16 are widened exactly
-  const Tensor codes = codebook.to(at::kFloat).contiguous();
+  // bfloat16 and float16 are widened exactly
+  const Tensor rows = x.to(at::kFloat).contiguous(), codes = codebook.to(at::kFloat).contiguous();
   const int64_t N = rows.size(0), D = rows.size(1), K = codes.size(0);
   const auto *row = rows.const_data_ptr<float>(), *code = codes.const_data_ptr<float>();
   TORCH_CHECK_VALUE(all_finite(code, K * D),
                     "codebook holds a non-finite value; nearest_code needs finite numbers");
   Tensor idx = at::empty({N}, x.options().dtype(at::kLong));
-  Tensor distance = at::empty({N}, x.options().dtype(at::kDouble));  // the search needs it anyway
-  auto* const index = idx.mutable_data_ptr<int64_t>();
-  auto* const d = distance.mutable_data_ptr<double>();
-  const int lanes = lanes_here();
-  const Codebook packed(code, K, D, lanes);
-  auto* search = search_portable;
-#ifdef __x86_64__
-  if (lanes > 4) search = lanes == 8 ? search_avx2 : search_avx512;
-#endif
-  in_parallel((N + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
+  Tensor distance = at::empty({N}, x.options().dtype(at::kDouble));
+  const auto widest = widest_here();
+  const Codebook packed(code, K, D, widest.first);
+  at::parallel_for(0, (N + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
+    const KeepDenormals guard;
     for (int64_t first = begin * ROWS; first < std::min(end * ROWS, N); first += ROWS) {
       const int64_t last = std::min(first + ROWS, N);
       for (int64_t i = first; i < last; ++i)
         TORCH_CHECK_VALUE(all_finite(row + i * D, D), "x holds a non-finite value in row " +
                           std::to_string(i) + "; nearest_code needs finite numbers");
-      search(packed, row + first * D, static_cast<int>(last - first), index + first, d + first);
+      widest.second({packed, row + first * D, int(last - first),
+                     idx.mutable_data_ptr<int64_t>() + first,
+                     distance.mutable_data_ptr<double>() + first});
     }
   });
-  return {idx, with_distance ? distance : at::empty({0}, distance.options())};
+  return {idx, distance};
 }
 
-// x [N, D], idx [N] -> n [K], s [K, D]. Every thread owns some of the codes, goes through all rows
-// in order, and adds up those of its own. So each sum runs over ascending rows, and any number of
-// threads gives the same bits.
+// x [N, D], idx [N] -> n [K], s [K, D]. Every thread owns some of the codes, and goes through all
+// rows in order: the same bits for any number of threads.
 std::tuple<Tensor, Tensor> code_statistics(const Tensor& x, const Tensor& idx, int64_t K) {
   TORCH_CHECK_VALUE(x.dim() == 2 && idx.dim() == 1 && idx.size(0) == x.size(0) && K > 0 &&
                     idx.scalar_type() == at::kLong && x.is_cpu() && idx.is_cpu(),
@@ -359,16 +331,16 @@ std::tuple<Tensor, Tensor> code_statistics(const Tensor& x, const Tensor& idx, i
   Tensor n = at::empty({K}, rows.options()), s = at::zeros({K, D}, rows.options());
   const auto* row = rows.const_data_ptr<float>();
   const auto* code = codes.const_data_ptr<int64_t>();
-  auto *count = n.mutable_data_ptr<float>(), *sum = s.mutable_data_ptr<float>();
   std::vector<int64_t> rows_of(K);
   for (int64_t i = 0; i < N; ++i) {
-    TORCH_CHECK_VALUE(code[i] >= 0 && code[i] < K,
-                      "code_statistics: idx must lie in [0, " + std::to_string(K) + "), found " +
-                      std::to_string(code[i]) + " in row " + std::to_string(i));
+    TORCH_CHECK_VALUE(code[i] >= 0 && code[i] < K, "code_statistics: idx must lie in [0, " +
+                      std::to_string(K) + "), found " + std::to_string(code[i]));
     ++rows_of[code[i]];
   }
-  for (int64_t k = 0; k < K; ++k) count[k] = static_cast<float>(rows_of[k]);
-  in_parallel(K, (K + threads - 1) / threads, [&](int64_t first, int64_t last) {
+  std::copy(rows_of.begin(), rows_of.end(), n.mutable_data_ptr<float>());
+  auto* const sum = s.mutable_data_ptr<float>();
+  at::parallel_for(0, K, (K + threads - 1) / threads, [&](int64_t first, int64_t last) {
+    const KeepDenormals guard;
     for (int64_t i = 0; i < N; ++i)
       if (code[i] >= first && code[i] < last)
         for (int64_t d = 0; d < D; ++d) sum[code[i] * D + d] += row[i * D + d];
@@ -376,7 +348,7 @@ std::tuple<Tensor, Tensor> code_statistics(const Tensor& x, const Tensor& idx, i
   return {n, s};
 }
 
-// One pass over the three arrays; ema_apply_ in reference.py has the equations.
+// ema_apply_ in reference.py has the equations. Versions are raised, as autograd must notice.
 Tensor ema_apply_(const Tensor& codebook, const Tensor& count, const Tensor& total, const Tensor& n,
                   const Tensor& s, const std::optional<Tensor>& candidates, double decay,
                   double eps, double restart_below) {
@@ -386,23 +358,24 @@ Tensor ema_apply_(const Tensor& codebook, const Tensor& count, const Tensor& tot
                       t->size(0) == K && t->numel() == (t == &count || t == &n ? K : K * D),
                       "hipart_cpp::ema_apply_ needs contiguous float32 tensors [K, D] and [K]");
   const KeepDenormals guard;
-  auto *c = codebook.mutable_data_ptr<float>(), *sum = total.mutable_data_ptr<float>(),
-       *running = count.mutable_data_ptr<float>();
-  const auto *now = n.const_data_ptr<float>(), *s_now = s.const_data_ptr<float>(),
-             *spare = candidates ? candidates->const_data_ptr<float>() : nullptr;
-  const auto keep = static_cast<float>(decay), take = static_cast<float>(1 - decay);
-  const auto least = static_cast<float>(restart_below);
+  auto *c = codebook.mutable_data_ptr<float>(), *sum = total.mutable_data_ptr<float>();
+  auto* running = count.mutable_data_ptr<float>();
+  const auto *now = n.const_data_ptr<float>(), *s_now = s.const_data_ptr<float>();
+  const float* spare = candidates ? candidates->const_data_ptr<float>() : nullptr;
+  const auto keep = float(decay), take = float(1 - decay);
+  const auto least = float(restart_below);
   double mass = 0, rows = 0;
   for (int64_t k = 0; k < K; ++k) {
     running[k] = running[k] * keep + now[k] * take;
     mass += running[k], rows += now[k];
   }
-  const auto fair = static_cast<float>(rows / K);
+  const auto fair = float(rows / K);
   const bool may_restart = spare && rows > 0;
-  in_parallel(K, 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, K, 16, [&](int64_t begin, int64_t end) {
+    const KeepDenormals guard;
     for (int64_t k = begin; k < end; ++k) {
       const double smooth = (running[k] + eps) / (mass + K * eps) * mass;
-      const auto divisor = static_cast<float>(std::max<double>(smooth, FLT_MIN));
+      const auto divisor = float(std::max(smooth, 0x1p-126));
       const bool dead = may_restart && running[k] < least;
       for (int64_t i = k * D; i < (k + 1) * D; ++i) {
         sum[i] = sum[i] * keep + s_now[i] * take;
@@ -414,11 +387,8 @@ Tensor ema_apply_(const Tensor& codebook, const Tensor& count, const Tensor& tot
   int64_t restarted = 0;
   for (int64_t k = 0; may_restart && k < K; ++k)
     if (running[k] < least) running[k] = fair, ++restarted;
-  for (const Tensor* t : {&codebook, &count, &total})
-    t->unsafeGetTensorImpl()->bump_version();  // autograd must notice
-  Tensor out = at::empty({}, n.options().dtype(at::kLong));
-  *out.mutable_data_ptr<int64_t>() = restarted;
-  return out;
+  for (const Tensor& t : {codebook, count, total}) t.unsafeGetTensorImpl()->bump_version();
+  return at::empty({}, n.options().dtype(at::kLong)).fill_(restarted);
 }
 
 }  // namespace

@@ -194,7 +194,7 @@ certify_kernel(const float* x, int64_t first, int64_t rows, int64_t K, int64_t D
   }
   if (lane != 0 || mine >= rows) return;
   idx[first + row] = nearest;
-  if (d64) d64[first + row] = nearest == K ? NAN : least;
+  d64[first + row] = nearest == K ? NAN : least;
 }
 
 // A block has a code, a thread has columns. Rows are added one after the other, so the bits are
@@ -234,7 +234,7 @@ int nearest_code(void* scratch, int64_t& bytes, const float* x, const float* cod
   take(codes.start, tiles * TILE * SIDE), take(codes.as_given, tiles * TILE * D);
   take(codes.largest, 2), take(rounded_codes, tiles * TILE * steps * SIDE);
   take(rounded_rows, chunk * steps * SIDE), take(sizes, chunk), take(best, chunk * groups);
-  if (!scratch) return cudaSuccess;
+  if (!scratch) return 0;
   const auto stream = static_cast<cudaStream_t>(on);
   cudaMemsetAsync(codes.largest, 0, 2 * sizeof(unsigned), stream);
   round_kernel<<<blocks(tiles * TILE, WARPS), THREADS, 0, stream>>>(

@@ -22,8 +22,8 @@ void check_launch(int error) {
   TORCH_CHECK(error == 0, "a CUDA kernel failed to start: error " + std::to_string(error));
 }
 
-// x [N, D], codebook [K, D] on one GPU, no float64 -> idx [N], d [N] or [0]
-std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& codebook, bool with_distance) {
+// x [N, D], codebook [K, D] on one GPU, no float64 -> idx [N], d [N]
+std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& codebook) {
   TORCH_CHECK_VALUE(x.is_cuda() && x.device() == codebook.device() && x.dim() == 2 &&
                         codebook.dim() == 2 && x.size(1) == codebook.size(1) &&
                         codebook.numel() > 0 && x.scalar_type() == codebook.scalar_type() &&
@@ -36,15 +36,14 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x, const Tensor& codebook, boo
   const Tensor mean = codes.mean(0), largest = codes.sub(mean).abs().max();
   const int64_t N = x.size(0), K = codebook.size(0), D = x.size(1);
   Tensor idx = at::empty({N}, x.options().dtype(at::kLong));
-  Tensor distance = at::empty({with_distance ? N : 0}, x.options().dtype(at::kDouble));
+  Tensor distance = at::empty({N}, x.options().dtype(at::kDouble));
   int64_t bytes = 0;
   const auto search = [&](void* scratch) {
     check_launch(hipart::cuda::nearest_code(
         scratch, bytes, rows.const_data_ptr<float>(), codes.const_data_ptr<float>(),
         mean.const_data_ptr<float>(), largest.const_data_ptr<float>(), N, K, D,
         idx.mutable_data_ptr<int64_t>(),
-        with_distance ? distance.mutable_data_ptr<double>() : nullptr,
-        c10::cuda::getCurrentCUDAStream()));
+        distance.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream()));
   };
   search(nullptr);  // says how many bytes it needs
   Tensor scratch = at::empty({bytes}, x.options().dtype(at::kByte));

@@ -1,17 +1,14 @@
-// Just enough of CUDA to run quantizer.cu on a CPU: for a machine without a GPU, the difference
-// between code that compiles and code that has run. It runs one warp at a time, every lane a fiber.
+// Just enough of CUDA to run quantizer.cu on a CPU, one warp at a time, with every lane a fiber.
 // Lanes change only where all of them meet: at a shuffle, a ballot or a product. So it cannot show
-// races, memory limits or speed; quantizer.cu has no barrier and no shared memory to get wrong.
+// races, memory limits or speed. (quantizer.cu has no barrier and no shared memory to get wrong.)
 #pragma once
 #include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
@@ -19,11 +16,9 @@
 struct dim3 {
   unsigned x, y;
   dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
-};
-inline dim3 threadIdx, blockIdx, gridDim;
+} inline threadIdx, blockIdx, gridDim;
 using cudaStream_t = void*;
-enum { cudaSuccess = 0 };
-inline int cudaGetLastError() { return cudaSuccess; }
+inline int cudaGetLastError() { return 0; }
 inline void cudaMemsetAsync(void* p, int value, size_t n, void*) { std::memset(p, value, n); }
 
 using __half = _Float16;  // rounds to nearest, ties to even, and has subnormal numbers
@@ -37,15 +32,12 @@ inline float __uint_as_float(unsigned u) { float f; std::memcpy(&f, &u, 4); retu
 inline void atomicMax(unsigned* p, unsigned v) { *p = std::max(*p, v); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
 using std::min;
-
 namespace emulator {
-
 struct Lane {
   ucontext_t at;
   const char* waits_at;  // the name of what all lanes must come to; null: done
   char stack[64 << 10];
-};
-inline Lane lanes[32];
+} inline lanes[32];
 inline ucontext_t scheduler;
 inline int lane;  // the one that runs
 inline std::function<void()>* kernel;
@@ -56,12 +48,7 @@ inline void meet(const char* where) {
   lanes[lane].waits_at = where;
   swapcontext(&lanes[lane].at, &scheduler);
 }
-
-inline void run_lane() {
-  (*kernel)();
-  lanes[lane].waits_at = nullptr;
-}
-
+inline void run_lane() { (*kernel)(), lanes[lane].waits_at = nullptr; }
 inline void run_warp(unsigned first_thread) {
   for (Lane& each : lanes) {
     getcontext(&each.at);
@@ -81,8 +68,7 @@ inline void run_warp(unsigned first_thread) {
 }
 
 inline void launch(dim3 grid, unsigned threads, std::function<void()> body) {
-  kernel = &body;
-  gridDim = grid;
+  kernel = &body, gridDim = grid;
   for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
     for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
       for (unsigned first = 0; first < threads; first += 32) run_warp(first);
@@ -93,16 +79,15 @@ inline void launch(dim3 grid, unsigned threads, std::function<void()> body) {
 inline float add_up(const double (&terms)[5]) {
   double most = 0, sum = 0;
   for (double term : terms) most = std::max(most, std::fabs(term)), sum += term;
-  if (!(std::fabs(sum) < INFINITY) || most == 0) return static_cast<float>(sum);
+  if (!(std::fabs(sum) < INFINITY) || most == 0) return sum;
   auto cut = [](double v, double by) {
     const double unit = std::ldexp(1, std::ilogb(by) - 23);
     return std::trunc(v / unit) * unit;
   };
   sum = 0;
   for (double term : terms) sum += cut(term, most);
-  return static_cast<float>(sum == 0 ? 0 : cut(sum, sum));
+  return sum == 0 ? 0 : cut(sum, sum);
 }
-
 }  // namespace emulator
 
 template <class T>
@@ -114,16 +99,12 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return value;
 }
 inline unsigned __ballot_sync(unsigned, bool flag) {
-  emulator::slots[emulator::lane] = flag;
-  emulator::meet("ballot");
-  unsigned flags = 0;
-  for (int i = 0; i < 32; ++i) flags |= unsigned(emulator::slots[i]) << i;
-  emulator::meet("balloted");
+  unsigned flags = unsigned(flag) << emulator::lane;
+  for (int mask = 1; mask < 32; mask *= 2) flags |= __shfl_xor_sync(~0u, flags, mask);
   return flags;
 }
 
 namespace nvcuda::wmma {
-
 enum Kind { matrix_a, matrix_b, accumulator, row_major, col_major, mem_row_major };
 template <Kind use, int M, int N, int K, class T, Kind layout = row_major>
 struct fragment {
@@ -151,10 +132,8 @@ void store_matrix_sync(float* p, const F& f, unsigned ldm, Kind) {
 template <class A, class B, class C>
 void mma_sync(C& d, const A& a, const B& b, const C& c) {
   static double rows[256], columns[256];
-  for (int i = 0; i < 8; ++i) {
-    rows[keeps(emulator::lane, i)] = a.x[i];
-    columns[keeps(emulator::lane, i)] = b.x[i];
-  }
+  for (int i = 0; i < 8; ++i)
+    rows[keeps(emulator::lane, i)] = a.x[i], columns[keeps(emulator::lane, i)] = b.x[i];
   emulator::meet("product");
   for (int i = 0; i < 8; ++i) {
     const int at = keeps(emulator::lane, i), row = at / 16 * 16, column = at % 16 * 16;
@@ -168,5 +147,4 @@ void mma_sync(C& d, const A& a, const B& b, const C& c) {
   }
   emulator::meet("multiplied");
 }
-
 }  // namespace nvcuda::wmma

@@ -314,8 +314,10 @@ OBSERVER = """
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+namespace at {
 template <class F>
-void in_parallel(int64_t n, int64_t, const F& work) { work(0, n); }
+void parallel_for(int64_t begin, int64_t end, int64_t, const F& work) { work(begin, end); }
+}
 extern "C" { float parts[3] = {1, 1, 1}; }
 std::vector<float> seen;  // of every row and octet: its smallest score, and the bound
 """
@@ -325,7 +327,7 @@ extern "C" void search_all(const float* x, const float* c, const int64_t* n, int
   const Codebook codebook(c, n[1], n[2], 4);
   seen.clear();
   for (int64_t row = 0; row < n[0]; ++row)
-    search_portable(codebook, x + row * n[2], 1, idx + row, distance + row);
+    search_portable({codebook, x + row * n[2], 1, idx + row, distance + row});
   std::copy(seen.begin(), seen.end(), scores_and_bounds);
 }
 """
