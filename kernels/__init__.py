@@ -65,16 +65,16 @@ def quantize(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _quantize(x: Tensor, codebook: Tensor, with_distance: bool) -> tuple[Tensor, Tensor]:
     """Checks, then the op -> idx [N], d [N] or [0]."""
-    found = f"found {_say(x)} and {_say(codebook)}"
     dense = x.layout == codebook.layout == torch.strided
     if not dense or x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1]:
-        raise ValueError(f"nearest_code needs dense x [N, D] and codebook [K, D], {found}")
+        raise ValueError("nearest_code needs dense x [N, D] and codebook [K, D], "
+                         + _found(x, codebook))
     if not codebook.numel():
-        raise ValueError(f"nearest_code needs K and D of at least 1, {found}")
+        raise ValueError("nearest_code needs K and D of at least 1, " + _found(x, codebook))
     if x.dtype != codebook.dtype or x.dtype not in _FLOATS:
-        raise TypeError(f"nearest_code needs one floating dtype for both, {found}")
+        raise TypeError("nearest_code needs one floating dtype for both, " + _found(x, codebook))
     if x.device != codebook.device:
-        raise ValueError(f"nearest_code needs both on one device, {found}")
+        raise ValueError("nearest_code needs both on one device, " + _found(x, codebook))
     return torch.ops.hipart.quantize(x.detach(), codebook.detach(), with_distance)
 
 
@@ -88,14 +88,14 @@ def code_statistics(x: Tensor, idx: Tensor, K: int) -> tuple[Tensor, Tensor]:
     Raises ValueError on other shapes or dtypes, and for an idx outside [0, K). CUDA code does not
     count the row of such an idx.
     """
-    found = f"found {_say(x)}, {_say(idx)} and {K}"
     dense = x.layout == idx.layout == torch.strided
     if not dense or x.dim() != 2 or not x.shape[1] or idx.shape != x.shape[:1] or K < 1:
-        raise ValueError(f"code_statistics needs dense x [N, D], idx [N] and D, K >= 1, {found}")
+        raise ValueError("code_statistics needs dense x [N, D], idx [N] and D, K >= 1, "
+                         + _found(x, idx) + f" and K = {K}")
     if x.dtype not in _FLOATS or idx.dtype != torch.int64:
-        raise ValueError(f"code_statistics needs a floating x and an int64 idx, {found}")
+        raise ValueError("code_statistics needs a floating x and int64 idx, " + _found(x, idx))
     if x.device != idx.device:
-        raise ValueError(f"code_statistics needs both on one device, {found}")
+        raise ValueError("code_statistics needs both on one device, " + _found(x, idx))
     return torch.ops.hipart.code_statistics(x.detach(), idx, K)
 
 
@@ -123,8 +123,7 @@ def ema_apply_(codebook: Tensor, count: Tensor, total: Tensor, n: Tensor, s: Ten
             or t.layout != torch.strided or not t.is_contiguous() for name, t in every.items()):
         raise ValueError(
             "ema_apply_ needs codebook, total, s (and candidates) [K, D], count and n [K], all "
-            "contiguous float32 on one device, found "
-            + ", ".join(f"{name} {_say(t)}" for name, t in every.items()))
+            "contiguous float32 on one device, " + _found(*every.values()))
     return torch.ops.hipart.ema_apply_(codebook, count, total, n, s, candidates, decay, eps,
                                        restart_below)
 
@@ -137,8 +136,7 @@ def ema_update_(codebook: Tensor, count: Tensor, total: Tensor, x: Tensor, idx: 
     A dead code k restarts as row restart_rows[k] of x. An empty batch restarts nothing.
     """
     if x.dim() != 2 or codebook.dim() != 2 or x.shape[1] != codebook.shape[1]:
-        raise ValueError("ema_update_ needs codebook [K, D] and x [N, D], "
-                         f"found {_say(codebook)} and {_say(x)}")
+        raise ValueError("ema_update_ needs codebook [K, D] and x [N, D], " + _found(codebook, x))
     n, s = code_statistics(x, idx, len(codebook))
     spare = restart_rows is not None and len(x)
     candidates = x.detach()[restart_rows].float() if spare else None
@@ -160,9 +158,13 @@ def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
     return _load("cuda")
 
 
-def _say(t: Tensor) -> str:
-    layout = "" if t.layout == torch.strided else f" {str(t.layout).removeprefix('torch.')}"
-    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}{layout} on {t.device}"
+def _found(*tensors: Tensor) -> str:
+    """What a message says of them: shape, dtype, layout if it is unusual, and device."""
+    kinds = []
+    for t in tensors:
+        layout = "" if t.layout == torch.strided else f" {t.layout}"
+        kinds.append(f"{list(t.shape)} {t.dtype}{layout} on {t.device}".replace("torch.", ""))
+    return "found " + ", ".join(kinds)
 
 
 # --------------------------------------------------------------------------------------------------
