@@ -12,7 +12,7 @@ step() {
     shift
     if "$@" > "$out/$name.log" 2>&1; then echo "passed  $name"; else echo "FAILED  $name: see $out/$name.log"; status=1; fi
 }
-export HIPART_KERNELS=cuda  # a build that fails must fail, not be replaced by the twin
+export HIPART_KERNELS=cuda  # a build that fails must fail, not fall back
 sanitize=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1)
 step self_check python -m kernels
 step tests python -m pytest tests/test_kernels.py tests/test_cuda_source.py
