@@ -5,8 +5,8 @@
 
 namespace hipart::cuda {
 
-// x [N, D] and codebook [K, D], row-major on the device -> idx [N], squared distance [N]. A row without an answer, because some number is not finite, gets
-// the index K and the distance NaN. `mean` [D] is subtracted from both before they are screened,
+// x [N, D] and codebook [K, D], row-major on the device -> idx [N], squared distance [N]. A row
+// without an answer, because some number is not finite, gets the index K and the distance NaN. `mean` [D] is subtracted from both before they are screened,
 // and `largest` [1] is the largest |codebook - mean|; neither changes the answer, but with the
 // true mean of all codes the screen leaves little open, and a codebook that is not finite is
 // noticed. Returns a cudaError_t: 0 is success. As in CUB, a call without scratch memory does
