@@ -371,12 +371,12 @@ def test_msst_forward_equals_numpy():
         o = model.eval()(x_f[:3])
     w = weights(model)
     for b in range(3):
-        twin = msst_reference(w, TINY, x_f[b].double().numpy())
+        reference = msst_reference(w, TINY, x_f[b].double().numpy())
         for name in ("q_s", "q_d"):
-            np.testing.assert_array_equal(o[name][b].numpy(), twin[name])
+            np.testing.assert_array_equal(o[name][b].numpy(), reference[name])
         for name in ("z_s", "zp_d", "zh_s", "zh_d", "x_d", "x_f", "p_A"):
             np.testing.assert_allclose(
-                o[name][b].numpy(), twin[name], rtol=1e-4, atol=1e-4, err_msg=name
+                o[name][b].numpy(), reference[name], rtol=1e-4, atol=1e-4, err_msg=name
             )
 
 
@@ -397,12 +397,12 @@ def test_stage_1_loss_equals_eq_6_in_numpy(cosine):
     x_f, x_d, a = x_f[:4], torch.randn(4, 48, 2), torch.tensor([2, -1, 0, -1])
     loss, terms, o = model.loss(x_f, x_d, a)
     w = weights(model)
-    twins = [msst_reference(w, config, pose.double().numpy()) for pose in x_f]
+    references = [msst_reference(w, config, pose.double().numpy()) for pose in x_f]
     expected = dict.fromkeys(("fine", "dense", "commit_s", "commit_d", "local", "action"), 0.0)
-    for b, t in enumerate(twins):
+    for b, t in enumerate(references):
         np.testing.assert_array_equal(
             o["q_d"][b].numpy(), t["q_d"]
-        )  # else the twins compare different codes
+        )  # else different codes would be compared
         pairs = dict(
             fine=(t["x_f"], x_f[b].double().numpy()),
             dense=(t["x_d"], x_d[b].double().numpy()),
@@ -413,7 +413,7 @@ def test_stage_1_loss_equals_eq_6_in_numpy(cosine):
             expected[term] += ((ours - theirs) ** 2).sum(-1).mean() / 4
         expected["local"] += local_reference(t["zh_s"], t["zh_d"], config.tau, cosine) / 4
     expected["action"] = (
-        -(log_softmax(twins[0]["p_A"])[2] + log_softmax(twins[2]["p_A"])[0]) / 2
+        -(log_softmax(references[0]["p_A"])[2] + log_softmax(references[2]["p_A"])[0]) / 2
     )  # the two known ones
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
@@ -587,8 +587,8 @@ def test_block_equals_numpy(eps):
     w = {f"b.{k}": v for k, v in weights(block).items()}
     with torch.no_grad():
         for m, seen in ((mask, visible), (None, [range(5)] * 5)):
-            twin = block_reference(w, "b", x[0].numpy(), 3, seen, eps)
-            np.testing.assert_allclose(block(x, m)[0].numpy(), twin, atol=1e-10)
+            reference = block_reference(w, "b", x[0].numpy(), 3, seen, eps)
+            np.testing.assert_allclose(block(x, m)[0].numpy(), reference, atol=1e-10)
 
 
 @pytest.mark.parametrize("pieces", [[1] * 7, [1, 3, 3], [4, 1, 2], [7]])
@@ -677,7 +677,7 @@ def test_hiarm_logits_equal_numpy(config, with_conf):
     logits_s, logits_d = model(x_s, q_s, q_d, conf)
     assert logits_s.shape == (2, 16, TINY.K_s) and logits_d.shape == (2, 48, TINY.K_d)
     for b in range(2):
-        twin = hiarm_reference(
+        reference = hiarm_reference(
             weights(model),
             config,
             x_s[b].numpy(),
@@ -685,25 +685,25 @@ def test_hiarm_logits_equal_numpy(config, with_conf):
             q_d[b].numpy(),
             conf[b].numpy() if with_conf else None,
         )
-        np.testing.assert_allclose(logits_s[b].numpy(), twin[0], atol=1e-9)
-        np.testing.assert_allclose(logits_d[b].numpy(), twin[1], atol=1e-9)
+        np.testing.assert_allclose(logits_s[b].numpy(), reference[0], atol=1e-9)
+        np.testing.assert_allclose(logits_d[b].numpy(), reference[1], atol=1e-9)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_conf", [False, True])
 @pytest.mark.parametrize("config", FORMS, ids=form_name)
 def test_generation_equals_numpy(config, with_conf):
-    """Free running, keys and values kept, against a twin that starts over at every step."""
+    """Free-running, keys and values kept, against a reading that starts over at every step."""
     model, x_s, _, _ = transformer(11, config=config)
     conf = (torch.rand(2, 17) > 0.3).double() if with_conf else None
     rollout, q = model.rollout(x_s, conf), tokens(model, x_s, conf)
     for b in range(2):
-        twin = hiarm_reference(
+        reference = hiarm_reference(
             weights(model), config, x_s[b].numpy(), conf=conf[b].numpy() if with_conf else None
         )
-        for name, expected in zip(("logits_s", "logits_d", "zh_s", "zh_d"), twin, strict=True):
+        for name, expected in zip(("logits_s", "logits_d", "zh_s", "zh_d"), reference, strict=True):
             np.testing.assert_allclose(rollout[name][b].numpy(), expected, atol=1e-9)
-        for got, logits in zip(q, twin[:2], strict=True):
+        for got, logits in zip(q, reference[:2], strict=True):
             np.testing.assert_array_equal(got[b].numpy(), logits.argmax(-1))
 
 
@@ -739,13 +739,13 @@ def test_stage_2_loss_equals_eq_12_in_numpy(config, on_rollout):
     own = {k.removeprefix("hiarm."): v for k, v in w.items()}
     for b in range(2):
         forced = () if on_rollout else (q_s[b].numpy(), q_d[b].numpy())
-        twin_s, twin_d, zh_s, zh_d = hiarm_reference(
+        ref_s, ref_d, zh_s, zh_d = hiarm_reference(
             own, config, x_s[b].numpy(), *forced, conf=conf[b].numpy()
         )
-        ce_s += list(-log_softmax(twin_s)[np.arange(16), q_s[b].numpy()])
-        ce_d += list(-log_softmax(twin_d)[np.arange(48), q_d[b].numpy()])
-        right_s += list(twin_s.argmax(-1) == q_s[b].numpy())
-        right_d += list(twin_d.argmax(-1) == q_d[b].numpy())
+        ce_s += list(-log_softmax(ref_s)[np.arange(16), q_s[b].numpy()])
+        ce_d += list(-log_softmax(ref_d)[np.arange(48), q_d[b].numpy()])
+        right_s += list(ref_s.argmax(-1) == q_s[b].numpy())
+        right_d += list(ref_d.argmax(-1) == q_d[b].numpy())
         y_d, y_f = decoded_reference(w, config, zh_s, zh_d)
         error_d += list(np.linalg.norm(y_d - x_d[b].numpy(), axis=-1))
         error_f += list(np.linalg.norm(y_f - x_f[b].numpy(), axis=-1))
