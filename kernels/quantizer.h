@@ -5,12 +5,13 @@
 
 namespace hipart::cuda {
 
-// x [N, D] and codebook [K, D], row-major on the device -> idx [N], squared distance [N]. A row without an answer, because some number is not finite, gets
-// the index K and the distance NaN. `mean` [D] is subtracted from both before they are screened,
-// and `largest` [1] is the largest |codebook - mean|; neither changes the answer, but with the
-// true mean of all codes the screen leaves little open, and a codebook that is not finite is
-// noticed. Returns a cudaError_t: 0 is success. As in CUB, a call without scratch memory does
-// nothing but say how many `bytes` of it are needed.
+// x [N, D] and codebook [K, D], row-major on the device -> idx [N], squared distance [N]. A row
+// without an answer, because some number is not finite, gets the index K and the distance NaN.
+// `mean` [D] is subtracted from both before they are screened, and `largest` [1] is the largest
+// |codebook - mean|. Neither changes the answer, but with the true mean of all codes the screen
+// leaves little open, and a codebook that is not finite is noticed. Returns a cudaError_t: 0 is
+// success. As in CUB, a call without scratch memory does nothing but say how many `bytes` of it are
+// needed.
 int nearest_code(void* scratch, int64_t& bytes, const float* x, const float* codebook,
                  const float* mean, const float* largest, int64_t N, int64_t K, int64_t D,
                  int64_t* idx, double* distance, void* stream);
