@@ -2,6 +2,7 @@
 // Lanes change only where all of them meet: at a shuffle, a ballot or a product. So it cannot show
 // races, memory limits or speed. (quantizer.cu has no barrier and no shared memory to get wrong.)
 #pragma once
+#include <csetjmp>
 #include <ucontext.h>
 #include <algorithm>
 #include <cmath>
@@ -12,7 +13,6 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-
 struct dim3 {
   unsigned x, y;
   dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
@@ -20,7 +20,6 @@ struct dim3 {
 using cudaStream_t = void*;
 inline int cudaGetLastError() { return 0; }
 inline void cudaMemsetAsync(void* p, int value, size_t n, void*) { std::memset(p, value, n); }
-
 using __half = _Float16;  // rounds to nearest, ties to even, and has subnormal numbers
 inline __half __float2half_rn(float f) { return static_cast<__half>(f); }
 inline float __half2float(__half h) { return h; }
@@ -34,37 +33,42 @@ inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
 using std::min;
 namespace emulator {
 struct Lane {
-  ucontext_t at;
+  ucontext_t start;  // only for the first entry, as it asks the kernel each time; _longjmp does not
+  jmp_buf at;
   const char* waits_at;  // the name of what all lanes must come to; null: done
   char stack[64 << 10];
 } inline lanes[32];
-inline ucontext_t scheduler;
-inline int lane;  // the one that runs
+inline jmp_buf scheduler;
+inline int lane;     // the one that runs
+inline bool starts;  // whether it has not begun yet
 inline std::function<void()>* kernel;
 inline double slots[32];  // what each lane offers to the others
 
 // All 32 lanes meet here. That all come to the same place is checked; on a GPU they would hang.
 inline void meet(const char* where) {
   lanes[lane].waits_at = where;
-  swapcontext(&lanes[lane].at, &scheduler);
+  if (!_setjmp(lanes[lane].at)) _longjmp(scheduler, 1);
 }
-inline void run_lane() { (*kernel)(), lanes[lane].waits_at = nullptr; }
+inline void run_lane() {
+  (*kernel)(), lanes[lane].waits_at = nullptr;
+  _longjmp(scheduler, 1);
+}
 inline void run_warp(unsigned first_thread) {
   for (Lane& each : lanes) {
-    getcontext(&each.at);
-    each.at.uc_stack.ss_sp = each.stack;
-    each.at.uc_stack.ss_size = sizeof(each.stack);
-    each.at.uc_link = &scheduler;
-    makecontext(&each.at, run_lane, 0);
+    getcontext(&each.start);
+    each.start.uc_stack = {each.stack, 0, sizeof(each.stack)};
+    makecontext(&each.start, run_lane, 0);
   }
-  do {  // every lane goes on from where all have met to where all meet next
+  // Every lane goes on from where all have met to where all meet next.
+  for (starts = true; starts || lanes[0].waits_at; starts = false) {
     for (lane = 0; lane < 32; ++lane) {
       threadIdx = dim3(first_thread + lane);
-      swapcontext(&scheduler, &lanes[lane].at);
+      if (_setjmp(scheduler)) continue;
+      starts ? (void)setcontext(&lanes[lane].start) : _longjmp(lanes[lane].at, 1);
     }
     for (const Lane& each : lanes)
       if (each.waits_at != lanes[0].waits_at) std::abort();
-  } while (lanes[0].waits_at);
+  }
 }
 
 inline void launch(dim3 grid, unsigned threads, std::function<void()> body) {
@@ -73,7 +77,6 @@ inline void launch(dim3 grid, unsigned threads, std::function<void()> body) {
     for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
       for (unsigned first = 0; first < threads; first += 32) run_warp(first);
 }
-
 // What tensor cores do to a float32 and four products at their worst: all terms are cut off 23
 // bits below the largest, and so is the sum.
 inline float add_up(const double (&terms)[5]) {
@@ -81,15 +84,14 @@ inline float add_up(const double (&terms)[5]) {
   for (double term : terms) most = std::max(most, std::fabs(term)), sum += term;
   if (!(std::fabs(sum) < INFINITY) || most == 0) return sum;
   auto cut = [](double v, double by) {
-    const double unit = std::ldexp(1, std::ilogb(by) - 23);
-    return std::trunc(v / unit) * unit;
+    const int last = std::ilogb(by) - 23;
+    return std::ldexp(std::trunc(std::ldexp(v, -last)), last);
   };
   sum = 0;
   for (double term : terms) sum += cut(term, most);
   return sum == 0 ? 0 : cut(sum, sum);
 }
 }  // namespace emulator
-
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   std::memcpy(&emulator::slots[emulator::lane], &value, sizeof(T));
@@ -103,7 +105,6 @@ inline unsigned __ballot_sync(unsigned, bool flag) {
   for (int mask = 1; mask < 32; mask *= 2) flags |= __shfl_xor_sync(~0u, flags, mask);
   return flags;
 }
-
 namespace nvcuda::wmma {
 enum Kind { matrix_a, matrix_b, accumulator, row_major, col_major, mem_row_major };
 template <Kind use, int M, int N, int K, class T, Kind layout = row_major>
@@ -113,7 +114,6 @@ struct fragment {
 };
 // Which of the 256 numbers a lane keeps in x[i]. No program may know: this is not NVIDIA's way.
 inline int keeps(int lane, int i) { return (lane * 8 + i) * 37 % 256; }
-
 // Row-major A, column-major B and row-major scores: 16 numbers lie side by side.
 template <class F, class T, class Do>
 void each(F& f, T* p, unsigned ldm, Do use) {

@@ -108,8 +108,9 @@ def emulated(tmp_path_factory):
             "    emulator::launch(blocks(rows, THREADS / GROUP)")
     code, library = folder / "emulated.cpp", folder / "emulated.so"
     code.write_text('#include "cuda_emulator.h"\n' + DECLARED + source + WRAPPERS)
-    subprocess.run(["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-w", "-shared", "-fPIC",
-                    f"-I{KERNELS}", f"-I{Path(__file__).parent}", code, "-o", library], check=True)
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-w", "-shared", "-fPIC",
+             "-U_FORTIFY_SOURCE", f"-I{KERNELS}", f"-I{Path(__file__).parent}"]
+    subprocess.run(["g++", *flags, code, "-o", library], check=True)
     return ctypes.CDLL(library)
 
 
@@ -156,7 +157,7 @@ def check(library, x, c):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_emulated_search_keeps_the_contract(emulated, kind):
-    for N, K, D in ((5, 3, 1), (40, 70, 13), (20, 150, 20)):
+    for N, K, D in ((5, 3, 1), (40, 70, 13)):
         x, c = make(kind, N, K, D)
         check(emulated, x, c)
 
@@ -265,7 +266,8 @@ HARD_KINDS = [aligned, codes_aligned, exact_in_float16, cut_off]
                          [(kind, 40, 132) for kind in HARD_KINDS])
 def test_emulated_bound_holds(emulated, kind, K, D):
     x, c = make(kind, 24, K, D, seed=K)
-    _, _, seen = search(emulated, x, c, observe=True)
+    idx, _, seen = search(emulated, x, c, observe=True)
+    np.testing.assert_array_equal(idx.numpy(), brute_force(x, c))
     with np.errstate(over="ignore", invalid="ignore"):
         best, true_x, _ = truth(x, c, seen)
         seen_best, E = seen["best"].double().numpy(), seen["E"].double().numpy()
