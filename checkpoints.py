@@ -33,7 +33,7 @@ from sources.dataset import Split
 
 @dataclass
 class Run:
-    """Where a run writes, and what it was told."""
+    """Where a run writes, and its settings."""
 
     path: Path
     config: Config
@@ -136,6 +136,14 @@ def load_finished(run: Run, name: str, same_data: bool = False) -> dict:
     return saved
 
 
+def is_finished(run: Run, name: str) -> bool:
+    """Whether a training of the run is there and ran to its end."""
+    if not (run.path / f"{name}.pt").exists():
+        return False
+    saved = load_checkpoint(run, name)
+    return saved["epoch"] >= saved["epochs"]
+
+
 def restore(module: nn.Module, saved: dict) -> nn.Module:
     """The module with the weights of a checkpoint, frozen and in eval mode."""
     try:
@@ -176,7 +184,7 @@ class Loop:
         if not self.run.resume:
             stop(f"{self.path} exists already: add --resume to go on, or choose another --name")
         saved = load_checkpoint(self.run, self.name)
-        if any(saved.get(key) != value for key, value in self._told().items()):
+        if any(saved.get(key) != value for key, value in self._settings().items()):
             stop(f"{self.path} was trained with other options: resume with the same ones, "
                  "or choose another --name")
         self.model.load_state_dict(saved["model"])
@@ -187,7 +195,7 @@ class Loop:
         self.epoch, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
         self.run.forget(self.name, self.epoch)
 
-    def _told(self) -> dict:
+    def _settings(self) -> dict:
         return dict(config=asdict(self.run.config), training=asdict(self.run.training),
                     run=self.run.identity())
 
@@ -239,7 +247,7 @@ class Loop:
         save_checkpoint(
             self.path, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
             random=dict(cpu=torch.get_rng_state(), cuda=cuda), epochs=self.n_epochs,
-            epoch=self.epoch, step=self.step, seconds=self.seconds, val=val, **self._told())
+            epoch=self.epoch, step=self.step, seconds=self.seconds, val=val, **self._settings())
 
 
 def warmup_cosine(warmup: int) -> Callable[[int, int], float]:
@@ -249,6 +257,15 @@ def warmup_cosine(warmup: int) -> Callable[[int, int], float]:
         rise = max(1, min(warmup, steps // 10))
         fallen = max(0, step - rise) / max(1, steps - rise)
         return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * fallen)))
+
+    return factor
+
+
+def every_4_epochs(per_epoch: int) -> Callable[[int, int], float]:
+    """The paper's schedule of the lifter: times 0.96 every 4 epochs."""
+
+    def factor(step: int, steps: int) -> float:
+        return 0.96 ** (step // per_epoch // 4)
 
     return factor
 

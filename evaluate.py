@@ -107,6 +107,13 @@ def _poses(pred, gt) -> tuple[np.ndarray, np.ndarray]:
     return pred, gt
 
 
+def part_cosines(zh_s: Tensor, zh_d: Tensor) -> Tensor:
+    """Cosines of sparse embeddings zh_s [B, 16, D] with the mean dense embeddings of all parts,
+    zh_d [B, 48, D] -> [B, 16, 16], as L_local (Eq. 3) compares them."""
+    mean_d = F.normalize(zh_d.unflatten(1, (J_S, R)).mean(2), dim=-1)
+    return F.normalize(zh_s, dim=-1) @ mean_d.transpose(1, 2)
+
+
 def alignment(zh_s: Tensor, zh_d: Tensor) -> Tensor:
     """How much closer a sparse token is to its own part than to the others: zh_s [B, 16, D],
     zh_d [B, 48, D] -> [B].
@@ -115,8 +122,7 @@ def alignment(zh_s: Tensor, zh_d: Tensor) -> Tensor:
     (what L_local, Eq. 3, pulls together), minus the mean cosine with those of the other 15 parts
     of the same pose. 0: not tied at all; 2 at the very most.
     """
-    part = F.normalize(zh_d.unflatten(1, (J_S, R)).mean(2), dim=-1)
-    cosine = F.normalize(zh_s, dim=-1) @ part.transpose(1, 2)  # [B, 16, 16]
+    cosine = part_cosines(zh_s, zh_d)
     own = cosine.diagonal(dim1=1, dim2=2).mean(-1)
     return own - (cosine.sum((1, 2)) / J_S - own) / (J_S - 1)
 
@@ -270,7 +276,7 @@ def rows_3d(name: str, seed: int, y: Tensor, block: dict[str, Tensor],
 def rows_of_missing_joints(name: str, seed: int, y: Tensor, block: dict[str, Tensor],
                            models: Models) -> dict[str, np.ndarray]:
     """3D errors of visible and of missing joints apart. The lifters of (a) and (b) are also tried
-    with missing joints interpolated, and told that none is missing."""
+    with missing joints interpolated, as if none were missing."""
     tried = {name: y}
     if name in ("sparse", "generated"):
         x_s, conf = block["x_s"], block["conf"]
@@ -424,11 +430,12 @@ def report_occlusion(run: Run, models: Models, at: str) -> None:
 # The run
 
 
-def open_run(name: str, device: str | None, data: str = Run.data,
-             seeds: int = 1) -> tuple[Run, int]:
-    """A run that has been trained, and how many of its stages are finished: 1 to 3."""
+def open_run(name: str, device: str | None, data: str = Run.data, seeds: int = 1,
+             stage_3: list[str] | None = None) -> tuple[Run, int]:
+    """A run that has been trained, and how many of its stages are finished: 1 to 3 (see
+    `trained_stages`)."""
     run = Run(Path("runs") / name, Config(), Training(), choose_device(device), data=data)
-    stages = trained_stages(run, seeds)
+    stages = trained_stages(run, seeds, stage_3)
     if not stages:
         others = sorted(p.parent.name for p in Path("runs").glob("*/stage1.pt"))
         others = [other for other in others if other != name]
@@ -458,7 +465,10 @@ def load_models(run: Run, stages: int, seeds: int) -> tuple[Models, dict[str, di
     seconds}}."""
     names = [name for stage in range(1, stages + 1) for name in checkpoints_of(stage, seeds)]
     keys = ("config", "training", "seconds")
-    about = {name: {key: load_finished(run, name)[key] for key in keys} for name in names}
+    about = {}
+    for name in names:
+        saved = load_finished(run, name)
+        about[name] = {key: saved[key] for key in keys}
     if stages == 1:
         return Models(load_msst(run)), about
     hipart = load_hipart(run)
@@ -506,6 +516,10 @@ def main() -> None:
                  f"`{next_command(trained_on_own_data(run), stages + 1)}`")
         return report_occlusion(run, models, at)
 
+    full = run.path / f"table{at}.md"
+    if stages < 3 and full.exists() and "## 3D error" in full.read_text(encoding="utf-8"):
+        stop(f"{full} has errors in 3D, and without all of stage 3 they would be lost: go on with "
+             f"`{next_command(trained_on_own_data(run), stages + 1)}`, or move that file away")
     splits, sizes = open_splits(run, stages)
     meta = splits["test"].meta
     summaries, codebooks = {}, {}
@@ -530,9 +544,9 @@ def main() -> None:
         print(rest)
     numbers = dict(run=args.name, about=header, training=about, splits=summaries,
                    codebooks=codebooks)
-    write(run.path / f"table{at}.md", text)
+    write(full, text)
     write(run.path / f"evaluation{at}.json", json.dumps(numbers, indent=1))
-    print(f"The full report is {run.path}/table{at}.md, and its numbers are in "
+    print(f"The full report is {full}, and its numbers are in "
           f"{run.path}/evaluation{at}.json.")
 
 

@@ -589,18 +589,19 @@ class HiPART(nn.Module):
         if on_rollout:
             o = self.hiarm.rollout(x_s, conf)
             xh_d, xh_f = self.msst.decode_embeddings(o["zh_s"], o["zh_d"])
-            pose = (xh_d - x_d).norm(dim=-1).mean() + (xh_f - x_f).norm(dim=-1).mean()
+            pose = dict(pose=(xh_d - x_d).norm(dim=-1).mean() + (xh_f - x_f).norm(dim=-1).mean())
         else:
             logits_s, logits_d = self.hiarm(x_s, q_s, q_d, conf)
-            o, pose = dict(logits_s=logits_s, logits_d=logits_d), x_s.new_zeros(())
-        terms = dict(
+            o, pose = dict(logits_s=logits_s, logits_d=logits_d), {}
+        terms = pose | dict(
             sparse=F.cross_entropy(o["logits_s"].flatten(0, 1), q_s.flatten()),
             dense=F.cross_entropy(o["logits_d"].flatten(0, 1), q_d.flatten()),
-            pose=pose,
             acc_s=(o["logits_s"].argmax(-1) == q_s).float().mean(),
             acc_d=(o["logits_d"].argmax(-1) == q_d).float().mean(),
         )
-        loss = terms["sparse"] + c.lambda_d * terms["dense"] + c.lambda_p * terms["pose"]
+        loss = terms["sparse"] + c.lambda_d * terms["dense"]
+        if on_rollout:
+            loss = loss + c.lambda_p * terms["pose"]
         return loss, {name: t.detach() for name, t in terms.items()}, o
 
     @torch.no_grad()
@@ -717,23 +718,31 @@ def main() -> None:
     x_s, conf = torch.rand(1, J, 2) - 0.5, torch.ones(1, J)
     conf[0, 16] = 0  # the detector missed the right wrist
     o = model.msst(torch.randn(1, J_F, 2))
-    r = model.hiarm.rollout(to_model_frame(x_s, detected_pelvis(x_s, conf)), conf)
+    x = to_model_frame(x_s, detected_pelvis(x_s, conf))
+    g_0, _ = model.hiarm.begin(x, conf)
+    r = model.hiarm.rollout(x, conf)
     x_d, x_f = model.densify(x_s, conf)
     y = lifter(torch.cat([x_s, x_d, x_f], 1), conf)
-    for text, values in {
-        "Stage 1, MSST: from a fine pose to tokens and back": {},
-        "sparse embeddings and their tokens, Eq. 1": dict(z_s=o["z_s"], q_s=o["q_s"]),
-        "dense embeddings z'_d and their tokens, Eq. 2": dict(zp_d=o["zp_d"], q_d=o["q_d"]),
-        "decoded dense and fine points; actions, Eq. 4": {k: o[k] for k in ("x_d", "x_f", "p_A")},
-        "Stage 2, HiARM: tokens from a detection, in 16 steps of Eq. 9, 10 and 11": {},
-        "a detection, and the logits of the tokens": dict(
-            x_s=x_s, p_s=r["logits_s"], p_d=r["logits_d"]),
-        "generated dense and fine points, Alg. 1": dict(x_d=x_d, x_f=x_f),
-        "Stage 3, SpatialLifter: 17 + 48 + 96 points become 3D, Fig. 11": {},
-        "joints in mm, relative to the pelvis": dict(y=y),
-    }.items():
-        shapes = "  ".join(f"{name} {list(value.shape)}" for name, value in values.items())
-        print(f"  {shapes:55}{text}" if values else text)
+    for name, value, text in (
+        ("z_s", o["z_s"], "stage 1: sparse embeddings of a fine pose, E_d(E_f(x_f))"),
+        ("q_s", o["q_s"], "their tokens, Eq. 1"),
+        ("up_s", o["up_s"], "the quantized sparse level, decoded: D_s"),
+        ("zp_d", o["zp_d"], "dense embeddings beside it: z'_d"),
+        ("q_d", o["q_d"], "their tokens, Eq. 2"),
+        ("p_A", o["p_A"], "action logits, Eq. 4"),
+        ("x_d", o["x_d"], "decoded dense points, D_d"),
+        ("x_f", o["x_f"], "decoded fine points, D_f"),
+        ("x_s", x_s, "stage 2: a detection without its right wrist"),
+        ("g_0", g_0, "SOS, P_c(x_s); then 16 steps of Eq. 10, 11 and 9"),
+        ("logits_s", r["logits_s"], "the sparse token of each part, Eq. 11"),
+        ("logits_d", r["logits_d"], "and its dense tokens, Eq. 11"),
+        ("zh_s", r["zh_s"], "the sparse embeddings that were chosen, Alg. 1"),
+        ("zh_d", r["zh_d"], "and the dense ones"),
+        ("x_d", x_d, "generated dense points"),
+        ("x_f", x_f, "generated fine points"),
+        ("y", y, "stage 3: joints in 3D, mm relative to the pelvis, Fig. 11"),
+    ):
+        print(f"{name:10}{list(value.shape)!s:17}{text}")
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def main() -> None:
     if args.image_size and min(args.image_size) < 1:
         w, h = args.image_size
         stop(f"--image-size needs a width and a height of at least 1, found {w} {h}")
-    run, stages = open_run(args.name, args.device)
+    run, stages = open_run(args.name, args.device, stage_3=["stage3_generated_0"])
     if stages < 3:
         command = next_command(trained_on_own_data(run), stages + 1)
         stop(f"{run.path} has {stages} of the three stages that lifting needs: go on with "

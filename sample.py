@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints import Run, stop
-from evaluate import alignment, left_out, mpjpe, open_run
+from evaluate import alignment, left_out, mpjpe, open_run, part_cosines
 from hipart import (
     J_D,
     J_S,
@@ -119,8 +119,7 @@ def similarities(msst: MSST, x_f: Tensor, tokens: str) -> dict:
             C = C[torch.randperm(len(C), generator=torch.Generator().manual_seed(0))]
         codes.append(C[:100])
     o = msst(x_f)
-    part = F.normalize(o["zh_d"].unflatten(1, (J_S, R)).mean(2), dim=-1)
-    parts = (F.normalize(o["zh_s"], dim=-1) @ part.transpose(1, 2)).mean(0)  # [16, 16]
+    parts = part_cosines(o["zh_s"], o["zh_d"]).mean(0)  # [16, 16]
     C_s, C_d = codes
     return dict(
         sparse=(C_s @ C_s.T).numpy(), dense=(C_d @ C_d.T).numpy(), across=(C_d @ C_s.T).numpy(),
@@ -406,7 +405,7 @@ def tokenizers(run: Run, msst: MSST, other: str | None) -> dict[str, MSST]:
     """The tokenizers that similarity.png compares, by a name that says their lambda_l."""
     found = {run.path.name: msst}
     if other:
-        path = run.path.with_name(other)
+        path = run.path.parent / other
         if not (path / "stage1.pt").exists():
             stop(f"{path}/stage1.pt is not there: run `python train.py --name {other} --stage 1 "
                  "--lambda_l 0` first")
@@ -430,7 +429,7 @@ def main() -> None:
     args = a.parse_args()
     if args.n < 1:
         stop(f"--n must be at least 1, found {args.n}")
-    run, stages = open_run(args.name, args.device, args.data)
+    run, stages = open_run(args.name, args.device, args.data, stage_3=["stage3_generated_0"])
     hipart = load_hipart(run) if stages >= 2 else None
     msst = hipart.msst if hipart else load_msst(run)
     lifter = load_lifter(run, "generated") if stages >= 3 else None

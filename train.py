@@ -14,7 +14,9 @@ has been trained.
 
 import argparse
 import dataclasses
+import inspect
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -33,6 +35,8 @@ from checkpoints import (
     Run,
     adamw,
     choose_device,
+    every_4_epochs,
+    is_finished,
     load_checkpoint,
     load_finished,
     restore,
@@ -136,11 +140,11 @@ def load_hipart(run: Run) -> HiPART:
     again = "train it again under another --name"
     if first["run"]["samples"] != second["run"]["samples"]:
         stop(f"{run.path}: stage 2 was trained on other data than stage1.pt; {again}")
+    if not torch.equal(first["model"]["Q_s.codebook"], second["model"]["C_s"]):
+        stop(f"{run.path}: stage 2 was trained on another tokenizer than stage1.pt; {again}")
     model = HiPART(Config(**second["config"])).to(run.device)
     restore(model.msst, first)
     restore(model.hiarm, second)
-    if not torch.equal(model.hiarm.C_s, model.msst.Q_s.codebook):
-        stop(f"{run.path}: stage 2 was trained on another tokenizer than stage1.pt; {again}")
     return model.eval()
 
 
@@ -164,15 +168,13 @@ def checkpoints_of(stage: int, seeds: int = 1) -> list[str]:
     return ["regressor", *lifters] if stage == 3 else [f"stage{stage}"]
 
 
-def trained_stages(run: Run, seeds: int = 1) -> int:
-    """How many of the three stages are finished, 0 to 3, each with all of its checkpoints."""
+def trained_stages(run: Run, seeds: int = 1, stage_3: list[str] | None = None) -> int:
+    """How many of the three stages are finished, 0 to 3. What counts as stage 3 is all that it
+    leaves, unless its checkpoints are named."""
     for stage in (1, 2, 3):
-        for name in checkpoints_of(stage, seeds):
-            if not (run.path / f"{name}.pt").exists():
-                return stage - 1
-            saved = load_checkpoint(run, name)
-            if saved["epoch"] < saved["epochs"]:
-                return stage - 1
+        names = stage_3 if stage == 3 and stage_3 else checkpoints_of(stage, seeds)
+        if not all(is_finished(run, name) for name in names):
+            return stage - 1
     return 3
 
 
@@ -384,9 +386,7 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     model.standardize(**given(train.read(rows, run.rng(3, seed, 10**6), clean)))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=t.lr_3, weight_decay=t.weight_decay_3, fused=True)
-    per_epoch = everything.steps(t.batch_3)
-    schedule = (warmup_cosine(500) if t.cosine_3
-                else lambda step, steps: 0.96 ** (step // per_epoch // 4))
+    schedule = warmup_cosine(500) if t.cosine_3 else every_4_epochs(everything.steps(t.batch_3))
     loop = Loop(run, f"stage3_{name}_{seed}", model, optimizer, epochs, train.steps(t.batch_3),
                 schedule)
     for epoch in loop.epochs():
@@ -509,11 +509,13 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="go on from this run's checkpoints")
     for kind, title in ((Config, "hipart.Config"), (Training, "train.Training")):
         group = p.add_argument_group(f"fields of {title} (they override the preset)")
+        about = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)", inspect.getsource(kind), re.M))
         for f in dataclasses.fields(kind):
             names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
             how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool
                    else dict(type=f.type, metavar=str(f.default)))
-            group.add_argument(*names, dest=f.name, default=None, **how)
+            text = about.get(f.name, "").replace("%", "%%")
+            group.add_argument(*names, dest=f.name, default=None, help=text, **how)
     return p
 
 

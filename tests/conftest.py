@@ -145,12 +145,13 @@ def tiny_run(tiny_data, tmp_path_factory):
     Do not write to it."""
     folder, precision = tmp_path_factory.mktemp("run"), torch.get_float32_matmul_precision()
     sizes = [part for k, v in RUN_SIZES.items() for part in (f"--{k}", str(v))]
-    told = ["--preset", "paper", "--name", "tiny", "--data", f"{tiny_data}/tiny", "--device", "cpu"]
+    options = ["--preset", "paper", "--name", "tiny", "--data", f"{tiny_data}/tiny"]
     with pytest.MonkeyPatch.context() as m:
         m.chdir(folder)
         m.setattr(train, "script", lambda *command: None)  # no tables and figures
         for stage in "123":
-            m.setattr("sys.argv", ["train.py", *told, "--stage", stage, "--seeds", "2", *sizes])
+            m.setattr("sys.argv", ["train.py", *options, "--stage", stage, "--seeds", "2",
+                                   "--device", "cpu", *sizes])
             train.main()
     torch.set_float32_matmul_precision(precision)
     return folder

@@ -648,6 +648,19 @@ def test_a_missing_or_damaged_checkpoint_is_said(tiny_run, data, tmp_path, monke
     assert not (folder / "table.md").exists()
 
 
+def test_a_full_report_is_not_replaced_by_a_lesser_one(tiny_run, data, tmp_path, monkeypatch,
+                                                       capsys):  # fmt: skip
+    """One lifter is gone, and the table with the errors in 3D is still there."""
+    copy_runs(tiny_run, tmp_path)
+    folder = tmp_path / "runs" / "tiny"
+    (folder / "stage3_sparse_clean_0.pt").unlink()
+    (folder / "table.md").write_text("## 3D error on `test`\n")
+    said = refused(monkeypatch, capsys, tmp_path, "--data", data)
+    assert "table.md" in said and "--stage 3" in said and "--resume" in said
+    assert (folder / "table.md").read_text() == "## 3D error on `test`\n"
+    assert not (folder / "evaluation.json").exists()
+
+
 def test_senseless_options_are_said(tiny_run, run, data, tmp_path, monkeypatch, capsys):
     assert "--seeds" in refused(monkeypatch, capsys, run, "--data", data, "--seeds", 0)
     assert "--seeds" in refused(monkeypatch, capsys, run, "--data", data, "--seeds", 2,

@@ -125,6 +125,15 @@ def test_all_three_stages_are_needed(own_run, run_script, missing, stage):
     assert f"--name no_{missing}" in err and f"--stage {stage}" in err
 
 
+def test_of_stage_3_one_lifter_is_enough(own_run, run_script):
+    partial = own_run.with_name("one_lifter")
+    others = shutil.ignore_patterns("stage3_[!g]*", "stage3_ground*", "regressor.pt", "keypoints")
+    shutil.copytree(own_run, partial, ignore=others)
+    status, out, err = run_script(EXAMPLE, name=partial.name)
+    assert status == 0 and "poses.npz" in out, err
+    shutil.rmtree(partial)
+
+
 def test_a_run_that_is_not_there_names_those_that_are(run_script):
     status, out, err = run_script(EXAMPLE, name="standard")
     assert status == 2 and out == "" and len(err.strip().split("\n")) == 1
