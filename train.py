@@ -461,6 +461,7 @@ def densified_training_set(run: Run, model: HiPART, train: Split, draw: int) -> 
     stored = np.load(path, mmap_mode="r", allow_pickle=False)
 
     def read(rows: np.ndarray) -> dict[str, Tensor]:
+        """The stored samples of these rows, on the device."""
         both = torch.from_numpy(stored[rows]).to(run.device)
         return dict(x=both[:, :width].unflatten(1, (-1, 2)), conf=both[:, width:])
 

@@ -449,10 +449,12 @@ class Capture:
     points: smpl.Points
 
     def posed(self, key: tuple[str, str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`pose_fits` of one sequence, (subject, action)."""
         return pose_fits(self.points, self.fits.get(key), self.joints[key])
 
 
 def read_capture(files: Files, points: smpl.Points) -> Capture:
+    """Everything that the files say, in memory."""
     joints, (detections, layout) = read_joints(files.joints), read_detections(files.detections)
     fits = {(subject, action): fit for subject in EXTRINSICS if subject in files.fits
             for action, fit in read_fits(files.fits[subject], subject).items()}

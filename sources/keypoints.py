@@ -216,6 +216,7 @@ def _people(path: Path) -> tuple[list[tuple], str, str | None]:
 
 
 def _openpose_folder(path: Path) -> tuple[list[tuple], str, None]:
+    """A video: one file a frame, in the order of their names."""
     files = [f for f in path.glob("*.json") if not f.name.startswith(".")]
     if not files:
         raise ValueError(f"{path} holds no .json file: expected a folder of OpenPose's output, "
@@ -263,6 +264,7 @@ def _results(path: Path, content: list[dict]) -> tuple[list[tuple], str, str | N
 
 
 def _openpose(path: Path, content) -> list[np.ndarray]:
+    """The people of one OpenPose file, each [K, 3] px and score."""
     if not isinstance(content, dict) or not isinstance(content.get("people"), list):
         raise ValueError(f"{path} is not OpenPose's: expected an object with the list `people`")
     flat = [p.get("pose_keypoints_2d", p.get("pose_keypoints")) for p in content["people"]]

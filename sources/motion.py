@@ -112,6 +112,7 @@ class Motion:
         return np.concatenate(clips)[first[which] + (u * sizes[which]).astype(int)]
 
     def pose(self, frames):
+        """The poses of frames [N], see the top of this file."""
         return self.quats[frames], self.hinges[frames], self.height[frames]
 
 
@@ -150,6 +151,7 @@ def augment(motion, n, rng):
     following = _following(motion)
 
     def draw():
+        """n random poses between a frame and the next, and the clips that they are from."""
         frames = motion.draw("train", n, rng)
         between = blend(motion.pose(frames), motion.pose(following[frames]), rng.random(n))
         return between, motion.clip[frames]
