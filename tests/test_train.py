@@ -53,9 +53,9 @@ def flags(**values):
     ]
 
 
-def main(monkeypatch, folder, *args, **options):
+def main(monkeypatch, folder, *args, script=lambda *command: None, **options):
     """`python train.py --preset paper --name tiny ARGS` with the tiny sizes, in this process, with
-    `folder` as the current one, and without the tables and figures at its end."""
+    `folder` as the current one; `script` stands in for the tables and figures at its end."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     precision = torch.get_float32_matmul_precision()
     argv = [
@@ -70,7 +70,7 @@ def main(monkeypatch, folder, *args, **options):
         *flags(**TINY | options),
     ]
     with monkeypatch.context() as m:
-        m.setattr(train, "script", lambda *command: None)
+        m.setattr(train, "script", script)
         m.chdir(folder)
         m.setattr(sys, "argv", argv)
         try:
@@ -1017,24 +1017,10 @@ def test_the_next_command_is_short_where_it_can_be(tmp_path):
 def test_a_run_ends_with_tables_and_figures(run, data, tmp_path, monkeypatch):
     begin(run, tmp_path, "stage1")
     commands = []
-    argv = [
-        "train.py",
-        "--preset",
-        "paper",
-        "--name",
-        "tiny",
-        "--data",
-        data,
-        "--device",
-        "cpu",
-        "--stage",
-        "1",
-        "--resume",
-        *flags(**TINY),
-    ]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr(train, "script", lambda *command: commands.append(command))
-    train.main()
+
+    def script(*command):
+        commands.append(command)
+
+    main(monkeypatch, tmp_path, "--data", data, "--stage", 1, "--resume", script=script)
     names = ("--name", "tiny", "--data", data)
     assert commands == [("evaluate.py", *names, "--seeds", "1"), ("sample.py", *names)]
