@@ -382,7 +382,7 @@ def test_a_member_with_a_wrong_size_is_refused(tmp_path):
     np.savez(path, a=np.zeros(100))
     good = path.read_bytes()
     at = good.index(b"PK\1\2") + 24
-    for size in (10, 1 << 20, 0xFFFFFFFE):
+    for size in (10, 0xFFFFFFFE):
         path.write_bytes(good[:at] + struct.pack("<I", size) + good[at + 4 :])
         with pytest.raises(ValueError, match="a.npz is not a NumPy file that can be read: "):
             load_arrays(path)
