@@ -321,7 +321,8 @@ class _Maker:
 
     def filled(self, shape, kind: _Dtype, fortran: bool, raw) -> np.ndarray:
         """An array of plain numbers or strings."""
-        raw = self.real(_Bytes(raw) if isinstance(raw, str) else raw)  # Python 2 wrote text
+        # Python 2 wrote text.
+        raw = _Bytes(raw).real(self) if isinstance(raw, str) else self.real(raw)
         if not isinstance(kind, _Dtype) or not isinstance(raw, bytes):
             raise Refused("its pickle holds an array without a dtype or without numbers")
         a = filled(shape, kind.dtype(), fortran, raw)

@@ -324,14 +324,14 @@ def npy(header, raw=b""):
     return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(text)) + text + raw
 
 
-def with_shape(shape, descr="'<f4'", fortran=False):
-    return npy(f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}\n", bytes(64))
+def with_shape(shape, descr="'<f4'", raw=bytes(64)):
+    return npy(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n", raw)
 
 
 HEADERS = {
     "negative": with_shape((-4, 4)), "too large": with_shape(((1 << 64) + 16,)),
     "truth": with_shape((16, True)), "no tuple": with_shape([16]), "none": with_shape(None),
-    "endless loop": with_shape((1 << 40, 0, 17, 2)), "deep": npy("(" * 900 + ")" * 900),
+    "endless loop": with_shape((1 << 40, 0, 17, 2), raw=b""), "deep": npy("(" * 900 + ")" * 900),
     "minus": npy("-" * 990 + "1"), "long": with_shape((16,), "'<f4'" + " " * 5000),
     "record": with_shape((8,), "[('a', '<f4'), ('b', '<f4')]"),
     "record of objects": with_shape((8,), "[('a', '|O'), ('b', '<f4')]"),
@@ -411,15 +411,27 @@ def test_only_regular_files_are_read(tmp_path):
 
 def test_python_2_wrote_arrays_as_text(tmp_path):
     """In protocol 0, as SMPL's files of 2015, and in protocol 2."""
-    a = np.arange(300.0).reshape(100, 3)
-    begins = name("numpy.core.multiarray", "_reconstruct") + b"p1\n(" + name("numpy", "ndarray")
-    begins += b"p2\n(I0\ntp3\nS'b'\np4\ntp5\nRp6\n(I1\n(L100L\nI3\ntp7\n" + name("numpy", "dtype")
-    begins += b"p8\n(S'f8'\np9\nI0\nI1\ntp10\nRp11\n(I3\nS'<'\np12\nNNNI-1\nI-1\nI0\ntp13\nbI00\n"
-    quoted = "".join(f"\\x{c:02x}" for c in a.tobytes()).encode()
-    for raw in (b"S'" + quoted + b"'\n", b"T" + struct.pack("<I", 2400) + a.tobytes()):
-        path = tmp_path / "a.pkl"
-        path.write_bytes(b"(dp0\nS'v'\n" + begins + raw + b"p14\ntp15\nbs.")
-        assert np.array_equal(load_pickle(path)["v"], a)
+    arrays = {"v": np.arange(300.0).reshape(100, 3), "w": np.arange(4.0).reshape(2, 2)}
+
+    def written(a, raw):
+        head = name("numpy.core.multiarray", "_reconstruct") + b"(" + name("numpy", "ndarray")
+        shape = b"(I0\ntS'b'\ntR(I1\n(L%dL\nI%d\nt" % a.shape + name("numpy", "dtype")
+        return head + shape + b"(S'f8'\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\n" + raw + b"tb"
+
+    def quoted(raw):
+        return b"S'" + "".join(f"\\x{c:02x}" for c in raw).encode() + b"'\n"
+
+    def counted(raw):
+        return b"T" + struct.pack("<I", len(raw)) + raw
+
+    path = tmp_path / "a.pkl"
+    for as_text in (quoted, counted):
+        items = [b"S'%s'\np%d\n" % (k.encode(), i) + written(a, as_text(a.tobytes())) + b"s"
+                 for i, (k, a) in enumerate(arrays.items(), 2)]
+        path.write_bytes(b"(dp1\n" + b"".join(items) + b".")
+        found = load_pickle(path)
+        assert found.keys() == arrays.keys()
+        assert all(np.array_equal(found[k], a) for k, a in arrays.items())
 
 
 def test_limits_and_orders_of_arrays(tmp_path, monkeypatch):
