@@ -64,7 +64,7 @@ def load_arrays(path: Path, largest: int = LARGEST) -> dict[str, np.ndarray]:
     """
     with _opened(path, "a NumPy file", largest) as (f, budget):
         if path.suffix.lower() == ".npy":
-            return {"": _npy(f.read(), budget)}
+            return {"": _npy(f.read(largest), budget)}
         # A signature starts the entry of each member. They are counted first, since zipfile makes
         # an object of each.
         if sum(piece.count(b"PK\1\2") for piece in iter(lambda: f.read(1 << 20), b"")) > MEMBERS:
@@ -88,7 +88,7 @@ def load_pickle(path: Path, largest: int = LARGEST):
     bytes or asks for more than its `Budget`.
     """
     with _opened(path, "a pickle", largest) as (f, budget):
-        return _unpickled(BytesIO(f.read()), budget)
+        return _unpickled(BytesIO(f.read(largest)), budget)
 
 
 def described(x) -> str:
@@ -152,6 +152,10 @@ def filled(shape, dtype: np.dtype, fortran: bool, raw: bytes | memoryview) -> np
     if len(raw) != math.prod(checked_shape(shape)) * dtype.itemsize:
         raise Refused(f"the size of one of its arrays is not that of {shown(str(list(shape)))} "
                       f"times {dtype}")
+    if dtype.kind == "U":
+        letters = np.frombuffer(raw, np.dtype("u4").newbyteorder(dtype.byteorder))
+        if letters.max(initial=0) > 0x10FFFF:
+            raise Refused("one of its arrays holds letters that do not exist")
     return np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
 
 

@@ -337,6 +337,7 @@ HEADERS = {
     "record of objects": with_shape((8,), "[('a', '|O'), ('b', '<f4')]"),
     "array in an array": with_shape((1,), "('<f4', (16,))"),
     "time": with_shape((8,), "'<M8[s]'"), "no size": with_shape((1 << 40,), "'<U0'"),
+    "letters": with_shape((16,), "'<U1'", b"\xff" * 64),
     "pickle": npy("{'descr': '|O', 'fortran_order': False, 'shape': (), }\n", b"garbage"),
     "no header": npy("print('\x1b[31mred')"), "zip": b"PK\x03\x04" + bytes(100), "empty": b"",
 }  # fmt: skip
