@@ -34,8 +34,10 @@ from sources.dataset import (
     draw_samples,
     new_data_set,
 )
+from sources.files import read_json
 from sources.geometry import H36M_INTRINSICS, project, quat_to_matrix
-from sources.keypoints import LAYOUTS, read_json, to_h36m, videopose_layout
+from sources.keypoint_files import videopose_layout
+from sources.layouts import LAYOUTS, to_h36m
 from sources.safe_pickle import load_arrays
 
 TRAIN, TEST = ("S1", "S5", "S6", "S7", "S8"), ("S9", "S11")
@@ -281,7 +283,7 @@ def read_detections(path: Path) -> tuple[dict[tuple[str, str], list], str]:
         layout = None
     if layout is None:
         raise ValueError(f"{path}: its metadata tell no order of joints that is known here")
-    n_joints, found = LAYOUTS[layout][0], {}
+    n_joints, found = len(LAYOUTS[layout]), {}
     for subject, actions in _mapping(path, "positions_2d", content["positions_2d"]).items():
         for action, views in _mapping(path, f"positions_2d {subject}", actions).items():
             where = f"{path}, {subject} {action}"

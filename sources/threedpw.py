@@ -25,7 +25,7 @@ from sources.dataset import (
     new_data_set,
 )
 from sources.geometry import IMAGE_SIZE
-from sources.keypoints import to_h36m
+from sources.layouts import to_h36m
 from sources.safe_pickle import load_pickle
 
 FOCAL, CENTRE = 1145.0, 500.0  # px, about those of Human3.6M's cameras
