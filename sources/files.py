@@ -89,4 +89,5 @@ def read_json(path: Path, largest: int = LARGEST, memory: int = JSON_MEMORY):
                              f"{memory >> 20} MB are allowed; split it")
         return json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError, OSError) as e:
-        raise ValueError(f"{name} is not a JSON file that can be read: {shown(e.args[-1])}") from e
+        raise ValueError(f"{name} is not a JSON file that can be read: "
+                         f"{shown(e.args[-1], 200)}") from e

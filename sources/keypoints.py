@@ -135,7 +135,7 @@ def _scores(points: np.ndarray) -> tuple[float, list[str]]:
     if 0.5 <= largest <= 1.05 or np.isin(score, (1, 2)).all():
         return PROBABLE, []
     scale, least = ("percent", 100 * PROBABLE) if 20 < largest <= 100 else (
-        "heights of peaks in heat maps", median / 10)
+        "heights of peaks in heat maps", float(median) / 10)
     return least, [f"scores go up to {largest:.3g}, with a median of {median:.2g}, so they are "
                    f"taken as {scale}: joints below {least:.2g} count as missing"]
 
