@@ -1,12 +1,11 @@
 """The files in which other programs keep 2D keypoints, read into people.
 
-Most JSON files are people in images in lists, under names that differ: `_collect` finds people
+Most JSON files are people in images in lists, under names that differ: `_Search` finds people
 wherever they are, and PROGRAMS says whose file it is. COCO's annotations, NumPy's arrays and the
 labels of Ultralytics have readers of their own. Nothing that a file holds is executed: object
 arrays go through an unpickler that builds arrays only (safe_pickle.py).
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,8 @@ from sources.safe_pickle import load_arrays
 from sources.tracks import Frame, frame_of
 
 MOST = 200_000  # people of a file
-MOST_NUMBERS = 30_000_000  # of all of them
+MOST_NUMBERS = 15_000_000  # of all of them
+MOST_NODES = 1_000_000  # lists and objects that are searched for people
 LONGEST_NAME = 100  # characters of an image's name that are kept
 DEPTH = 8  # of lists and objects around the people of a JSON file
 
@@ -88,7 +88,7 @@ def read_people(path: Path) -> Found:
     if suffix != ".json":
         raise ValueError(f"expected a file that ends in .json, .npz, .npy or .txt, or a folder of "
                          f".json or .txt files, found the ending {shown(suffix)!r}")
-    content = _json(path)
+    content = read_json(path, lines=True)  # OpenPifPaf's videos are lines
     if isinstance(content, dict) and "annotations" in content:
         return _coco(content)
     if isinstance(content, list) and content and _is(content[0], "keypoint_annotations"):
@@ -97,17 +97,6 @@ def read_people(path: Path) -> Found:
         return Found("AI Challenger", _listed(content, path.stem)[0], "aic14")
     people, keys = _listed(content, path.stem)
     return _recognised(people, keys, content)
-
-
-def _json(path: Path):
-    """The content of a JSON file, or of one with an object in every line, as OpenPifPaf writes."""
-    try:
-        return read_json(path)
-    except ValueError:
-        lines = read_bytes(path).splitlines()
-        if len(lines) < 2 or not all(line.startswith(b"{") for line in lines):
-            raise
-        return [json.loads(line) for line in lines]
 
 
 def _is(x, *keys: str) -> bool:
@@ -207,8 +196,8 @@ def _named(names: list[str]) -> str:
 def _listed(content, image: str) -> tuple[list[Person], set[str]]:
     """The people of a JSON file, those of a sequence in the order of its frames, and the keys on
     the way to the first. image: the name for people who are in no other image."""
-    people, keys = [], set()
-    for p, where, of in _collect(content, image, keys):
+    people, search = [], _Search()
+    for p, where, of in search.people(content, image):
         track = _id(p) if isinstance(p, dict) else ""
         own = _image(p, where)
         frame = frame_of(own[-200:]) if isinstance(own, str) else Frame("", _whole(own))
@@ -222,35 +211,43 @@ def _listed(content, image: str) -> tuple[list[Person], set[str]]:
     for i, p in enumerate(people):
         seen[p.name] = seen.get(p.name, -1) + 1
         people[i] = p._replace(name=f"{p.name} #{seen[p.name]}")
-    return people, keys
+    return people, search.keys
 
 
-def _collect(node, image, keys: set[str], size=(0.0, 0.0), group="", depth=0) -> Iterator[tuple]:
-    """Every person under `node`, with the name or number of the image and its size. The keys on
-    the way are added to `keys`; group: the one that `node` had."""
-    if depth > DEPTH:
-        raise ValueError("its lists and objects lie too deep in one another")
-    if _is_person(node):
-        if isinstance(node, dict):
-            keys.update(k for k in node if len(k) < 40)
-        if not isinstance(node, dict) or _is_landmarks(_pose(node)):
-            keys.add("landmarks")
-        yield node, image, size
-    elif isinstance(node, list):
-        # A list of lists is a video, unless the file says that it is a group of people.
-        frames = not group and any(isinstance(x, list) for x in node)
-        for i, x in enumerate(node):
-            yield from _collect(x, Frame("", i) if frames else image, keys, size, "", depth + 1)
-    elif isinstance(node, dict):
-        image = _image(node, image)
-        size = sized(node["width"], node.get("height")) if "width" in node else size
-        group = next((k for k in GROUPS if isinstance(node.get(k), list | dict)), "")
-        if group:
-            keys.add(group)
-            yield from _collect(node[group], image, keys, size, group, depth + 1)
-        elif node and all(isinstance(v, list | dict) for v in node.values()):
-            for k, v in node.items():  # images by their names
-                yield from _collect(v, k, keys, size, "", depth + 1)
+class _Search:
+    """Finds people wherever they are in what a JSON file holds. `keys` are those on the way to
+    them, and their own."""
+
+    def __init__(self):
+        self.keys, self.visited = set(), 0
+
+    def people(self, node, image, size=(0.0, 0.0), group="", depth=0) -> Iterator[tuple]:
+        """Every person under `node`, with the name or number of the image and its size. group: the
+        key of `node`, if it is one that holds people."""
+        self.visited += 1
+        if depth > DEPTH or self.visited > MOST_NODES:
+            raise ValueError("its lists and objects lie too deep in one another, or are too many")
+        if _is_person(node):
+            if isinstance(node, dict):
+                self.keys.update(k for k in node if len(k) < 40)
+            if not isinstance(node, dict) or _is_landmarks(_pose(node)):
+                self.keys.add("landmarks")
+            yield node, image, size
+        elif isinstance(node, list):
+            # A list of lists is a video, unless the file says that it is a group of people.
+            video = not group and any(isinstance(x, list) for x in node)
+            for i, x in enumerate(node):
+                yield from self.people(x, Frame("", i) if video else image, size, "", depth + 1)
+        elif isinstance(node, dict):
+            image = _image(node, image)
+            size = sized(node["width"], node.get("height")) if "width" in node else size
+            group = next((k for k in GROUPS if isinstance(node.get(k), list | dict)), "")
+            if group:
+                self.keys.add(group)
+                yield from self.people(node[group], image, size, group, depth + 1)
+            elif node and all(isinstance(v, list | dict) for v in node.values()):
+                for k, v in node.items():  # images by their names
+                    yield from self.people(v, k, size, "", depth + 1)
 
 
 def _image(node, otherwise):
@@ -376,8 +373,8 @@ def _coco(content: dict) -> Found:
 def _labels(path: Path) -> list[Person]:
     """Ultralytics' labels of one image: class, box, joints, and perhaps a confidence and an id."""
     people = []
-    for i, line in enumerate(read_bytes(path).decode("utf-8", "replace").splitlines()):
-        numbers = np.array(line.split(), np.float64)
+    for i, line in enumerate(read_bytes(path, 16 << 20).decode("utf-8", "replace").splitlines()):
+        numbers = np.array(line.split(maxsplit=100), np.float64)
         columns = {39: 2, 40: 2, 56: 3, 57: 3, 58: 3}.get(len(numbers))
         if columns is None:
             raise ValueError("expected in every line a class, a box and 17 joints, 56 numbers and "
@@ -425,6 +422,8 @@ def _videopose(path: Path, content: dict) -> Found:
         for action, cameras in actions.items():
             single = isinstance(cameras, np.ndarray) and cameras.ndim == 3
             cameras = [cameras] if single else cameras
+            if len(cameras) > 1000:
+                raise ValueError(f"it has {len(cameras)} cameras: expected at most 1000")
             for camera, frames in enumerate(cameras):
                 if frames is None:
                     continue

@@ -130,6 +130,9 @@ def _scores(points: np.ndarray) -> tuple[float, list[str]]:
     if len(score) and (score == 0).all():
         raise ValueError("all its scores are 0, so that every joint counts as missing: write 1 "
                          "for the joints that are there, or leave the scores out")
+    if len(score) and np.mean(score < 0) > 0.2:
+        raise ValueError("many of its scores are below 0, so they are no scores: leave the third "
+                         "column out")
     score = score[np.isfinite(score) & (score > 0)]
     largest, median = (score.max(), np.median(score)) if len(score) else (1.0, 1.0)
     if 0.5 <= largest <= 1.05 or np.isin(score, (1, 2)).all():

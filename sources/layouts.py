@@ -91,6 +91,8 @@ def joint_table(layout: str) -> dict[int, list[int]]:
 
 def layout_of(names: list[str]) -> str | None:
     """The layout whose joints have these names, in this order, or None."""
+    if len(names) not in {len(ours) for ours in LAYOUTS.values()} | set(LARGER):
+        return None
     found = [_plain(name) for name in names]
     for layout, ours in LAYOUTS.items():
         ours = [_plain(name) for name in ours]

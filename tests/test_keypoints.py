@@ -393,6 +393,13 @@ def test_scores_that_are_all_zero_are_said(tmp_path):
             read(write(tmp_path / "a.json", content))
 
 
+def test_depths_are_no_scores(tmp_path):
+    p = A * [1, 1, 0] + np.c_[np.zeros((17, 2)), np.linspace(-1, 1, 17)]
+    np.save(tmp_path / "a.npy", p[None])
+    with pytest.raises(ValueError, match="no scores: leave the third column out"):
+        read(tmp_path / "a.npy", "coco17")
+
+
 def test_missing_joints_in_all_their_forms(tmp_path):
     p = A.copy()
     lost = {7: [0, 0, 0.9], 9: [-1, -1, 0.9], 10: [None, None, 0.9], 15: [float("nan"), 5, 0.9],
