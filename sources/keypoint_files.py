@@ -20,7 +20,7 @@ from sources.tracks import Frame, frame_of
 
 MOST = 200_000  # people of a file
 MOST_NUMBERS = 15_000_000  # of all of them
-MOST_NODES = 1_000_000  # lists and objects that are searched for people
+MOST_NODES = 500_000  # lists and objects that are searched for people
 LONGEST_NAME = 100  # characters of an image's name that are kept
 DEPTH = 8  # of lists and objects around the people of a JSON file
 
