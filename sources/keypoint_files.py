@@ -140,7 +140,7 @@ def reason(e: Exception) -> str:
     if isinstance(e, KeyError):
         return f"the key {shown(e.args[0])!r} is missing"
     if isinstance(e, ValueError) and e.args and isinstance(e.args[0], str):
-        return shown(e.args[0], 400)
+        return shown(e.args[0], 800)
     return f"it is not built as expected ({type(e).__name__})"
 
 
@@ -187,9 +187,9 @@ def _are_names(names) -> bool:
 def _named(names: list[str]) -> str:
     layout = layout_of(names)
     if layout is None:
-        raise ValueError(f"its joints are {shown(', '.join(n[:40] for n in names[:40]), 250)}, and "
-                         "no layout that is known has these in this order: convert them to one "
-                         "of COCO's or Human3.6M's 17")
+        listed = ", ".join(shown(name, 24) for name in names[:20]) + " ..." * (len(names) > 20)
+        raise ValueError(f"its {len(names)} joints are {listed}, and no layout that is known has "
+                         "these in this order: convert them to COCO's or Human3.6M's 17")
     return layout
 
 
@@ -462,6 +462,7 @@ def _scored(a) -> np.ndarray:
         raise ValueError(f"it holds an array {list(a.shape)}: expected at most {MOST} people and "
                          f"{MOST_NUMBERS} numbers; split it")
     a = a.reshape(*(1,) * (4 - a.ndim), *a.shape).astype(np.float64)
+    a = a.swapaxes(0, 1) if a.shape[1] == 1 else a  # one person, [T, 1, joints, 2 or 3]
     if mediapipe and columns == 4:
         return a[..., [0, 1, 3]]
     if columns == 2 or mediapipe and not ((a[..., 2] >= 0) & (a[..., 2] <= 1)).all():

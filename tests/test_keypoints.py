@@ -313,6 +313,8 @@ def test_lifting_demos(tmp_path):
             k = read(tmp_path / "keypoints.npz", layout)
             assert k.track == ["keypoints"] * 5
             expect(k, frames if columns == 3 else frames * [1, 1, 0] + [0, 0, 1], "h36m17")
+    np.savez(tmp_path / "keypoints.npz", x=frames[:, None])
+    assert read(tmp_path / "keypoints.npz", "h36m17").track == ["keypoints"] * 5
     np.savez(tmp_path / "keypoints.npz", x=np.stack([frames, frames + [300, 0, 0]]))
     k = read(tmp_path / "keypoints.npz", "h36m17")
     assert k.track == ["keypoints 0"] * 5 + ["keypoints 1"] * 5
@@ -485,7 +487,7 @@ def test_messages_are_short_and_plain(tmp_path):
                     annotations([A]) | dict(annotations=[dict(keypoints=[1], image_id=odd)])):
         with pytest.raises(ValueError) as e:
             read(write(tmp_path / "a.json", content))
-        assert str(e.value).isprintable() and len(str(e.value)) < len(str(tmp_path)) + 500
+        assert str(e.value).isprintable() and len(str(e.value)) < len(str(tmp_path)) + 700
     k = read(write(tmp_path / "a.json", results([A], [odd])))
     assert k.name[0].isprintable() and len(k.name[0]) <= 100
 
