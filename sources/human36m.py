@@ -36,7 +36,8 @@ from sources.dataset import (
 )
 from sources.files import read_json, shown
 from sources.geometry import H36M_INTRINSICS, project, quat_to_matrix
-from sources.keypoints import LAYOUTS, to_h36m, videopose_layout
+from sources.keypoint_files import videopose_layout
+from sources.layouts import LAYOUTS, to_h36m
 from sources.safe_pickle import described, load_arrays
 
 TRAIN, TEST = ("S1", "S5", "S6", "S7", "S8"), ("S9", "S11")
@@ -291,7 +292,7 @@ def read_detections(path: Path) -> tuple[dict[tuple[str, str], list], str]:
     if layout is None:
         raise ValueError(f"{name}: expected metadata with layout_name or keypoints_symmetry, "
                          "found no order of joints that is known here")
-    n_joints, found = LAYOUTS[layout][0], {}
+    n_joints, found = len(LAYOUTS[layout]), {}
     for subject, actions in _mapping(path, "positions_2d", content["positions_2d"]).items():
         for action, views in _mapping(path, f"positions_2d {shown(subject)}", actions).items():
             where = f"{name}, {shown(subject)} {shown(action)}"

@@ -26,7 +26,7 @@ from sources.dataset import (
 )
 from sources.files import shown
 from sources.geometry import IMAGE_SIZE
-from sources.keypoints import to_h36m
+from sources.layouts import to_h36m
 from sources.safe_pickle import described, load_pickle
 
 FOCAL, CENTRE = 1145.0, 500.0  # px, about those of Human3.6M's cameras

@@ -27,7 +27,7 @@ LATE = {("sources/bodies.py", "anny"), ("kernels/__init__.py", "torch.utils"),
         ("kernels/__init__.py", "fcntl")}  # fmt: skip
 MOST_LINES = {
     "hipart.py": 750, "baselines.py": 110, "checkpoints.py": 300, "train.py": 580, "tables.py": 330,
-    "evaluate.py": 560, "sample.py": 480, "lift.py": 260, "prepare_data.py": 300,
+    "evaluate.py": 560, "sample.py": 480, "lift.py": 310, "prepare_data.py": 300,
     "kernels/quantizer.cu": 260, "kernels/quantizer.cpp": 400, "kernels/quantizer_cuda.cpp": 100,
     "tests/cuda_emulator.h": 150,
 }  # fmt: skip
