@@ -13,14 +13,16 @@ import hashlib
 import json
 import math
 import os
-import pickle
+import pickletools
+import re
 import sys
 import time
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -28,7 +30,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hipart import Config
-from sources.dataset import Split
+from sources.dataset import META_BYTES, Split
+from sources.files import open_regular, read_bytes, read_json, shown
+
+LARGEST = 16 << 30  # bytes of a checkpoint
+STEPS = 1_000_000  # instructions of the pickle in it, of which a large model has 50,000
+KNOWN = "collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Z][a-z]+Storage"
+MOST_BLOCKS, MOST = 1000, 1_000_000  # of the options in it: blocks, and other numbers
 
 
 @dataclass
@@ -49,9 +57,14 @@ class Run:
 
     def samples(self) -> str:
         """A name for the samples: a hash of what meta.json says, but for versions of libraries."""
-        meta = json.loads(Path(self.data, "meta.json").read_text())
-        meta.pop("versions", None)
-        return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+        try:
+            meta = read_json(Path(self.data, "meta.json"), META_BYTES)
+            meta.pop("versions", None)
+            text = json.dumps(meta, sort_keys=True)
+        except (ValueError, AttributeError, RecursionError):
+            stop(f"{shown(self.data, 4096)} is not a data set that can be read: make it again with "
+                 "`python prepare_data.py`")
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def log(self, **row) -> None:
         """Append a line to log.jsonl, with numbers to six digits."""
@@ -61,15 +74,19 @@ class Run:
     def forget(self, model: str, epoch: int) -> None:
         """Drop the log lines of epochs that never reached a checkpoint: they will come again."""
         path = self.path / "log.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        kept = [r for r in rows if r["model"] != model or r["epoch"] <= epoch]
+        try:
+            lines = read_bytes(path).decode().splitlines() if path.exists() else []
+            rows = [json.loads(line) for line in lines]
+            kept = [r for r in rows if r["model"] != model or r["epoch"] <= epoch]
+        except (ValueError, TypeError, LookupError, RecursionError, OSError) as e:
+            stop(f"{path} is damaged ({type(e).__name__}): move it away and go on with --resume")
         write(path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def split(self, name: str, has_mesh: bool = False) -> Split:
         """A split of the data, and of the training split as many samples as Training.limit says."""
         limit = self.training.limit if name == "train" else 0
         try:
-            return Split(self.data, name, self.device, limit, has_mesh)
+            return Data(self.data, name, self.device, limit, has_mesh)
         except (ValueError, OSError) as e:
             stop(str(e))
 
@@ -77,6 +94,17 @@ class Run:
         """Random numbers for the simulated detector, keyed by stage, seed and epoch, so that any
         epoch can be drawn again."""
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+class Data(Split):
+    """A split whose files may be cut short while it is read."""
+
+    def read(self, *args, **options) -> dict[str, Tensor]:
+        """As `Split.read`, or one sentence and exit status 2."""
+        try:
+            return super().read(*args, **options)
+        except (ValueError, OSError) as e:
+            stop(f"{e}: make the data set again")
 
 
 def _rounded(v):
@@ -113,15 +141,55 @@ def load_checkpoint(run: Run, name: str) -> dict:
     if not path.exists():
         stop(f"{path} is not there: {again} first")
     try:
+        with open_regular(path, LARGEST) as f:
+            _check_file(f)
         saved = torch.load(path, map_location=run.device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
+    except Exception as e:  # a broken file can raise nearly anything
         stop(f"{path} is not a readable checkpoint ({type(e).__name__}): delete it and {again}")
-    wanted = {"model", "config", "training", "epoch", "epochs"}
-    if (not isinstance(saved, dict) or not wanted <= set(saved)
-            or set(saved["config"]) != set(vars(run.config))
-            or set(saved["training"]) != set(vars(run.training))):
+    try:
+        _check_content(saved, run)
+    except (ValueError, TypeError, AttributeError, LookupError):
         stop(f"{path} is not a checkpoint of this version of the project: delete it and {again}")
     return saved | dict(path=path)
+
+
+def _check_file(f: BinaryIO) -> None:
+    """Refuse with a ValueError what torch.save would not write, before torch makes anything of it.
+    A short file could unpack to a long one, or its pickle ask for much."""
+    if f.read(4) != b"PK\3\4":
+        raise ValueError("not a zip file from its first byte on")
+    with zipfile.ZipFile(f) as z:
+        if any(m.compress_type != zipfile.ZIP_STORED for m in z.infolist()):
+            raise ValueError("packed members")
+        (name,) = (name for name in z.namelist() if name.endswith("/data.pkl"))
+        for n, (code, arg, _) in enumerate(pickletools.genops(z.read(name))):
+            collides = isinstance(arg, int | float) and 1 << 60 < abs(arg) < math.inf
+            if n > STEPS or collides or "PUT" in code.name and arg > n:
+                raise ValueError("a pickle that asks for much")
+            if code.name.endswith("GLOBAL") and not re.fullmatch(KNOWN, arg):
+                raise ValueError("a pickle of more than tensors")
+
+
+def _check_content(saved: Any, run: Run) -> None:
+    """Refuse with a ValueError, or what Python raises, a checkpoint that is not of this version of
+    the project."""
+    for kind, own in (("config", run.config), ("training", run.training)):
+        if set(saved[kind]) != set(vars(own)):
+            raise ValueError(f"other options in {kind}")
+        for name, value in saved[kind].items():
+            types = {float: (int, float)}.get(type(vars(own)[name]), (type(vars(own)[name]),))
+            most = MOST_BLOCKS if name.endswith("blocks") else MOST
+            if type(value) not in types or type(value) is not str and not abs(value) <= most:
+                raise ValueError(f"{name} is of another kind")
+        type(own)(**saved[kind])
+    of = saved["run"]
+    good = [type(saved[key]) is int and 0 <= saved[key] < MOST for key in ("epoch", "epochs")]
+    good += [type(saved["seconds"]) is float, type(of["seed"]) is int, type(of["samples"]) is str,
+             shown(of["data"], 4096) == of["data"]]
+    good += [type(name) is str and type(value) is Tensor and value.is_contiguous()
+             for name, value in saved["model"].items()]
+    if not all(good):
+        raise ValueError("something of another kind")
 
 
 def load_finished(run: Run, name: str, same_data: bool = False) -> dict:
@@ -146,12 +214,32 @@ def is_finished(run: Run, name: str) -> bool:
 
 def restore(module: nn.Module, saved: dict) -> nn.Module:
     """The module with the weights of a checkpoint, frozen and in eval mode."""
-    try:
-        module.load_state_dict(saved["model"])
-    except RuntimeError:
+    _check_weights(module, saved)
+    module.load_state_dict(saved["model"])
+    return module.eval().requires_grad_(False)
+
+
+def _check_weights(module: nn.Module, saved: dict) -> None:
+    """Stop unless the checkpoint holds finite weights of the module's sizes."""
+    own, weights = module.state_dict(), saved["model"]
+    if ({name: (value.shape, value.dtype) for name, value in own.items()}
+            != {name: (value.shape, value.dtype) for name, value in weights.items()}):
         stop(f"{saved['path']} has weights of other sizes than these options: use those of its "
              "training")
-    return module.eval().requires_grad_(False)
+    if not all(bool(value.isfinite().all()) for value in weights.values()):
+        stop(f"{saved['path']} has weights that are infinite or NaN: train it again")
+
+
+def build(make: Callable[[], nn.Module], saved: dict, device: torch.device) -> nn.Module:
+    """The module that the options of a checkpoint describe, with its weights, frozen and in eval
+    mode. It is made without memory first, since the options could ask for any size."""
+    try:
+        with torch.device("meta"):
+            plan = make()
+        _check_weights(plan, saved)
+        return restore(make().to(device), saved)
+    except (ValueError, RuntimeError, ArithmeticError) as e:
+        stop(f"{saved['path']} has options that make no model ({type(e).__name__}): train it again")
 
 
 # --------------------------------------------------------------------------------------------------
