@@ -85,6 +85,9 @@ class Training:
     def __post_init__(self):
         if self.lifter not in ("spatial", "mlp"):
             raise ValueError(f"lifter must be one of spatial, mlp, found {self.lifter!r}")
+        if self.lifter == "spatial" and self.lifter_width % 6:
+            raise ValueError("lifter_width must be a multiple of the spatial lifter's 6 heads, "
+                             f"found {self.lifter_width}")
         for name, value in vars(self).items():
             least = 0 if name.startswith(("limit", "warmup", "epochs_soft")) else 1
             if type(value) is int and value < least:
