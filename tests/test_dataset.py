@@ -78,12 +78,14 @@ def test_folders_are_searched_through_links_and_loops(tmp_path, capsys):
     (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in/sub/loop").symlink_to(tmp_path / "in")
     (tmp_path / "in/gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in/a\n\udcff.bin").write_text("")  # a name that no terminal can show
+    os.mkfifo(tmp_path / "in/pipe.txt")
     wanted = {"text": ("a text", True), "more": ("more of it", False)}
     found = check_folder(tmp_path / "in", lambda p: "text" if p.suffix == ".txt" else None, wanted)
     assert [p.name for p in found["text"]] == ["a.txt", "b.txt"] and found["more"] == []
     out = capsys.readouterr().out
     for line in ("text: a.txt, link/b.txt", "more: none (not needed); more of it",
-                 "not used: sub/other.bin"):
+                 r"not used: a\n\udcff.bin, sub/other.bin"):
         assert line in out
     with pytest.raises(ValueError, match="in lacks music [(]a tune[)]"):
         check_folder(tmp_path / "in", lambda p: None, {"music": ("a tune", True)})
