@@ -24,14 +24,14 @@ BLOCK = 1 << 20  # bytes of the motion that are read at once
 CHANNELS = {axis + kind for axis in "XYZ" for kind in ("position", "rotation")}
 
 # What programs call the joints, without prefix ("mixamorig:"), side, case and punctuation: the more
-# specific names first. A joint is taken once, so that "foot" is the toe where there is an "ankle",
-# "leg" the hip where there is a "shin", and "arm" the elbow where there is an "uparm".
+# specific names first. Joints are taken in this order, and once each: "leg" is the hip where there
+# is a "shin", "foot" the toe where there is an "ankle", and "arm" the elbow where there is "uparm".
 NAMES = {
     "hips": ["hips", "hip", "pelvis"],
     "neck": ["neck", "lowerneck", "necklower", "necktwist", "spine4"],  # the last is Rigify's
     "head": ["head", "spine6"],
-    "hip": ["upleg", "upperleg", "thigh", "femur", "hip", "leg"],
     "knee": ["knee", "lowerleg", "lowleg", "shin", "calf", "tibia", "leg"],
+    "hip": ["upleg", "upperleg", "thigh", "femur", "hip", "leg"],
     "ankle": ["ankle", "foot"],
     "toe": ["toebase", "toe31", "toe", "toes", "ball", "foot"],  # toe3-1: MakeHuman's middle toe
     "shoulder": ["upperarm", "uparm", "uarm", "humerus", "arm", "shldr", "shoulder"],
@@ -42,6 +42,7 @@ LIMBS = ("hip", "knee", "ankle", "toe", "shoulder", "elbow", "wrist")  # with "l
 # The joint on which each end hangs. An end whose name is not known is all that hangs there.
 ENDS = {"head": "neck", "wrist": "elbow", "toe": "ankle"}
 SIDES = {"l": "l", "left": "l", "r": "r", "right": "r"}
+WORDS = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")  # of a name
 IDLE = {"c", "m", "joint", "jnt", "bone", "bend"}  # words that say nothing; c and m: in the middle
 _KNOWN = "|".join(sorted({re.sub("[0-9]", "", n) for names in NAMES.values() for n in names}))
 _KNOWN = re.compile(f"(left|right|l|r)?({_KNOWN})(left|right|l|r)?")
@@ -184,10 +185,10 @@ def find_joints(names: list[str], parents: list[int], offsets: np.ndarray) -> di
     parts = [take_apart(name) for name in names]
     common = Counter(part[0] for part in parts if part)  # most joints have the rig's own prefix
     length = np.linalg.norm(offsets, axis=1)
-    apart = length > 1e-4 * length.max()  # from what each of them hangs on
+    apart = length > 1e-3 * np.median(length)  # from what each of them hangs on
     found = {}
-    for key in ("hips", "neck", "head", *(f"{side} {limb}" for side in "lr" for limb in LIMBS)):
-        side, _, ours = key.rpartition(" ")
+    for side, ours in [(s, k) for k in NAMES for s in ("lr" if k in LIMBS else [""])]:
+        key = f"{side} {ours}".strip()
         fits = []
         for j, part in enumerate(parts):
             if part and part[1] == side and j not in found.values():
@@ -229,7 +230,7 @@ def find_joints(names: list[str], parents: list[int], offsets: np.ndarray) -> di
 def take_apart(name: str) -> tuple[str, str, str, list[int]] | None:
     """The name "Bip01 L Toe0" -> its prefix "bip01", side "l", known name "toe" and numbers [0];
     None if it ends in nothing that is known."""
-    words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", re.split("[:|]", name[:100])[-1])
+    words = WORDS.findall(re.split("[:|]", name[:100])[-1])
     words = [word for word in map(str.lower, words) if word not in IDLE]
     side = next((SIDES[word] for word in words if word in SIDES), "")
     words, numbers = [word for word in words if word not in SIDES], []

@@ -8,107 +8,13 @@ import pytest
 from conftest import FUZZ, SMPL_JOINTS, SMPL_PARENTS, smpl_content, write_smpl_pkl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_bvh import NAMES, OFFSETS, PARENTS, SKELETON, bvh_text, rotation, second_reading
 from test_smpl import rodrigues
 
 from sources import mocap, smpl
 from sources.bodies import BONES, bone_orientations
 from sources.geometry import quat_to_matrix
 from sources.motion import CLIP_STANDING_HEIGHT, NECK, ROOT
-
-# A person in CMU's names, facing +z, left = +x, with the arms to the sides; centimetres.
-SKELETON = [  # name, parent, offset
-    ("Hips", None, (0, 0, 0)),
-    ("RightUpLeg", "Hips", (-9, -4, 0)),
-    ("RightLeg", "RightUpLeg", (0, -42, 0)),
-    ("RightFoot", "RightLeg", (0, -41, 0)),
-    ("RightToeBase", "RightFoot", (0, -7, 14)),
-    ("LeftUpLeg", "Hips", (9, -4, 0)),
-    ("LeftLeg", "LeftUpLeg", (0, -42, 0)),
-    ("LeftFoot", "LeftLeg", (0, -41, 0)),
-    ("LeftToeBase", "LeftFoot", (0, -7, 14)),
-    ("Spine", "Hips", (0, 12, 0)),
-    ("Spine1", "Spine", (0, 20, 0)),
-    ("Neck", "Spine1", (0, 22, 0)),
-    ("Head", "Neck", (0, 10, 2)),
-    ("RightShoulder", "Spine1", (-4, 18, 0)),
-    ("RightArm", "RightShoulder", (-13, 0, 0)),
-    ("RightForeArm", "RightArm", (-28, 0, 0)),
-    ("RightHand", "RightForeArm", (-25, 0, 0)),
-    ("LeftShoulder", "Spine1", (4, 18, 0)),
-    ("LeftArm", "LeftShoulder", (13, 0, 0)),
-    ("LeftForeArm", "LeftArm", (28, 0, 0)),
-    ("LeftHand", "LeftForeArm", (25, 0, 0)),
-]
-NAMES = [n for n, _, _ in SKELETON]
-PARENTS = [NAMES.index(p) if p else -1 for _, p, _ in SKELETON]
-
-
-def bvh_text(angles, order="ZXY", prefix="", z_up=False, positions=None, frame_time=1 / 30):
-    """angles [T, 21, 3] degrees in channel order; positions [T, 3] of the root."""
-
-    def swap(v):
-        return (v[0], -v[2], v[1]) if z_up else v
-
-    def joint(j, depth):
-        pad = "  " * depth
-        kind = "JOINT" if depth else "ROOT"
-        rotations = " ".join(f"{axis}rotation" for axis in order)
-        channels = f"6 Xposition Yposition Zposition {rotations}" if not depth else f"3 {rotations}"
-        offset = " ".join(f"{v:.6f}" for v in swap(SKELETON[j][2]))
-        children = [k for k, p in enumerate(PARENTS) if p == j]
-        inside = "".join(joint(k, depth + 1) for k in children)
-        inside = inside or f"{pad}  End Site\n{pad}  {{ OFFSET 0 -5 0 }}\n"
-        own = f"{pad}  OFFSET {offset}\n{pad}  CHANNELS {channels}\n"
-        return f"{pad}{kind} {prefix}{NAMES[j]}\n{pad}{{\n{own}{inside}{pad}}}\n"
-
-    def depth_first(j):
-        return [j, *(d for k, p in enumerate(PARENTS) if p == j for d in depth_first(k))]
-
-    T = len(angles)
-    positions = np.zeros((T, 3)) + [0, 90, 0] if positions is None else positions
-    rows = ""
-    for t in range(T):
-        row = (*swap(positions[t]), *angles[t, depth_first(0)].ravel())
-        rows += " ".join(f"{v:.6f}" for v in row) + "\n"
-    motion = f"MOTION\nFrames: {T}\nFrame Time: {frame_time:.8f}\n"
-    return f"HIERARCHY\n{joint(0, 0)}{motion}{rows}"
-
-
-def rotation(axis, degrees):
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    i, j = {"X": (1, 2), "Y": (2, 0), "Z": (0, 1)}[axis]
-    m = np.eye(3)
-    m[i, i] = m[j, j] = c
-    m[i, j], m[j, i] = -s, s
-    return m
-
-
-def second_reading(angles, order, root):
-    """Positions [21, 3] of one frame by 4 x 4 matrices: an implementation of its own."""
-    world = []
-    for j, (_, _, offset) in enumerate(SKELETON):
-        m = np.eye(4)
-        m[:3, 3] = root if PARENTS[j] < 0 else offset
-        for axis, degrees in zip(order, angles[j], strict=True):
-            turn = np.eye(4)
-            turn[:3, :3] = rotation(axis, degrees)
-            m = m @ turn
-        world.append(m if PARENTS[j] < 0 else world[PARENTS[j]] @ m)
-    return np.stack([m[:3, 3] for m in world])
-
-
-@pytest.mark.parametrize("order", ["ZXY", "ZYX", "XYZ"])
-def test_positions_equal_a_second_reading(order):
-    rng = np.random.default_rng(0)
-    angles = rng.uniform(-170, 170, (3, 21, 3)).round(4)
-    root = rng.uniform(-100, 100, (3, 3)).round(4)
-    bvh = mocap.parse_bvh(bvh_text(angles, order, positions=root))
-    index = [bvh["names"].index(n) for n in NAMES]
-    for t in range(3):
-        expected = second_reading(angles[t], order, root[t])
-        np.testing.assert_allclose(bvh["positions"][t, index], expected, atol=1e-4)
-    assert bvh["fps"] == pytest.approx(30) and sum(n.endswith(" end") for n in bvh["names"]) == 5
-
 
 def clip_of(tmp_path, angles, **options):
     (tmp_path / "a.bvh").write_text(bvh_text(angles, **options))
@@ -204,19 +110,21 @@ def test_quaternions_of_matrices(seed):
 
 
 @pytest.mark.parametrize("change, expected", [
-    (lambda t: t.replace("MOTION", ""), "found .Frames:."), (lambda t: t[:400], "then MOTION"),
+    (lambda t: t.replace("MOTION", ""), "then MOTION"), (lambda t: t[:400], "then MOTION"),
     (lambda t: "", "then MOTION"),
     (lambda t: t.replace("Frames: 3", "Frames: 4"), "expected 4 frames"),
     (lambda t: t[:-30], "finite numbers"),
-    (lambda t: t.replace("HIERARCHY", "HIERARCHY {"), "found '{'"),
+    (lambda t: t.replace("HIERARCHY", "HIERARCHY {"), "line 1 is not understood"),
     (lambda t: t.replace("Frame Time:", "Time:"), "Frame Time"),
-    (lambda t: t.replace("Zrot", "Wrot"), "Wrotation"),
+    (lambda t: t.replace("Zrot", "Wrot"), "line 5 is not understood"),
     (lambda t: t.replace("90.000000", "nan"), "finite"),
-    (lambda t: t.replace("RightUpLeg", "R2"), "no joint for r hip"),
-    (lambda t: t.replace("OFFSET", "OFFSETS"), "found 'OFFSETS'"),
+    (lambda t: t.replace("RightUpLeg", "R2"), "joints for r hip, found only Hips, R2"),
+    (lambda t: t.replace("OFFSET", "OFFSETS"), "line 4 is not understood"),
     (lambda t: t.replace("Time: 0.0", "Time: 1e9"), "Frame Time to mean 1 to 10,000"),
-    (lambda t: re.sub(r"-4[12]\.0{6}", "0", t), "no length"),
-    (lambda t: t.replace("-42.000000", "inf"), "every OFFSET to be three finite numbers"),
+    (lambda t: t.replace("Time: 0.03", "Time: 0.0003"), "expected 2 to 200,000 frames"),
+    (lambda t: t.replace("-42.000000", "0"), "l hip and l knee to lie apart"),
+    (lambda t: t.replace("-42.000000", "1e300"), "positions below 1e.09"),
+    (lambda t: t.replace("-42.000000", "inf"), "OFFSET three finite numbers"),
 ])  # fmt: skip
 def test_bad_files_get_one_sentence(tmp_path, change, expected):
     path = tmp_path / "a.bvh"
@@ -333,8 +241,8 @@ def test_amass_limbs_point_where_the_files_do(tmp_path, model, style, fps, step,
 
     assert max(degrees(bone, *ends).max() for bone, ends in LIMBS.items()) < 0.01
     # The foot points as far above the line from ankle to toe as it does in the rest pose.
-    sole = rest[11] - rest[8]
-    pitch = np.degrees(np.arcsin(-sole[1] / np.linalg.norm(sole)))
+    soles = mocap.unit(rest[[10, 11]] - rest[[7, 8]])
+    pitch = np.degrees(np.arcsin(-soles[:, 1])).mean()
     for bone, ends in (("l_foot", (7, 10)), ("r_foot", (8, 11))):
         np.testing.assert_allclose(degrees(bone, *ends), pitch, atol=0.01)
     floor = x[:, [7, 8, 10, 11], 1].min()
@@ -412,8 +320,8 @@ WITHOUT = object()
     ("smplh", dict(mocap_framerate="120"), "mocap_framerate to be one number, found <U3"),
     ("smplx", dict(mocap_frame_rate=np.zeros(2)),
      r"mocap_frame_rate to be one number, found float64 \[2\]"),
-    ("smplh", dict(mocap_framerate=2000.0), "at least two frames at 30 per second, found 1"),
-    ("smplh", dict(trans=np.zeros((0, 3)), poses=np.zeros((0, 156))), "at least two frames"),
+    ("smplh", dict(mocap_framerate=2000.0), "2 to 200,000 frames at 30 per second, found 1"),
+    ("smplh", dict(trans=np.zeros((0, 3)), poses=np.zeros((0, 156))), "2 to 200,000 frames at 30 per second, found 0"),
 ])  # fmt: skip
 def test_bad_amass_files_get_one_sentence(tmp_path, model, style, change, expected):
     content = amass(body_rotations(9), style) | change
