@@ -353,7 +353,7 @@ def read_folder(folder: Path | str, kind: str) -> dict[str, dict]:
                 raise ValueError(f"{shown(path, 4096)} has the name of another file: rename it.")
             clips[name] = read_bvh(path) if kind == "bvh" else read_amass(path, model)
         except ValueError as e:
-            bad.append(str(e))
+            bad.append(shown(str(e), 5000))
         else:
             if kind == "bvh":
                 skeletons.setdefault(_in_a_line(clips[name].pop("taken")), []).append(name)

@@ -282,7 +282,7 @@ OURS = "hips chest neck head hip knee ankle toe shoulder elbow wrist".split()
 
 
 def real(kind):
-    """Names, parents, offsets and the expected joints of a skeleton. "=0": in its parent's place."""
+    """Names, parents, offsets and the expected joints of a skeleton. "=0": where its parent is."""
     left, prefix, chains, expected = REAL[kind]
     names, parents, offsets = [], [], []
     sides = {"l": left, "r": SIDES[left]}
@@ -415,6 +415,6 @@ def test_a_skeleton_of_a_thousand_joints_is_read():
 
 def test_names_of_a_megabyte():
     read = parse(ROOT.replace("ROOT a", "ROOT " + "a_" * (1 << 20)) + "}" + END)
-    with pytest.raises(ValueError, match=r"expected joints for hips.*found only a_a_a.*\.\.\.") as e:
+    with pytest.raises(ValueError, match="expected joints for hips.*found only a_a_a") as e:
         bvh.find_joints(read.names, read.parents, read.offsets)
     assert len(str(e.value)) < 400
