@@ -85,12 +85,14 @@ def parse_bvh(f: BinaryIO) -> BVH:
     # The text in words would take many times the memory of its numbers, so it is read in blocks.
     values, filled = np.empty(n * total), 0
     while words := (f.read(BLOCK) + f.readline(BLOCK)).split():
-        if filled + len(words) <= len(values):
-            values[filled : filled + len(words)] = [_number(word) for word in words]
-        filled += len(words)
-    if not filled or filled != len(values) or not np.isfinite(values).all():
-        raise ValueError(f"expected {n} frames of {total} finite numbers, found {filled} words, "
-                         "or some that are no finite numbers")
+        block = [_number(word) for word in words]
+        if filled + len(block) > len(values) or not np.isfinite(block).all():
+            raise ValueError(f"expected {n} frames of {total} finite numbers, found more than that "
+                             "or no finite numbers")
+        values[filled : filled + len(block)] = block
+        filled += len(block)
+    if not filled or filled < len(values):
+        raise ValueError(f"expected {n} frames of {total} finite numbers, found only {filled}")
     return BVH(*hierarchy, values.reshape(n, total), 1 / seconds)
 
 
