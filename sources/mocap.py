@@ -24,7 +24,7 @@ from sources.motion import CLIP_STANDING_HEIGHT, HINGE_LIMITS
 from sources.safe_pickle import load_arrays
 
 FPS = 30  # of the clips; faster recordings are thinned out
-LARGEST = 512 << 20  # bytes of a file, unpacked: an hour of AMASS at 120 per second
+LARGEST = 384 << 20  # bytes of a file, unpacked: 40 minutes of AMASS at 120 per second
 MOST_FRAMES = 200_000  # of a file that are left at FPS: nearly two hours
 FAR = 1e9  # in any unit; no joint is that far from the origin
 CHUNK = 4096  # frames that are posed at once

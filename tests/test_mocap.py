@@ -96,10 +96,12 @@ def test_standing_straight_is_the_clips_zero_pose(tmp_path):
 
 
 def test_z_up_files_are_turned_upright(tmp_path):
-    """The same rest pose, written with z up."""
-    angles = np.zeros((2, 21, 3))
-    up, z = clip_of(tmp_path, angles), clip_of(tmp_path, angles, z_up=True)
-    np.testing.assert_allclose(np.abs((up["quats"] * z["quats"]).sum(-1)), 1, atol=1e-6)
+    """The same motion, written with z up: what was y is z, and what was z is -y."""
+    angles = moving(20)
+    y_up = clip_of(tmp_path, angles)
+    z_up = clip_of(tmp_path, angles * [-1, 1, 1], order="YXZ", z_up=True)
+    np.testing.assert_allclose(np.abs((y_up["quats"] * z_up["quats"]).sum(-1)), 1, atol=1e-6)
+    np.testing.assert_allclose(z_up["hinges"], y_up["hinges"], atol=1e-5)
 
 
 @given(seed=st.integers(0, 2**32 - 1))
