@@ -34,8 +34,8 @@ LEG, ARM = LIMBS[:4], LIMBS[4:]
 BONES = [("hips", "chest"), ("chest", "neck"), ("neck", "head"),
          ("l hip", "r hip"), ("l shoulder", "r shoulder"),
          *((f"{s} {a}", f"{s} {b}") for s in "lr" for a, b in (*pairwise(LEG), *pairwise(ARM)))]
-# The shin of a person who stands leans forward by 0 to 6 degrees in the skeletons that we know.
-LEAN = np.radians(3)
+# The shin of a person who stands leans forward by 0 to 7 degrees in the skeletons that we know.
+LEAN = np.radians(4)
 # Which of SMPL's joints they are; the right one follows the left one.
 _LEFT = {"hip": 1, "knee": 4, "ankle": 7, "toe": 10, "shoulder": 16, "elbow": 18, "wrist": 20}
 SMPL_JOINTS = {"hips": 0, "chest": 9, "neck": 12, "head": 15} | {

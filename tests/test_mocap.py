@@ -503,7 +503,7 @@ def lying_rest(angles, axis):
 
 @pytest.mark.parametrize("axis", [*np.eye(3), *-np.eye(3)], ids=lambda axis: str(axis.astype(int)))
 def test_a_rest_pose_that_nobody_takes(tmp_path, axis):
-    """Soles come out within 3 degrees, which is how far this person's shins are from leaning as
+    """Soles come out within 4 degrees, which is how far this person's shins are from leaning as
     most people's do, and all else as if the rest pose were upright."""
     angles = moving(80)
     angles[:, [NAMES.index("RightFoot"), NAMES.index("LeftFoot")]] = 0
@@ -511,7 +511,7 @@ def test_a_rest_pose_that_nobody_takes(tmp_path, axis):
     for ours, expected in zip(directions(lying).items(), directions(upright).values(), strict=True):
         bone, ours = ours
         angle = np.degrees(np.arccos(np.clip((ours * expected).sum(-1), -1, 1)))
-        assert angle.max() < (3.01 if "foot" in bone else 0.01), bone
+        assert angle.max() < (4.01 if "foot" in bone else 0.01), bone
     np.testing.assert_allclose(lying["height"], upright["height"], rtol=1e-5)
 
 
