@@ -293,9 +293,9 @@ TENSORS = [torch.zeros(0), torch.tensor(np.nan), torch.zeros(3, dtype=torch.comp
            torch.eye(3).to_sparse()]  # fmt: skip
 WORDS = ["}", "{", "JOINT x", "End Site { OFFSET 0 1 0 }", "-1", "1e999", "CHANNELS 99999", "nan",
          "CHANNELS 3 Xrotation Xrotation Xrotation", "Frames: 0", "Frames: 999999999999", "OFFSET",
-         "Frame Time: 1e-9", "MOTION", "\u0663", "End Site { OFFSET 0 1 0 } " * 60_000,
-         "JOINT a { OFFSET 0 1 0 CHANNELS 3 Xrotation Yrotation Zrotation " * 2000 + "} " * 2000,
-         *TEXTS]  # fmt: skip
+         "Frame Time: 1e-9", "MOTION", "\u0663", *TEXTS]  # fmt: skip
+BONES = ["End Site { OFFSET 0 1 0 } " * 60_000, "JOINT a { OFFSET 0 1 0 " * 4000 + "} " * 4000,
+         "End Site { " * 60_000 + "} " * 60_000]  # fmt: skip
 SHAPES = ["(-1, 17, 2)", "(18446744073709551616,)", "(1000000000000, 17, 3)", "(1.5,)", "()",
           "(0,)", "(1099511627776, 0, 17, 2)", "None", "[5, 17, 2]", "(True,)",
           "(" * 3000]  # fmt: skip
@@ -345,7 +345,10 @@ def change_lines(rng, raw):
 
 
 def change_words(rng, raw):
-    parts = re.split(r"(\s+)", raw.decode())
+    text = raw.decode()
+    if rng.random() < 0.05:
+        return text.replace("End Site", rng.choice(BONES) + "End Site", 1).encode()
+    parts = re.split(r"(\s+)", text)
     for _ in range(rng.choice([1, 1, 2, 4])):
         parts = splice(rng, parts, [rng.choice(WORDS)])
     return "".join(parts).encode("utf-8", "surrogatepass")
@@ -393,8 +396,8 @@ def change_archive(rng, raw):
     if how < 0.7:
         members[i] = name, change(rng, Path(name).suffix, content)
     elif how < 0.95:
-        odd = [(rng.choice([*TEXTS, "../evil"]).replace("\ud800", "") + Path(name).suffix, content)]
-        members = splice(rng, members, odd)
+        odd = rng.choice([*TEXTS, "../evil"]).replace("\ud800", "")[:60_000] + Path(name).suffix
+        members = splice(rng, members, [(odd, content)])
     else:
         members[i] = name, content + bytes(400 << 20)
     packed = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
