@@ -47,7 +47,7 @@ from conftest import RUN_SIZES, rest_joints, smpl_content, write_smpl_pkl, write
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from sources import human36m, keypoints, mocap, smpl, threedpw  # noqa: E402
+from sources import dataset, human36m, keypoints, mocap, smpl, threedpw  # noqa: E402
 
 MEMORY, SECONDS = 6 << 30, 20  # of a process, and for a file
 SLOW, LARGE = 5, 1 << 30  # s and bytes: a file that is refused should take less
@@ -183,13 +183,24 @@ def human36m_files(folder):
     (folder / "h36m").mkdir()
     test_human36m.write_source(folder / "h36m", smpl_content(20, 16), frames=2, every=1)
     human36m.draw_samples = human36m.draw_coarsening = lambda *_: None
-    return lambda file: human36m.prepare(file.parent, file.parent / "out")
+    return lambda file: check_data(human36m.prepare(Path(), Path("out")))
 
 
 def threedpw_files(folder):
     (folder / "3dpw").mkdir()
-    test_threedpw.write_folder(folder / "3dpw")
-    return lambda file: threedpw.prepare(Path(), Path("out"), False)
+    for file in test_threedpw.write_folder(folder / "3dpw").rglob("*.pkl"):
+        if file.read_bytes() == b"no pickle":
+            file.unlink()
+    return lambda file: check_data(threedpw.prepare(Path(), Path("out"), False))
+
+
+def check_data(folder):
+    """What was made of a mutated file must be a whole data set."""
+    for split in json.loads((folder / "meta.json").read_text())["splits"]:
+        try:
+            dataset.load(folder, split)
+        except ValueError as e:
+            raise AssertionError(f"made a data set that cannot be read: {e}") from None
 
 
 SIZES = [word for k, v in RUN_SIZES.items() for word in (f"--{k}", str(v))]
@@ -259,7 +270,8 @@ TEXTS = ["", "x", "\x1b[31mred\nline\u2028\ud800", "x" * 100_000, "../../etc/pas
 VALUES = [None, True, -1, 0, 3, 0.5, 1e300, np.nan, np.inf, 1 << 63, -(1 << 63), 10**400, [], {},
           [[]], [[1], [1, 2]], [None] * 17, *TEXTS]  # fmt: skip
 # Values that only a text can write down; and opcodes that only a pickle has.
-WRITTEN = {"@deep@": "[" * 100_000 + "]" * 100_000, "@digits@": "9" * 5000, "@large@": "1e999"}
+WRITTEN = {"@deep@": "[" * 100_000 + "]" * 100_000, "@digits@": "9" * 5000, "@large@": "1e999",
+           "@many@": f"[{'[],' * 500_000}{{}}]"}
 
 
 def call(module, name, text, how=b"c%s\n%s\n(V%s\ntR"):
@@ -307,9 +319,9 @@ def change_tree(rng, tree, odd):
     """Values replaced, dropped, renamed, repeated or nested in what dicts and lists hold."""
     top = [tree]
     for _ in range(rng.choice([1, 1, 2, 3])):
-        at, key = top, 0
-        while isinstance(at[key], dict | list) and at[key] and (at is top or rng.random() < 0.8):
-            at = at[key]
+        at, key, depth = top, 0, rng.choice([1, 1, 2, 3, 4, 9])
+        while isinstance(at[key], dict | list) and at[key] and depth:
+            at, depth = at[key], depth - 1
             key = rng.choice(list(at)) if isinstance(at, dict) else rng.randrange(len(at))
         value, how = at[key], rng.choice("replace replace replace drop rename repeat nest".split())
         if how == "replace":
@@ -395,12 +407,14 @@ def change_archive(rng, raw):
     name, content = members[i]
     if how < 0.7:
         members[i] = name, change(rng, Path(name).suffix, content)
-    elif how < 0.95:
+    elif how < 0.99:
         odd = rng.choice([*TEXTS, "../evil"]).replace("\ud800", "")[:60_000] + Path(name).suffix
         members = splice(rng, members, [(odd, content)])
     else:
         members[i] = name, content + bytes(400 << 20)
-    packed = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+    packed = zipfile.ZIP_DEFLATED
+    if how < 0.99:
+        packed = rng.choice([packed, zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2])
     with zipfile.ZipFile(new := io.BytesIO(), "w", packed) as z:
         for name, content in members:
             z.writestr(name, content)
@@ -522,11 +536,12 @@ def attempt(read, errors, folder, file, log):
         kind, cause = "fault", f"prints control characters: {cause}"
     if watched["did"]:
         kind, cause = "fault", f"did {watched['did'][0]}: {cause}"
+    unnamed = errors and file.stem.isprintable() and file.stem not in said
     notes = [f"warns: {w.message} ({Path(w.filename).name}:{w.lineno})" for w in warned]
     if kind == "refused":
         notes += [f"{why}: {cause}" for why, so in (
             ("is slow to refuse", seconds > SLOW), ("takes much memory to refuse", grown > LARGE),
-            ("does not name the file", file.name.isprintable() and file.name not in said),
+            ("does not name the file", unnamed),
             ("sounds like Python", re.search(r"\w+Error\b|\[Errno|argument", said)),
         ) if so]  # fmt: skip
     return kind, cause, said, trace, seconds, grown, notes
