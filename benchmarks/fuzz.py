@@ -54,10 +54,10 @@ def watch(event, args):
     if reading["in"] is None:
         return
     writes = event in WRITES or event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
-    paths = [os.path.realpath(a) for a in args[: 2 - (event == "open")]
-             if isinstance(a, str | bytes | Path)] if writes else []
-    if event in RUNS or not all(f"{os.fsdecode(p)}/".startswith(f"{reading['in']}/")
-                                for p in paths):
+    full = os.path.realpath if event == "open" else os.path.abspath  # of a link, or where it leads
+    paths = [f"{full(os.fsdecode(a))}/" for a in args[: 1 if event == "open" else 2]
+             if writes and isinstance(a, str | bytes | Path)]
+    if event in RUNS or not all(path.startswith(f"{reading['in']}/") for path in paths):
         reading["did"].append(f"it does {event} {args}"[:200])
 
 
@@ -107,7 +107,6 @@ def attempt(read, errors, case, file, log):
     }.items() if so]  # fmt: skip
     notes = [why for why, so in {
         f"more than {SLOW} s": seconds > SLOW, f"more than {LARGE >> 30} GB": grown > LARGE,
-        "the file is not named": errors and file.stem.isprintable() and file.stem not in said,
         "Python's own words": re.search(r"\w+Error\b|\[Errno|argument", said),
     }.items() if refused and so]  # fmt: skip
     MARK.unlink(missing_ok=True)

@@ -103,9 +103,11 @@ def change_tree(rng, tree, odd):
             del at[key]
         elif how == "rename" and isinstance(at, dict) and at is not top:
             at[rng.choice(TEXTS)] = at.pop(key)
-        elif how == "repeat" and isinstance(value, list):
+        elif how == "repeat" and isinstance(value, list) and rng.random() < 0.5:
             at[key] = value * rng.choice([0, 2, 100, 3000])
-        elif how == "repeat" and isinstance(at, dict):
+        elif how == "repeat" and isinstance(at, list):
+            at[key:key] = [value] * rng.choice([1, 100, 3000])
+        elif how == "repeat":
             at |= {f"{key}{i}": value for i in range(1000)}
         else:
             at[key] = [value] if how == "nest" else rng.choice(odd)
@@ -172,7 +174,7 @@ def change_archive(rng, raw):
         packed = rng.choice([packed, zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2])
         members[i] = name, change(rng, Path(name).suffix, content)
     if how > 0.75:
-        odd = rng.choice([*TEXTS, "../evil"]).replace("\ud800", "")[:60_000]
+        odd = rng.choice([*TEXTS, "../evil"]).replace("\ud800", "")[:60_000] or "a"
         members = splice(rng, members, [(odd + Path(name).suffix, content)])
     with zipfile.ZipFile(new := io.BytesIO(), "w", packed) as z:
         for name, content in members:
