@@ -113,7 +113,7 @@ def attempt(read, errors, case, file, log):
     return dict(
         kind="read" if error is None else "refused", faults=faults + reading["did"], notes=notes,
         where=" < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in stack[:-4:-1]),
-        said=said or type(error).__name__, seconds=seconds, grown=grown,
+        said=said or (type(error).__name__ if error else ""), seconds=seconds, grown=grown,
         trace="".join(traceback.format_exception(error)) if error else "")
 
 
