@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 import test_human36m  # noqa: E402
 import test_mocap  # noqa: E402
 import test_threedpw  # noqa: E402
-from conftest import RUN_SIZES, rest_joints, smpl_content, write_smpl_pkl, write_tiny  # noqa: E402
+from conftest import RUN_SIZES, person, smpl_content, write_smpl_pkl, write_tiny  # noqa: E402
 from fuzz_mutations import WORK  # noqa: E402
 
 import evaluate  # noqa: E402
@@ -42,29 +42,15 @@ def put(folder, name, content):
     return path
 
 
-# MediaPipe's 33 landmarks, each at one of Human3.6M's joints
-MEDIAPIPE = [9, *[10] * 10, 11, 14, 12, 15, *[13, 16] * 4, 4, 1, 5, 2, *[6, 3] * 3]
 COCO_NAMES = ["nose"] + [f"{side}_{joint}" for joint in (
     "eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
     for side in ("left", "right")]  # fmt: skip
 
 
-def person(layout):
-    """Somebody who stands upright, seen from the front: x, y and score [n, 3] in a layout."""
-    x, _, z = rest_joints().T
-    joints = np.stack([500 + 300 * x, 800 - 300 * z, np.full(17, 0.9)], 1).round(2)
-    n, table = keypoints.LAYOUTS[layout]
-    points = np.tile(joints[10], (n, 1))
-    for j, sources in table.items():
-        if len(sources) == 1:
-            points[sources[0]] = joints[j]
-    return points
-
-
 def keypoint_files(folder):
-    coco, h36m = person("coco17"), person("h36m17")
+    coco, h36m, pipe = person("coco17"), person("h36m17"), person("mediapipe33") / [1e3, 1e3, 1]
     flat, halpe, body25 = (person(k).ravel().tolist() for k in ("coco17", "halpe26", "body25"))
-    xy, score, pipe = coco[:, :2].tolist(), coco[:, 2].tolist(), h36m[MEDIAPIPE] / [1e3, 1e3, 1]
+    xy, score = coco[:, :2].tolist(), coco[:, 2].tolist()
     pose, pose_score = person("coco18")[:, :2] / 1e3, person("coco18")[:, 2]
     result = dict(category_id=1, keypoints=flat, score=1.0, bbox=[1, 2, 3, 4])
     alpha, open_ = dict(keypoints=halpe, score=2.5), dict(person_id=[-1], pose_keypoints_2d=body25)
@@ -83,7 +69,7 @@ def keypoint_files(folder):
         "mmpose.json": dict(meta_info=dict(dataset_name="coco"), instance_info=[
             dict(frame_id=t, instances=[instance]) for t in range(3)]),
         "mmpose_coco17.json": [instance],
-        "ultralytics.json": [dict(name="person", confidence=0.9, track_id=1, keypoints=dict(
+        "ultralytics.json": [dict(box={}, track_id=1) | {"class": 0} | dict(keypoints=dict(
             x=coco[:, 0].tolist(), y=coco[:, 1].tolist(), visible=score))],
         "labels.txt": f"0 .5 .5 .2 .5 {' '.join(map(str, (coco / [1e3, 1e3, 1]).ravel()))}\n",
         "mediapipe.json": [landmarks] * 2,
@@ -102,7 +88,7 @@ def keypoint_files(folder):
     def read(file):
         layout = next((k for k in keypoints.LAYOUTS if k in str(file.relative_to(WORK))), "auto")
         frames = file.parent.name == "frames_body25"
-        k = keypoints.read(file.parent if frames else file, layout)
+        k = keypoints.read(file.parent if frames else file, layout, (1000, 1000))
         assert np.isfinite(k.x_s).all() and np.isfinite(k.conf).all()
         print("\n".join(k.said))
 
