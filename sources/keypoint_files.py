@@ -141,7 +141,7 @@ def reason(e: Exception) -> str:
         return f"the key {shown(e.args[0])!r} is missing"
     if isinstance(e, ValueError) and e.args and isinstance(e.args[0], str):
         return shown(e.args[0], 800)
-    return f"it is not built as expected ({type(e).__name__})"
+    return "it is not built as such files are"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -278,18 +278,18 @@ def _points(p) -> np.ndarray:
     """A person's keypoints in any of their forms -> [K, 3]. What has no score has 1."""
     pose = _pose(p) if isinstance(p, dict) else p
     if _is_landmarks(pose):
-        return np.array([[q["x"], q["y"], q.get("visibility", 1)] for q in pose], np.float64)
+        return _numbers([[q["x"], q["y"], q.get("visibility", 1)] for q in pose])
     scores = next((p[k] for k in ("keypoint_scores", "scores", "score", "kp_score")
                    if isinstance(p.get(k), list)), None)
     if isinstance(pose, dict):  # Ultralytics: lists of x and of y
-        x, y = (np.asarray(pose[k], np.float64).ravel() for k in "xy")
+        x, y = (_numbers(pose[k]).ravel() for k in "xy")
         scores = pose.get("visible", pose.get("confidence", np.ones(len(x))))
         a = np.stack([x, y], 1) if len(x) == len(y) else np.zeros(0)
     else:
-        a = np.asarray(pose, np.float64)
+        a = _numbers(pose)
         a = a[0] if a.ndim == 3 and len(a) == 1 else a
     if scores is not None:
-        scores = np.asarray(scores, np.float64).ravel()
+        scores = _numbers(scores).ravel()
         if a.ndim == 1 and a.size == 2 * scores.size or a.ndim == 2 and a.shape[1:] == (2,):
             a = a.reshape(-1, 2)
             if len(a) == len(scores):
@@ -298,6 +298,14 @@ def _points(p) -> np.ndarray:
         raise ValueError("expected keypoints as x, y, score for each joint, "
                          f"found an array {list(a.shape)}")
     return a.reshape(-1, 3)
+
+
+def _numbers(x) -> np.ndarray:
+    """Lists as an array of numbers. None is NaN."""
+    try:
+        return np.asarray(x, np.float64)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError("expected lists of numbers for the joints, found something else") from None
 
 
 def _id(p: dict) -> str:
@@ -335,7 +343,7 @@ def natural(text: str) -> list:
 
 def _aic(flat: list) -> list:
     """AI Challenger's v is 1 for visible, 2 for hidden and 3 for absent."""
-    a = np.asarray(flat, np.float64).reshape(-1, 3)
+    a = _points(dict(keypoints=flat))
     a[:, 2] = a[:, 2] < 3
     return a.tolist()
 
@@ -374,7 +382,7 @@ def _labels(path: Path) -> list[Person]:
     """Ultralytics' labels of one image: class, box, joints, and perhaps a confidence and an id."""
     people = []
     for i, line in enumerate(read_bytes(path, 16 << 20).decode("utf-8", "replace").splitlines()):
-        numbers = np.array(line.split(maxsplit=100), np.float64)
+        numbers = _numbers(line.split(maxsplit=100))
         columns = {39: 2, 40: 2, 56: 3, 57: 3, 58: 3}.get(len(numbers))
         if columns is None:
             raise ValueError("expected in every line a class, a box and 17 joints, 56 numbers and "

@@ -444,7 +444,10 @@ def test_shares_of_an_image_of_known_size(tmp_path):
     ("a.json", '[{"image_id": 1, "keypoints": {"x": [1], "y": [1, 2]}}]', "x, y, score"),
     ("a.json", '[{"image_id": 1, "keypoints": [1, 2, 3]}]', "has 1 joints"),
     ("a.json", '[{"image_id": 1, "keypoints": [[1, 2], [3, 4], [5, 6]]}]', "x, y, score"),
-    ("a.json", '{"annotations": null}', "not built as expected"),
+    ("a.json", '[{"image_id": 1, "keypoints": ["secret", 1, 2]}]', "expected lists of numbers"),
+    ("a.json", '[{"image_id": 1, "keypoints": [1e999, {}, 2]}]', "expected lists of numbers"),
+    ("a.txt", "0 0.5 secret", "expected lists of numbers"),
+    ("a.json", '{"annotations": null}', "not built as such files are"),
     ("a.json", '{"annotations": [{"keypoints": [1]}]}', "the key 'image_id' is missing"),
     ("a.json", '{"people": null}', "no keypoint file"),
     ("a.json", '{"people": []}', "no person"),
@@ -460,7 +463,7 @@ def test_bad_files_get_one_sentence(tmp_path, name, text, expected):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=expected) as e:
         read(tmp_path / name)
-    assert name in str(e.value) and "\n" not in str(e.value)
+    assert name in str(e.value) and "\n" not in str(e.value) and "secret" not in str(e.value)
 
 
 def test_missing_file_and_empty_folder(tmp_path):
