@@ -13,16 +13,13 @@ import hashlib
 import json
 import math
 import os
-import pickletools
-import re
 import sys
 import time
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -31,12 +28,10 @@ from tqdm import tqdm
 
 from hipart import Config
 from sources.dataset import META_BYTES, Split
-from sources.files import open_regular, read_bytes, read_json, shown
+from sources.files import read_bytes, read_json, shown
+from sources.safe_torch import load_tensors
 
-LARGEST = 16 << 30  # bytes of a checkpoint
-STEPS = 1_000_000  # instructions of the pickle in it, of which a large model has 50,000
-KNOWN = "collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Z][a-z]+Storage"
-MOST_BLOCKS, MOST = 100, 1_000_000  # of the options in it: blocks, and other numbers
+MOST_BLOCKS, MOST = 100, 1_000_000  # of the options in a checkpoint: blocks, and other numbers
 
 
 @dataclass
@@ -141,11 +136,9 @@ def load_checkpoint(run: Run, name: str) -> dict:
     if not path.exists():
         stop(f"{path} is not there: {again} first")
     try:
-        with open_regular(path, LARGEST) as f:
-            _check_file(f)
-        saved = torch.load(path, map_location=run.device, weights_only=True)
-    except Exception as e:  # a broken file can raise nearly anything
-        stop(f"{path} is not a readable checkpoint ({type(e).__name__}): delete it and {again}")
+        saved = load_tensors(path, run.device)
+    except ValueError:
+        stop(f"{path} is not a readable checkpoint: delete it and {again}")
     try:
         _check_content(saved, run)
     except (ValueError, TypeError, AttributeError, LookupError):
@@ -153,39 +146,20 @@ def load_checkpoint(run: Run, name: str) -> dict:
     return saved | dict(path=path)
 
 
-def _check_file(f: BinaryIO) -> None:
-    """Refuse with a ValueError what torch.save would not write, before torch makes anything of it.
-    A short file could unpack to a long one, or its pickle ask for much."""
-    if f.read(4) != b"PK\3\4":
-        raise ValueError("not a zip file from its first byte on")
-    with zipfile.ZipFile(f) as z:
-        if any(m.compress_type != zipfile.ZIP_STORED for m in z.infolist()):
-            raise ValueError("packed members")
-        (name,) = (name for name in z.namelist() if name.endswith("/data.pkl"))
-        for n, (code, arg, _) in enumerate(pickletools.genops(z.read(name))):
-            collides = isinstance(arg, int | float) and 1 << 60 < abs(arg) < math.inf
-            if n > STEPS or collides or "PUT" in code.name and arg > n:
-                raise ValueError("a pickle that asks for much")
-            if code.name.endswith("GLOBAL") and not re.fullmatch(KNOWN, arg):
-                raise ValueError("a pickle of more than tensors")
-
-
 def _check_content(saved: Any, run: Run) -> None:
     """Refuse with a ValueError, or what Python raises, a checkpoint that is not of this version of
     the project."""
     if not all(isinstance(saved.get(key), dict) for key in ("model", "config", "training", "run")):
         raise ValueError("no dictionaries")
+    of, good = saved["run"], [0 <= saved["config"]["dropout"] <= 1]
     for kind, own in (("config", run.config), ("training", run.training)):
-        if set(saved[kind]) != set(vars(own)):
-            raise ValueError(f"other options in {kind}")
-        for name, value in saved[kind].items():
-            types = {float: (int, float)}.get(type(vars(own)[name]), (type(vars(own)[name]),))
-            most = MOST_BLOCKS if name.endswith("blocks") else MOST
-            if type(value) not in types or type(value) is not str and not abs(value) <= most:
-                raise ValueError(f"{name} is of another kind")
+        good.append(set(saved[kind]) == set(vars(own)))
+        for option in fields(own):
+            value, most = saved[kind][option.name], MOST_BLOCKS if "blocks" in option.name else MOST
+            good.append(type(value) is option.type or option.type is float and type(value) is int)
+            good.append(type(value) is str or abs(value) <= most)
         type(own)(**saved[kind])
-    of = saved["run"]
-    good = [type(saved[key]) is int and 0 <= saved[key] < MOST for key in ("epoch", "epochs")]
+    good += [type(saved[key]) is int and 0 <= saved[key] < MOST for key in ("epoch", "epochs")]
     good += [type(saved["seconds"]) is float, type(of["seed"]) is int, type(of["samples"]) is str,
              shown(of["data"], 4096) == of["data"]]
     good += [type(name) is str and type(value) is Tensor and value.is_contiguous()

@@ -84,8 +84,6 @@ class Config:
         if self.width % self.heads:
             raise ValueError(
                 f"width must be a multiple of heads, found {self.width} and {self.heads}")
-        if not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout must be between 0 and 1, found {self.dropout}")
         for name, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
@@ -693,8 +691,7 @@ class SpatialLifter(Lifter):
             self.embed_d, self.embed_f = nn.Linear(6, width), nn.Linear(2, width)
         self.missing = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(torch.zeros(n_points, width))
-        # of drop path, rising with depth; on the CPU wherever the module is planned
-        rates = torch.linspace(0, 0.1, blocks, device="cpu").tolist()
+        rates = torch.linspace(0, 0.1, blocks, device="cpu").tolist()  # of drop path, rising
         self.blocks = nn.ModuleList(
             [Block(width, heads, 2, drop_path=p, eps=1e-6) for p in rates])
         self.norm = nn.LayerNorm(width, eps=1e-6)

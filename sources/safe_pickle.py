@@ -107,7 +107,7 @@ def _opened(path: Path, kind: str, largest: int) -> Iterator[tuple[BinaryIO, Bud
         with f:
             yield f, Budget(os.fstat(f.fileno()).st_size)
     except Exception as e:  # a broken file can raise nearly anything
-        why = e if isinstance(e, Refused) else f"it is damaged ({type(e).__name__})"
+        why = e if isinstance(e, Refused) else "it is damaged"
         raise ValueError(f"{shown(path, 4096)} is not {kind} that can be read: {why}") from e
 
 

@@ -225,7 +225,7 @@ def test_files_that_are_no_checkpoints(run, good, capsys):
     for raw in files.values():
         path.write_bytes(raw)
         said = refused(capsys, load_checkpoint, run, "stage1")
-        assert "stage1.pt is not a readable checkpoint (" in said and "[31m" not in said
+        assert "stage1.pt is not a readable checkpoint: " in said and "[31m" not in said
     for make in (lambda: path.symlink_to("/dev/zero"), lambda: os.mkfifo(path)):
         path.unlink()
         make()
