@@ -23,7 +23,7 @@ import numpy as np
 from sources.files import LARGEST, open_regular, shown
 
 # What a file may ask for. Nothing that is larger than its file is made without being counted.
-MEMORY = 384 << 20  # bytes of arrays, texts and unpacked files,
+MEMORY = 320 << 20  # bytes of arrays, texts and unpacked files,
 PER_BYTE = 8  # and so many more for each byte that the file has on disk
 OBJECTS = 2_000_000  # instructions of pickles, and objects that come of them
 KEYS = 20_000  # in all dictionaries: a dictionary of numbers that collide is slow

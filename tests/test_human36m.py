@@ -567,7 +567,7 @@ def test_metadata_of_any_kind(tmp_path, change, message):
 @pytest.mark.parametrize("actions, message", [
     ({"Eating": np.zeros((1 << 40, 0, 3))}, "the shape of one of its arrays is none"),
     (dict.fromkeys(map("Eating {}".format, range(501)), np.ones((10_000, 32, 3), "f4")),
-     "it asks for more than the 413 MB of memory"),
+     "it asks for more than the 349 MB of memory"),
     ({"Eating": np.ones((20_001, 32, 3), "f2")}, "at most 20000 frames T, found float16 .20001"),
     ({"Eating": np.ones((500, 32, 3)), "Eating 1": np.ones((501, 32, 3))}, "at most 1000 frames"),
     ({"\x1b[31m\n" + "x" * 10**6: 3}, r"S1 .x1b.31m.nx+\.\.\.: expected metres"),
