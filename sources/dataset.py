@@ -242,14 +242,14 @@ def _check_meta(where, meta):
     need(_is_list(joints, int) and all(0 <= j < 17 for j in joints),
          "joints_14", "a list of numbers of joints")
     need(isinstance(splits, dict) and len(splits) <= 20, "splits", "an object of at most 20 splits")
-    for name, part in splits.items():
-        need(name == safe_name(name) and isinstance(part, dict), "splits", "named objects")
-        need(type(part.get("n")) is int and 0 < part["n"] < 1 << 40, f"splits.{name}.n",
+    for name, of in splits.items():
+        need(name == safe_name(name) and isinstance(of, dict), "splits", "named objects")
+        need(type(of.get("n")) is int and 0 < of["n"] < 1 << 40, f"splits.{name}.n",
              "a number of samples")
-        need(type(part.get("with_mesh", 0)) is int and isinstance(part.get("about", ""), str),
+        need(type(of.get("with_mesh", 0)) is int and isinstance(of.get("about", ""), str),
              f"splits.{name}", "samples with_mesh and a text about them")
-        if "about" in part:
-            part["about"] = shown(part["about"], 1000)
+        if "about" in of:
+            of["about"] = shown(of["about"], 1000)
     need("train" not in splits or "val" in splits, "splits", "both train and val, or neither")
     if meta["source"] == "h36m":
         need(isinstance(sources, dict) and isinstance(sources.get("2D joints"), str),
