@@ -3,24 +3,24 @@
     run = Run(Path("runs/NAME"), Config(...), Training(...), device)
     loop = Loop(run, "stage1", model, optimizer, epochs, steps per epoch, schedule)
 
-A run is a folder. log.jsonl in it has a line for every epoch. A checkpoint holds the model, the
-optimiser, the step, the random state, Config and Training; it is written beside the old one and
-renamed, so that an interruption costs one epoch at most, and what is trained on is what would have
-been trained on without it.
+A run is a folder in which one process at a time trains. log.jsonl has a line for every epoch. A
+checkpoint holds the model, the optimiser, the step, the random state, Config and Training. It is
+written after every epoch, every SAVE_EVERY seconds and when Ctrl-C or a scheduler asks the run to
+stop: beside the old one and renamed, so that there is always a whole one. What is trained on is
+what would have been trained on without an interruption, to the bit on a CPU.
 """
 
 import hashlib
+import io
 import json
 import math
-import os
 import pickle
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from tqdm import tqdm
 
 from hipart import Config
 from sources.dataset import Split
+from survival import Watch, stop, write
+
+SAVE_EVERY = 600  # s: long epochs have checkpoints within
 
 
 @dataclass
@@ -42,10 +45,21 @@ class Run:
     seed: int = 0
     data: str = "data/demo"
     resume: bool = False
+    first_samples: str = ""  # what `samples` said when the data set was opened first
+    watch: Watch = field(default_factory=Watch)  # for signals
 
     def identity(self) -> dict:
         """What must not change when a run resumes, beside Config and Training."""
-        return dict(seed=self.seed, data=self.data, samples=self.samples())
+        return dict(seed=self.seed, data=self.data, samples=self.same_samples())
+
+    def same_samples(self) -> str:
+        """`samples`, or one sentence and exit status 2 if they are no longer those that the run
+        began with."""
+        self.first_samples = self.first_samples or self.samples()
+        if self.samples() != self.first_samples:
+            stop(f"{self.data} was replaced while {self.path} trains on it: put the old data back "
+                 "and go on with --resume, or train again under another --name")
+        return self.first_samples
 
     def samples(self) -> str:
         """A name for the samples: a hash of what meta.json says, but for versions of libraries."""
@@ -54,9 +68,11 @@ class Run:
         return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 
     def log(self, **row) -> None:
-        """Append a line to log.jsonl, with numbers to six digits."""
-        with open(self.path / "log.jsonl", "a") as f:
-            f.write(json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
+        """Append a line to log.jsonl, with numbers to six digits. The file is written anew, so
+        that no line is ever half there."""
+        path = self.path / "log.jsonl"
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        write(path, before + json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
 
     def forget(self, model: str, epoch: int) -> None:
         """Drop the log lines of epochs that never reached a checkpoint: they will come again."""
@@ -69,6 +85,7 @@ class Run:
         """A split of the data, and of the training split as many samples as Training.limit says."""
         limit = self.training.limit if name == "train" else 0
         try:
+            self.same_samples()
             return Split(self.data, name, self.device, limit, has_mesh)
         except (ValueError, OSError) as e:
             stop(str(e))
@@ -85,24 +102,11 @@ def _rounded(v):
     return float(f"{float(v):.6g}") if isinstance(v, (float, Tensor)) else v
 
 
-def stop(message: str) -> NoReturn:
-    """Say in one sentence what the user can mend, and exit with status 2."""
-    tqdm.write(message, file=sys.stderr)  # a plain print would be glued to an open progress bar
-    raise SystemExit(2)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text beside and rename it: a reader sees the old file or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
 def save_checkpoint(path: Path, **content) -> None:
     """torch.save, beside and renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    torch.save(content, beside)
-    os.replace(beside, path)
+    buffer = io.BytesIO()  # PyTorch's own writer of files hides the reason where it fails
+    torch.save(content, buffer)
+    write(path, buffer.getvalue())
 
 
 def load_checkpoint(run: Run, name: str) -> dict:
@@ -159,13 +163,13 @@ def restore(module: nn.Module, saved: dict) -> nn.Module:
 
 
 class Loop:
-    """The learning rate, the progress bar, the log, and a checkpoint after every epoch.
+    """The learning rate, the progress bar, the log, and the checkpoints.
 
         loop = Loop(run, "stage1", model, optimizer, epochs, steps per epoch, schedule)
-        for epoch in loop.epochs():                 # with --resume from where it stopped
-            for batch in loop.steps(batches):       # sets the learning rate, shows a bar
-                loop.update(loss, terms)            # backward, and the optimiser's step
-            loop.finish_epoch(numbers)              # log.jsonl, and runs/NAME/stage1.pt
+        for epoch in loop.epochs():                         # with --resume from where it stopped
+            for batch in loop.steps(split, size, rng):      # sets the learning rate, shows a bar
+                loop.update(loss, terms)                    # backward, and the optimiser's step
+            loop.finish_epoch(numbers)                      # log.jsonl, and runs/NAME/stage1.pt
 
     schedule(step, steps) gives the factor on the learning rate.
     """
@@ -175,8 +179,11 @@ class Loop:
         self.run, self.name, self.model, self.optimizer = run, name, model, optimizer
         self.n_epochs, self.per_epoch, self.schedule = epochs, per_epoch, schedule
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.epoch, self.step, self.seconds = 0, 0, 0.0
+        self.epoch, self.step, self.seconds = 0, 0, 0.0  # epochs and steps that are done
+        self.sums: dict[str, Tensor] = defaultdict(float)  # of this epoch
+        self.random: dict[str, Tensor] = {}  # where this epoch and its last block began
         self.path = run.path / f"{name}.pt"
+        self.began = self.saved = time.monotonic()
         if self.path.exists():
             self._resume()
 
@@ -193,6 +200,8 @@ class Loop:
         if saved["random"]["cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in saved["random"]["cuda"]])
         self.epoch, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
+        self.sums.update(saved.get("sums", {}))
+        self.random = {k: v.cpu() for k, v in saved["random"].get("epoch", {}).items()}
         self.run.forget(self.name, self.epoch)
 
     def _settings(self) -> dict:
@@ -202,24 +211,34 @@ class Loop:
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, counted from 0."""
         while self.epoch < self.n_epochs:
-            self.began, self.sums = time.perf_counter(), defaultdict(float)
+            self.run.same_samples()
+            self.began = time.monotonic()
             self.model.train()
             yield self.epoch
 
-    def steps(self, batches: Iterable[dict]) -> Iterator[dict]:
-        """The batches of an epoch, each with its learning rate. The model is in eval mode after
-        them."""
+    def steps(self, split: Split, size: int, rng: np.random.Generator | None, clean: bool = False,
+              prepare=lambda block, rows: block) -> Iterator[dict]:
+        """The batches of an epoch that are left (see `Split.batches`), each with its learning rate.
+        The model is in eval mode after them.
+
+        A signal ends the run after the step in which it comes, with a checkpoint.
+        """
+        self.run.watch.busy, done = True, self.step - self.epoch * self.per_epoch
+        batches = split.batches(size, rng, clean, prepare, done, self.random)
         title = f"{self.name} {self.epoch + 1}/{self.n_epochs}"
-        self.bar = tqdm(batches, title, self.per_epoch, leave=False, mininterval=1)
+        self.bar = tqdm(batches, title, self.per_epoch, initial=done, leave=False, mininterval=1)
         for batch in self.bar:
             factor = self.schedule(self.step, self.per_epoch * self.n_epochs)
             for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = lr * factor
             yield batch
             self.step += 1
-        if not all(math.isfinite(float(v)) for v in self.sums.values()):
-            stop(f"{self.name}: the loss became infinite or NaN in epoch {self.epoch + 1}; "
-                 "try a lower learning rate")
+            if self.run.watch.signal:
+                break
+            if time.monotonic() - self.saved > SAVE_EVERY:
+                self.save()
+        self.save()  # validation may take long, and a signal ends it at once
+        self.run.watch.rest()
         self.model.eval()
 
     def update(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
@@ -234,20 +253,38 @@ class Loop:
 
     def finish_epoch(self, val: dict[str, float | Tensor]) -> None:
         """Log an epoch and write its checkpoint; val: numbers on the validation split."""
+        self.run.watch.busy = True
         self.epoch += 1
-        self.seconds += time.perf_counter() - self.began
         val = {name: float(value) for name, value in val.items()}
+        train = {name: v / self.per_epoch for name, v in self.sums.items()}
+        self.sums.clear()
+        self.random.clear()
+        self._count_seconds()
         self.run.log(model=self.name, epoch=self.epoch, steps=self.step, seconds=self.seconds,
-                     lr=self.optimizer.param_groups[0]["lr"],
-                     train={name: v / self.per_epoch for name, v in self.sums.items()}, val=val)
+                     lr=self.optimizer.param_groups[0]["lr"], train=train, val=val)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in val.items())
         print(f"{self.name} {self.epoch}/{self.n_epochs}  {self.seconds:.0f} s  {numbers}",
               flush=True)
+        self.save(val=val)
+        self.run.watch.rest()
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.seconds, self.began = self.seconds + now - self.began, now
+
+    def save(self, **more) -> None:
+        """Write a checkpoint of this very step."""
+        if not all(math.isfinite(float(v)) for v in self.sums.values()):
+            stop(f"{self.name}: the loss became infinite or NaN in epoch {self.epoch + 1}; "
+                 "try a lower learning rate")
+        self._count_seconds()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         save_checkpoint(
             self.path, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-            random=dict(cpu=torch.get_rng_state(), cuda=cuda), epochs=self.n_epochs,
-            epoch=self.epoch, step=self.step, seconds=self.seconds, val=val, **self._settings())
+            random=dict(cpu=torch.get_rng_state(), cuda=cuda, epoch=self.random),
+            sums=dict(self.sums), epochs=self.n_epochs, epoch=self.epoch, step=self.step,
+            seconds=self.seconds, **more, **self._settings())
+        self.saved = time.monotonic()
 
 
 def warmup_cosine(warmup: int) -> Callable[[int, int], float]:

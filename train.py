@@ -14,7 +14,9 @@ has been trained.
 
 import argparse
 import dataclasses
+import functools
 import inspect
+import io
 import os
 import re
 import subprocess
@@ -40,11 +42,11 @@ from checkpoints import (
     load_checkpoint,
     load_finished,
     restore,
-    stop,
     warmup_cosine,
 )
 from hipart import J_D, J_F, J_S, MSST, SCALE, Config, HiPART, J, SpatialLifter, detected_pelvis
 from sources.dataset import BLOCK, Split, in_model_frame
+from survival import alone_in, cannot_write, check_space, stop
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ INPUTS = {  # what a lifter is given, by name: its row in the tables
     "ground_truth_clean": "-  clean sparse + ground-truth dense + fine",
 }
 NEED_MESH = ("ground_truth", "ground_truth_clean")  # they train on true dense and fine points
+SMALL_FILES = 20 << 20  # bytes that the tables, figures and the log of a run take at most
+VALUES = 2 * (J + J_D + J_F) + J  # of a generated sample: its points and their confidences
 FOCAL = 2.29  # of all cameras, in normalised image coordinates: 1145 px in images of 1000 px
 
 
@@ -235,7 +239,7 @@ def stage_1(run: Run) -> None:
     loop = Loop(run, "stage1", model, optimizer, t.epochs_1, train.steps(t.batch_1),
                 warmup_cosine(t.warmup_1))
     for epoch in loop.epochs():
-        for b in loop.steps(train.batches(t.batch_1, run.rng(1, epoch), prepare=in_model_frame)):
+        for b in loop.steps(train, t.batch_1, run.rng(1, epoch), prepare=in_model_frame):
             loss, terms, o = model.loss(b["x_f"], b["x_d"], b["action"])
             loop.update(loss, terms)
             model.update_codebooks(o)
@@ -298,7 +302,7 @@ def stage_2(run: Run) -> None:
 
     for epoch in loop.epochs():
         on_rollout = epoch >= t.epochs_2 - t.epochs_soft
-        for b in loop.steps(train.batches(t.batch_2, run.rng(2, epoch), prepare=prepare)):
+        for b in loop.steps(train, t.batch_2, run.rng(2, epoch), prepare=prepare):
             loss, terms, _ = model.loss(**b, on_rollout=on_rollout)
             loop.update(loss, terms | dict(loss=loss.detach()))
         loop.finish_epoch(densification_report(model, val))
@@ -353,7 +357,7 @@ def train_regressor(run: Run) -> None:
     loop = Loop(run, "regressor", model, optimizer, t.epochs_r, train.steps(t.batch_3),
                 warmup_cosine(500))
     for epoch in loop.epochs():
-        for b in loop.steps(train.batches(t.batch_3, run.rng(4, epoch), prepare=in_model_frame)):
+        for b in loop.steps(train, t.batch_3, run.rng(4, epoch), prepare=in_model_frame):
             x_d, x_f = model(b["x_s"], b["conf"])
             loss = (x_d - b["x_d"]).norm(dim=-1).mean() + (x_f - b["x_f"]).norm(dim=-1).mean()
             loop.update(loss, dict(loss=loss.detach()))
@@ -394,13 +398,13 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
             # Generation is costly, so its output is stored, and what is read from the data set
             # beside it is y alone: clean samples need no detector.
             stored = densified_training_set(run, hipart, train, epoch % t.draws_3)
-            batches = train.batches(
-                t.batch_3, None, clean=True,
+            batches = loop.steps(
+                train, t.batch_3, None, clean=True,
                 prepare=lambda b, rows, stored=stored: turned(stored(rows) | dict(y=b["y"]), t))
         else:
-            batches = train.batches(t.batch_3, run.rng(3, seed, epoch), clean,
-                                    prepare=lambda b, rows: turned(given(b), t))
-        for b in loop.steps(batches):
+            batches = loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean,
+                                 prepare=lambda b, rows: turned(given(b), t))
+        for b in batches:
             error = (model(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean()
             loop.update(error / 100, dict(mpjpe=error.detach()))
         errors = [(lift(model, b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean(-1) for b in shown]
@@ -443,29 +447,49 @@ def densified_training_set(run: Run, model: HiPART, train: Split, draw: int) -> 
 
     Returns a function: rows of the training set -> dict(x [n, 161, 2], conf [n, 17]).
     """
-    path, width = run.path / f"generated_{draw}.npy", (J + J_D + J_F) * 2
+    path = run.path / f"generated_{draw}.npy"
     made_of = (run.path / "stage2.pt").stat().st_mtime
     if (not path.exists() or path.stat().st_mtime < made_of
             or len(np.load(path, mmap_mode="r", allow_pickle=False)) != train.n):
-        beside, done = path.with_suffix(".tmp"), 0
-        out = np.lib.format.open_memmap(beside, "w+", np.float32, (train.n, width + J))
-        title = f"densify {draw + 1}/{run.training.draws_3}"
-        with tqdm(desc=title, total=train.n, leave=False) as bar:
-            for block in train.blocks(run.rng(3, draw), size=1024):
-                x = lifter_input("generated", block, model, None).flatten(1)
-                out[done : done + len(x)] = torch.cat([x, block["conf"]], 1).cpu().numpy()
-                done += len(x)
-                bar.update(len(x))
-        out.flush()
-        os.replace(beside, path)
+        write_generated(path, run, model, train, draw, made_of)
     stored = np.load(path, mmap_mode="r", allow_pickle=False)
 
     def read(rows: np.ndarray) -> dict[str, Tensor]:
         """The stored samples of these rows, on the device."""
         both = torch.from_numpy(stored[rows]).to(run.device)
-        return dict(x=both[:, :width].unflatten(1, (-1, 2)), conf=both[:, width:])
+        return dict(x=both[:, :-J].unflatten(1, (-1, 2)), conf=both[:, -J:])
 
     return read
+
+
+def write_generated(path: Path, run: Run, model: HiPART, train: Split, draw: int,
+                    made_of: float) -> None:
+    """Write the file of `densified_training_set`, beside and renamed. What an interrupted process
+    has written of it since the time `made_of` is kept."""
+    beside, row = path.with_suffix(".tmp"), 4 * VALUES  # bytes of a sample
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, dict(descr="<f4", fortran_order=False, shape=(train.n, VALUES)))
+    header, whole = header.getvalue(), 0  # blocks that are there
+    if beside.exists() and beside.stat().st_mtime >= made_of:
+        with open(beside, "rb") as f:
+            if f.read(len(header)) == header:
+                whole = (beside.stat().st_size - len(header)) // (1024 * row)
+    title = f"densify {draw + 1}/{run.training.draws_3}"
+    try:
+        with open(beside, "r+b" if whole else "wb") as f, tqdm(
+                desc=title, total=train.n, leave=False) as bar:
+            f.write(header)
+            f.truncate(f.seek(len(header) + whole * 1024 * row))
+            for i, block in enumerate(train.blocks(run.rng(3, draw), size=1024)):
+                if i >= whole:  # the others were read for the sake of the random numbers
+                    x = lifter_input("generated", block, model, None).flatten(1)
+                    f.write(torch.cat([x, block["conf"]], 1).cpu().numpy().tobytes())
+                bar.update(len(block["conf"]))
+        os.replace(beside, path)
+    except OSError as e:
+        beside.unlink(missing_ok=True)
+        cannot_write(path, e, train.n * row)
 
 
 def turned(b: dict[str, Tensor], t: Training) -> dict[str, Tensor]:
@@ -524,8 +548,43 @@ def script(*command: str) -> None:
     """Run another script of this project as its user would."""
     print("$ python", *command, flush=True)
     path = Path(__file__).with_name(command[0])
-    if subprocess.run([sys.executable, path, *command[1:]]).returncode:
+    with subprocess.Popen([sys.executable, path, *command[1:]]) as child:
+        try:
+            status = child.wait()
+        except SystemExit:  # a signal
+            child.terminate()
+            raise
+    if status:
         stop(f"`python {' '.join(command)}` failed: see its message above")
+
+
+def disk_needed(run: Run, seeds: int) -> int:
+    """About how many bytes all stages of a run still write: every checkpoint holds a model and two
+    running means of its gradients; one more is written beside the last."""
+    t = run.training
+    hipart, lifters = HiPART(run.config), [new_lifter(t, name) for name in INPUTS]
+    models = [hipart.msst, hipart.hiarm, Regressor(t.regressor_width), *lifters * seeds]
+    sizes = [12 * sum(v.numel() for v in model.state_dict().values()) for model in models]
+    n = run.split("train").n
+    there = sum(f.stat().st_size for f in run.path.glob("*.*"))
+    return max(0, sum(sizes) + t.draws_3 * n * 4 * VALUES - there) + max(sizes) + SMALL_FILES
+
+
+def train_stages(run: Run, stages: tuple[int, ...], seeds: int) -> None:
+    """Train these stages; what a user can mend is said in one sentence."""
+    train_stage = {1: stage_1, 2: stage_2, 3: functools.partial(stage_3, seeds=seeds)}
+    for stage in stages:
+        try:
+            train_stage[stage](run)
+        except torch.OutOfMemoryError:
+            stop(f"the GPU's memory is full: try a smaller --batch_{stage} than "
+                 f"{getattr(run.training, f'batch_{stage}')}")
+        except (ValueError, RuntimeError) as e:
+            # Of NaN, nearest_code makes an error on a CPU; on a GPU it makes an index that the
+            # look-up of the code refuses.
+            if "non-finite" not in str(e) and "device-side assert" not in str(e):
+                raise
+            stop(f"a value became infinite or NaN ({e}): try a lower learning rate")
 
 
 def main() -> None:
@@ -548,27 +607,17 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     print(f"preset {preset} on {device} ({torch.get_num_threads()} threads), "
           f"torch {torch.__version__}: {run.path}")
-    if not Path(run.data, "meta.json").exists():
-        if run.data != Run.data or args.stage in (2, 3):
-            stop(f"{run.data} holds no data set: make one with `python prepare_data.py` "
-                 "(`python train.py --stage 1` does so by itself)")
-        script("prepare_data.py")
-    run.path.mkdir(parents=True, exist_ok=True)
-    try:
-        if args.stage in (None, 1):
-            stage_1(run)
-        if args.stage in (None, 2):
-            stage_2(run)
-        if args.stage in (None, 3):
-            stage_3(run, args.seeds)
-    except (ValueError, RuntimeError) as e:
-        # Of NaN, nearest_code makes an error on a CPU; on a GPU it makes an index that the look-up
-        # of the code refuses.
-        if "non-finite" not in str(e) and "device-side assert" not in str(e):
-            raise
-        stop(f"a value became infinite or NaN ({e}): try a lower learning rate")
-    script("evaluate.py", "--name", run.path.name, "--data", run.data, "--seeds", str(args.seeds))
-    script("sample.py", "--name", run.path.name, "--data", run.data)
+    with alone_in(run.path), run.watch.listening():
+        if not Path(run.data, "meta.json").exists():
+            if run.data != Run.data or args.stage in (2, 3):
+                stop(f"{run.data} holds no data set: make one with `python prepare_data.py` "
+                     "(`python train.py --stage 1` does so by itself)")
+            script("prepare_data.py")
+        check_space(run.path, disk_needed(run, args.seeds))
+        train_stages(run, (args.stage,) if args.stage else (1, 2, 3), args.seeds)
+        name = ("--name", run.path.name, "--data", run.data)
+        script("evaluate.py", *name, "--seeds", str(args.seeds))
+        script("sample.py", *name)
 
 
 if __name__ == "__main__":

@@ -288,22 +288,42 @@ class Split:
             yield self.read(slice(start, min(start + size, self.n)), rng, clean)
 
     def batches(self, size: int, rng: np.random.Generator | None, clean: bool = False,
-                prepare=lambda block, rows: block):
+                prepare=lambda block, rows: block, done: int = 0,
+                random: dict[str, Tensor] | None = None):
         """One epoch of shuffled full batches, or a single smaller one if there are not enough
         samples for a full one.
 
         The order comes from torch's random state. `prepare(block, rows)` sees each block once and
         returns what the batches are cut from.
+
+        An epoch that was interrupted after `done` batches goes on with the same ones if `random`,
+        which takes down torch's random state where the epoch and its last block began, is what it
+        was then.
         """
+        random, now = {} if random is None else random, torch.get_rng_state()
+        torch.set_rng_state(random.setdefault("epoch", now))
         order = torch.randperm(self.n).numpy()
+        if done:
+            torch.set_rng_state(now)
         for start in range(0, self.n, BLOCK):
             rows = np.sort(order[start : start + BLOCK])  # in order, which disks like better
             if start and len(rows) < size:
                 return
-            block = prepare(self.read(rows, rng, clean), rows)
+            samples = self.read(rows, rng, clean)  # of a block that is done, too: `rng` goes on
+            cuts = range(0, len(rows) - size + 1, size) if len(rows) >= size else range(1)
+            if done >= len(cuts):
+                done -= len(cuts)
+                continue
+            if done:
+                torch.set_rng_state(random["block"])
+            random["block"] = torch.get_rng_state()
+            block = prepare(samples, rows)
             shuffled = torch.randperm(len(rows)).to(self.device)
-            for i in range(0, len(rows) - size + 1, size) if len(rows) >= size else [0]:
+            if done:
+                torch.set_rng_state(now)
+            for i in cuts[done:]:
                 yield {k: v[shuffled[i : i + size]] for k, v in block.items()}
+            done = 0
 
     def steps(self, size: int) -> int:
         """How many batches of `size` an epoch has."""

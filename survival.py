@@ -1,0 +1,126 @@
+"""How a run survives full disks, signals and other processes, and says so in one sentence.
+
+    with alone_in(folder), watch.listening():       # no other process; Ctrl-C and SIGTERM are heard
+        watch.busy = True                           # from here on a signal waits ...
+        write(path, content)                        # a whole file, or the old one
+        watch.rest()                                # ... until here
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def stop(message: str, status: int = 2) -> NoReturn:
+    """Say in one sentence what the user can mend, and exit with that status."""
+    tqdm.write(message, file=sys.stderr)  # a plain print would be glued to an open progress bar
+    raise SystemExit(status)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file beside and rename it: a reader sees the old file or the new one. If that fails,
+    one sentence and exit status 1; the old file stays, and nothing beside it."""
+    content = content.encode() if isinstance(content, str) else content
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as e:
+        cannot_write(path, e, len(content))
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError, size: int) -> NoReturn:
+    """One sentence and exit status 1: a file of `size` bytes could not be written."""
+    stop(f"{path} could not be written ({error.strerror}): make room for {megabytes(size)}, and go "
+         f"on with `{this_command('--resume')}`", 1)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """One sentence and exit status 1 if the disk of a folder has less room than `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        stop(f"{folder} needs about {megabytes(needed)} for this run, and {megabytes(free)} of its "
+             "disk are free: make room first", 1)
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes in words, rounded up."""
+    return f"{-(-size // 10**6)} MB"
+
+
+def this_command(*more: str) -> str:
+    """The command that started this process, with more options if they are not there already."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return shlex.join(["python", *words, *(option for option in more if option not in words)])
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder if need be, and keep other processes out of it until the `with` block ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+    except OSError as e:
+        stop(f"{folder} cannot be written to ({e.strerror}): mend that, or work in another folder")
+    with lock:  # the system frees a lock when its process ends, in whatever way
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"{folder} is in use by another process: wait for that, or choose another --name")
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals
+
+
+class Watch:
+    """Ctrl-C (SIGINT) and what schedulers send (SIGTERM) end the process at once, in one sentence;
+    but while it is `busy`, only a second signal does, and a first one waits for `rest`."""
+
+    def __init__(self):
+        self.busy, self.signal = False, 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear signals until the `with` block ends."""
+        before = {s: signal.signal(s, self._hear) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _hear(self, number: int, frame) -> None:
+        at_once, self.signal = self.signal or not self.busy, number
+        if at_once:
+            self.rest()
+
+    def rest(self) -> None:
+        """The process is no longer busy; if a signal has come, it ends here."""
+        self.busy = False
+        if self.signal:
+            stop(f"interrupted ({signal.Signals(self.signal).name}): go on with "
+                 f"`{this_command('--resume')}`", 128 + self.signal)
