@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from baselines import Regressor
-from checkpoints import Run, choose_device, load_finished, stop, write
+from checkpoints import Run, choose_device, load_finished
 from hipart import (
     J_D,
     J_S,
@@ -45,6 +45,7 @@ from hipart import (
     to_model_frame,
 )
 from sources.dataset import Split, in_model_frame
+from survival import Watch, stop, write
 from tables import LOW_CONF, describe, report, summarize, table
 from train import (
     INPUTS,
@@ -551,4 +552,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with Watch().listening():
+        main()

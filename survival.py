@@ -6,6 +6,7 @@
         watch.rest()                                # ... until here
 """
 
+import errno
 import os
 import shlex
 import shutil
@@ -51,7 +52,7 @@ def write(path: Path, content: str | bytes) -> None:
 def cannot_write(path: Path, error: OSError, size: int) -> NoReturn:
     """One sentence and exit status 1: a file of `size` bytes could not be written."""
     stop(f"{path} could not be written ({error.strerror}): make room for {megabytes(size)}, and go "
-         f"on with `{this_command('--resume')}`", 1)
+         f"on with `{this_command()}`", 1)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -64,13 +65,14 @@ def check_space(folder: Path, needed: int) -> None:
 
 def megabytes(size: int) -> str:
     """A number of bytes in words, rounded up."""
-    return f"{-(-size // 10**6)} MB"
+    return f"{max(1, -(-size // 10**6))} MB"
 
 
-def this_command(*more: str) -> str:
-    """The command that started this process, with more options if they are not there already."""
+def this_command() -> str:
+    """The command that goes on where this process stops."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return shlex.join(["python", *words, *(option for option in more if option not in words)])
+    words += ["--resume"] * (words[0] == "train.py" and "--resume" not in words)
+    return shlex.join(["python", *words])
 
 
 @contextmanager
@@ -105,10 +107,15 @@ class Watch:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear signals until the `with` block ends."""
+        """Hear signals until the `with` block ends, and let no full disk end in a traceback."""
         before = {s: signal.signal(s, self._hear) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            stop(f"{e.filename or 'a file'} could not be written ({e.strerror}): make room, and go "
+                 f"on with `{this_command()}`", 1)
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
@@ -123,4 +130,4 @@ class Watch:
         self.busy = False
         if self.signal:
             stop(f"interrupted ({signal.Signals(self.signal).name}): go on with "
-                 f"`{this_command('--resume')}`", 128 + self.signal)
+                 f"`{this_command()}`", 128 + self.signal)

@@ -123,6 +123,7 @@ INPUTS = {  # what a lifter is given, by name: its row in the tables
 }
 NEED_MESH = ("ground_truth", "ground_truth_clean")  # they train on true dense and fine points
 SMALL_FILES = 20 << 20  # bytes that the tables, figures and the log of a run take at most
+GENERATED = 1024  # samples that are densified and written at once
 VALUES = 2 * (J + J_D + J_F) + J  # of a generated sample: its points and their confidences
 FOCAL = 2.29  # of all cameras, in normalised image coordinates: 1145 px in images of 1000 px
 
@@ -474,14 +475,14 @@ def write_generated(path: Path, run: Run, model: HiPART, train: Split, draw: int
     if beside.exists() and beside.stat().st_mtime >= made_of:
         with open(beside, "rb") as f:
             if f.read(len(header)) == header:
-                whole = (beside.stat().st_size - len(header)) // (1024 * row)
+                whole = (beside.stat().st_size - len(header)) // (GENERATED * row)
     title = f"densify {draw + 1}/{run.training.draws_3}"
     try:
         with open(beside, "r+b" if whole else "wb") as f, tqdm(
                 desc=title, total=train.n, leave=False) as bar:
             f.write(header)
-            f.truncate(f.seek(len(header) + whole * 1024 * row))
-            for i, block in enumerate(train.blocks(run.rng(3, draw), size=1024)):
+            f.truncate(f.seek(len(header) + whole * GENERATED * row))
+            for i, block in enumerate(train.blocks(run.rng(3, draw), size=GENERATED)):
                 if i >= whole:  # the others were read for the sake of the random numbers
                     x = lifter_input("generated", block, model, None).flatten(1)
                     f.write(torch.cat([x, block["conf"]], 1).cpu().numpy().tobytes())
