@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from distributed import connect, gather, highest, mean, rank, same_everywhere, wait, world_size
 from hipart import Config
 from sources.dataset import Split
-from survival import Watch, stop, write
+from survival import Watch, launcher, stop, write
 
 SAVE_EVERY = 600  # s: long epochs have checkpoints within
 
@@ -69,13 +70,17 @@ class Run:
 
     def log(self, **row) -> None:
         """Append a line to log.jsonl, with numbers to six digits. The file is written anew, so
-        that no line is ever half there."""
+        that no line is ever half there. Of several processes, the first does so."""
+        if rank():
+            return
         path = self.path / "log.jsonl"
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         write(path, before + json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
 
     def forget(self, model: str, epoch: int) -> None:
         """Drop the log lines of epochs that never reached a checkpoint: they will come again."""
+        if rank():
+            return
         path = self.path / "log.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         kept = [r for r in rows if r["model"] != model or r["epoch"] <= epoch]
@@ -106,6 +111,13 @@ def save_checkpoint(path: Path, **content) -> None:
     """torch.save, beside and renamed."""
     buffer = io.BytesIO()  # PyTorch's own writer of files hides the reason where it fails
     torch.save(content, buffer)
+    write(path, buffer.getvalue())
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """np.save, beside and renamed."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
     write(path, buffer.getvalue())
 
 
@@ -186,6 +198,9 @@ class Loop:
         self.began = self.saved = time.monotonic()
         if self.path.exists():
             self._resume()
+        elif rank():
+            torch.manual_seed(torch.initial_seed() + 10**6 * rank())  # dropout of its own
+        wait()
 
     def _resume(self) -> None:
         if not self.run.resume:
@@ -194,15 +209,30 @@ class Loop:
         if any(saved.get(key) != value for key, value in self._settings().items()):
             stop(f"{self.path} was trained with other options: resume with the same ones, "
                  "or choose another --name")
+        try:
+            self._restore(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            stop(f"{self.path} is no checkpoint that this version of the project can go on from "
+                 f"({type(e).__name__}): delete it and train again")
+
+    def _restore(self, saved: dict) -> None:
+        """Be where the checkpoint was."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["random"]["cpu"].cpu())
-        if saved["random"]["cuda"]:
-            torch.cuda.set_rng_state_all([state.cpu() for state in saved["random"]["cuda"]])
         self.epoch, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
-        self.sums.update(saved.get("sums", {}))
-        self.random = {k: v.cpu() for k, v in saved["random"].get("epoch", {}).items()}
         self.run.forget(self.name, self.epoch)
+        if self.epoch == self.n_epochs:
+            return
+        if len(saved["ranks"]) != world_size():
+            n = len(saved["ranks"])
+            stop(f"{self.path} is trained by {n} processes, and there are {world_size()} now: go "
+                 f"on with `{launcher(n)} train.py`, --resume and the same options")
+        mine = saved["ranks"][rank()]
+        self.sums.update(mine["sums"])
+        self.random = {name: state.cpu() for name, state in mine["epoch"].items()}
+        torch.set_rng_state(mine["cpu"].cpu())
+        if mine["cuda"]:
+            torch.cuda.set_rng_state_all([state.cpu() for state in mine["cuda"]])
 
     def _settings(self) -> dict:
         return dict(config=asdict(self.run.config), training=asdict(self.run.training),
@@ -223,19 +253,29 @@ class Loop:
 
         A signal ends the run after the step in which it comes, with a checkpoint.
         """
+        if size % world_size() or split.n < world_size():
+            stop(f"{world_size()} processes cannot share batches of {size} of {split.n} samples: "
+                 "take a batch size that is a multiple")
+        if rng is not None and rank():
+            rng = rng.spawn(rank())[-1]  # detections of its own
         self.run.watch.busy, done = True, self.step - self.epoch * self.per_epoch
         batches = split.batches(size, rng, clean, prepare, done, self.random)
         title = f"{self.name} {self.epoch + 1}/{self.n_epochs}"
-        self.bar = tqdm(batches, title, self.per_epoch, initial=done, leave=False, mininterval=1)
+        self.bar = tqdm(batches, title, self.per_epoch, initial=done, leave=False, mininterval=1,
+                        disable=rank() > 0)
         for batch in self.bar:
             factor = self.schedule(self.step, self.per_epoch * self.n_epochs)
             for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = lr * factor
             yield batch
             self.step += 1
-            if self.run.watch.signal:
+            # All processes do the same. A signal's number is 2 or more; 1 asks for a checkpoint.
+            due = time.monotonic() - self.saved > SAVE_EVERY
+            asked = highest(self.run.watch.signal or due)
+            if asked > 1:
+                self.run.watch.signal = asked
                 break
-            if time.monotonic() - self.saved > SAVE_EVERY:
+            if asked:
                 self.save()
         self.save()  # validation may take long, and a signal ends it at once
         self.run.watch.rest()
@@ -256,15 +296,16 @@ class Loop:
         self.run.watch.busy = True
         self.epoch += 1
         val = {name: float(value) for name, value in val.items()}
-        train = {name: v / self.per_epoch for name, v in self.sums.items()}
+        train = mean(self.sums, self.per_epoch)
         self.sums.clear()
         self.random.clear()
         self._count_seconds()
         self.run.log(model=self.name, epoch=self.epoch, steps=self.step, seconds=self.seconds,
                      lr=self.optimizer.param_groups[0]["lr"], train=train, val=val)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in val.items())
-        print(f"{self.name} {self.epoch}/{self.n_epochs}  {self.seconds:.0f} s  {numbers}",
-              flush=True)
+        if not rank():
+            print(f"{self.name} {self.epoch}/{self.n_epochs}  {self.seconds:.0f} s  {numbers}",
+                  flush=True)
         self.save(val=val)
         self.run.watch.rest()
 
@@ -274,16 +315,22 @@ class Loop:
 
     def save(self, **more) -> None:
         """Write a checkpoint of this very step."""
-        if not all(math.isfinite(float(v)) for v in self.sums.values()):
+        sums = {name: float(v) for name, v in self.sums.items()}
+        if not all(map(math.isfinite, sums.values())):
             stop(f"{self.name}: the loss became infinite or NaN in epoch {self.epoch + 1}; "
                  "try a lower learning rate")
+        if not same_everywhere(self.model):
+            stop(f"{self.name}: the models of the {world_size()} processes differ after step "
+                 f"{self.step}, which must never happen: go on from {self.path} with --resume")
         self._count_seconds()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        save_checkpoint(
-            self.path, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-            random=dict(cpu=torch.get_rng_state(), cuda=cuda, epoch=self.random),
-            sums=dict(self.sums), epochs=self.n_epochs, epoch=self.epoch, step=self.step,
-            seconds=self.seconds, **more, **self._settings())
+        ranks = gather(dict(cpu=torch.get_rng_state(), cuda=cuda, epoch=self.random, sums=sums))
+        if not rank():
+            save_checkpoint(
+                self.path, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                ranks=ranks, epochs=self.n_epochs, epoch=self.epoch, step=self.step,
+                seconds=self.seconds, **more, **self._settings())
+        wait()
         self.saved = time.monotonic()
 
 
@@ -316,10 +363,11 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; without a name, the GPU if there is one."""
+    """The device of that name; without a name, the GPU if there is one. If torchrun has started
+    several processes, they are connected."""
     if name == "cuda" and not torch.cuda.is_available():
         stop("--device cuda needs a GPU that torch can see, and there is none: "
              "leave --device out")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return connect(torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 

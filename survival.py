@@ -19,6 +19,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from distributed import rank, world_size
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -27,7 +29,8 @@ except ImportError:  # Windows
 
 def stop(message: str, status: int = 2) -> NoReturn:
     """Say in one sentence what the user can mend, and exit with that status."""
-    tqdm.write(message, file=sys.stderr)  # a plain print would be glued to an open progress bar
+    who = f"[process {rank()}] " if rank() else ""
+    tqdm.write(who + message, file=sys.stderr)  # print would be glued to an open progress bar
     raise SystemExit(status)
 
 
@@ -44,15 +47,10 @@ def write(path: Path, content: str | bytes) -> None:
         beside.write_bytes(content)
         os.replace(beside, path)
     except OSError as e:
-        cannot_write(path, e, len(content))
+        stop(f"{path} could not be written ({e.strerror}): make room for "
+             f"{megabytes(len(content))}, and go on with `{this_command()}`", 1)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def cannot_write(path: Path, error: OSError, size: int) -> NoReturn:
-    """One sentence and exit status 1: a file of `size` bytes could not be written."""
-    stop(f"{path} could not be written ({error.strerror}): make room for {megabytes(size)}, and go "
-         f"on with `{this_command()}`", 1)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -72,12 +70,21 @@ def this_command() -> str:
     """The command that goes on where this process stops."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     words += ["--resume"] * (words[0] == "train.py" and "--resume" not in words)
-    return shlex.join(["python", *words])
+    return f"{launcher(world_size())} {shlex.join(words)}"
+
+
+def launcher(processes: int) -> str:
+    """The beginning of a command that runs a script in so many processes."""
+    return "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Make a folder if need be, and keep other processes out of it until the `with` block ends."""
+    """Make a folder if need be, and keep other processes out of it until the `with` block ends. Of
+    several processes that work together, the first holds it for all."""
+    if rank():
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")

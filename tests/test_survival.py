@@ -184,31 +184,35 @@ def test_checkpoints_come_by_time_as_well(whole, data, tmp_path, monkeypatch):
 
 
 def test_generation_goes_on_where_it_was_interrupted(whole, data, tmp_path, monkeypatch):
-    """The generated training set: of 64 samples in blocks of 16, none is densified twice."""
+    """The generated training set: of 64 samples in files of 16, none is densified twice."""
     for name in ("cut", "whole"):
         begin(whole, tmp_path / name, "stage1", "stage2")
     run, other = (run_in(tmp_path / name / "runs/tiny", data) for name in ("cut", "whole"))
     model, split = train.load_hipart(run), run.split("train")
-    monkeypatch.setattr(train, "GENERATED", 16)
+    monkeypatch.setattr(train, "DRAWN", 8)
+    monkeypatch.setattr(train, "PER_FILE", 16)
     train.densified_training_set(other, model, split, 0)
     densify, made = train.lifter_input, []
 
     def counted(name, block, *models):
         made.append(len(block["conf"]))
-        if len(made) == 3:
+        if len(made) == 6:
             raise Stop
         return densify(name, block, *models)
 
     monkeypatch.setattr(train, "lifter_input", counted)
     with pytest.raises(Stop):
         train.densified_training_set(run, model, split, 0)
-    with open(run.path / "generated_0.tmp", "ab") as f:
-        f.write(b"half a sample")
-    train.densified_training_set(run, model, split, 0)
-    assert made == [16] * 5  # two, the one that failed, and the other two
-    one, two = (np.load(r.path / "generated_0.npy") for r in (run, other))
-    assert one.shape == (64, train.VALUES) and not (run.path / "generated_0.tmp").exists()
-    np.testing.assert_array_equal(one, two)
+    read = train.densified_training_set(run, model, split, 0)
+    assert made == [8] * 10  # two files, the half that failed, and the other two files
+    names = [f"generated_0_64_{start}.npy" for start in (0, 16, 32, 48)]
+    assert sorted(p.name for p in run.path.glob("generated*")) == names
+    for name in names:
+        np.testing.assert_array_equal(*(np.load(r.path / name) for r in (run, other)))
+    rows = np.array([0, 15, 16, 63])
+    stored = np.concatenate([np.load(run.path / name) for name in names])[rows]
+    np.testing.assert_array_equal(read(rows)["x"].flatten(1), stored[:, :-17])
+    np.testing.assert_array_equal(read(rows)["conf"], stored[:, -17:])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,12 +264,19 @@ def test_the_systems_own_word_for_a_full_disk_is_understood(tmp_path, capsys):
 
 def test_a_full_disk_in_generation_is_said(whole, data, tmp_path, monkeypatch, capsys):
     begin(whole, tmp_path, "stage1", "stage2", "regressor")
-    # The calls before are for validation and for the standardization of inputs.
-    at_step(monkeypatch, 3, full, train, "lifter_input")
+    write_bytes = Path.write_bytes
+
+    def writing(self, content):
+        write_bytes(self, content[:99])
+        if self.name.startswith("generated"):
+            full()
+        return write_bytes(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", writing)
     status, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 3, "--resume",
                            **SHORT)
-    assert status == 1 and re.match(r"runs/tiny/generated_0.npy could not be written \(No space",
-                                    one_sentence(said))
+    assert status == 1
+    assert re.match(r"runs/tiny/generated_0_64_0.npy could not be written", one_sentence(said))
     assert not list((tmp_path / "runs/tiny").glob("*.tmp"))
 
 
