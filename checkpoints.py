@@ -225,8 +225,8 @@ class Loop:
             return
         if len(saved["ranks"]) != world_size():
             n = len(saved["ranks"])
-            stop(f"{self.path} is trained by {n} processes, and there are {world_size()} now: go "
-                 f"on with `{launcher(n)} train.py`, --resume and the same options")
+            stop(f"{self.path} is trained by {n} processes, not by {world_size()}: go on with "
+                 f"`{launcher(n)} train.py`, --resume and the same options")
         mine = saved["ranks"][rank()]
         self.sums.update(mine["sums"])
         self.random = {name: state.cpu() for name, state in mine["epoch"].items()}

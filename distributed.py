@@ -72,7 +72,7 @@ def from_first_(*tensors: Tensor) -> None:
 def highest(number: int) -> int:
     """The highest of the numbers of all processes."""
     if dist.is_initialized():
-        every = torch.tensor(number)
+        every = torch.tensor(int(number))
         dist.all_reduce(every, dist.ReduceOp.MAX)
         number = int(every)
     return number

@@ -605,7 +605,8 @@ def main() -> None:
               args.resume)
     torch.set_float32_matmul_precision("high")
     if not rank():
-        print(f"preset {preset} on {device} ({world_size()} x {torch.get_num_threads()} threads), "
+        places = f"{world_size()} x {device}" if world_size() > 1 else device
+        print(f"preset {preset} on {places} ({torch.get_num_threads()} threads), "
               f"torch {torch.__version__}: {run.path}")
     with alone_in(run.path), run.watch.listening():
         if not rank():
