@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from distributed import rank, world_size
+from distributed import contact_lost, rank, world_size
 
 try:
     import fcntl
@@ -123,6 +123,10 @@ class Watch:
                 raise
             stop(f"{e.filename or 'a file'} could not be written ({e.strerror}): make room, and go "
                  f"on with `{this_command()}`", 1)
+        except RuntimeError as e:
+            if not contact_lost(e):
+                raise
+            stop("another process of this run has ended: its own words say why", 1)
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)

@@ -6,6 +6,7 @@ Each process is a fork of this one, which has imported everything. What it finds
 FOLDER/NAME_RANK.pt, its words and its exit status to FOLDER/NAME_RANK.txt.
 """
 
+import errno
 import json
 import os
 import signal
@@ -60,13 +61,8 @@ def in_ranks(folder, name, function, n=2):
             finally:
                 print("status", status, flush=True)
                 os._exit(status)
-    left = set(children)
-    while left:  # as torchrun does: where one fails, the others end
-        child, status = os.wait()
-        left.discard(child)
-        if os.waitstatus_to_exitcode(status) == 1:
-            for other in left:
-                os.kill(other, signal.SIGKILL)
+    for child in children:
+        os.waitpid(child, 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,6 +199,18 @@ def spoil_one_bit(data, folder):
     return function
 
 
+def full_disk(data, folder):
+    """Stage 1, whose checkpoint the first process cannot write."""
+    def function():
+        Path.write_bytes = full
+        run_stages(data, folder, 1)()
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return function
+
+
 def interrupted(data, folder, stage, step):
     """A stage whose second process alone gets a Ctrl-C in the given step."""
     calls, update = [], checkpoints.Loop.update
@@ -249,6 +257,7 @@ def main():
     do("epoch_alone", lambda: epoch(data), 1)
     do("sixty", sixty_steps(data, folder / "sixty"))
     do("spoiled", spoil_one_bit(data, folder / "spoiled"))
+    do("full_disk", full_disk(data, folder / "full"))
     do("odd_batch", run_stages(data, folder / "odd", 1, batch_1=7))
     do("trained", run_stages(data, two, 1, 2, 3))
     train.INPUTS = {"generated": "the only one"}

@@ -116,6 +116,14 @@ def test_a_batch_that_cannot_be_shared_is_refused(found):
     assert status == 2 and "2 processes cannot share batches of 7" in words
 
 
+def test_where_one_process_ends_the_others_say_so(found):
+    words, status = said(found, "full_disk", 0)
+    assert status == 1 and "No space left on device" in words
+    words, status = said(found, "full_disk", 1)
+    assert status == 1 and "another process of this run has ended" in words
+    assert "Traceback" not in (found / "full_disk_1.txt").read_text()
+
+
 def test_one_process_writes_the_log(found):
     results(found, "trained")
     rows = [json.loads(line) for line in open(found / "two/runs/tiny/log.jsonl")]
