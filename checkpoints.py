@@ -31,7 +31,7 @@ from hipart import Config
 from sources.dataset import META_BYTES, Split
 from sources.files import read_bytes, read_json, shown
 from sources.safe_torch import load_tensors
-from survival import Watch, launcher, stop, write
+from survival import Watch, launcher, stop, this_command, write
 
 SAVE_EVERY = 600  # s: long epochs have checkpoints within
 MOST_BLOCKS, MOST = 100, 1_000_000  # of the options in a checkpoint: blocks, and other numbers
@@ -56,12 +56,12 @@ class Run:
         return dict(seed=self.seed, data=self.data, samples=self.same_samples())
 
     def same_samples(self) -> str:
-        """`samples`, or one sentence and exit status 2 if they are no longer those that the run
-        began with."""
+        """`samples`, or one sentence and exit status 2 if they are no longer those that this
+        process began with."""
         self.first_samples = self.first_samples or self.samples()
         if self.samples() != self.first_samples:
-            stop(f"{self.data} was replaced while {self.path} trains on it: put the old data back "
-                 "and go on with --resume, or train again under another --name")
+            stop(f"{self.data} was replaced while {self.path} was at work on it: put the old data "
+                 f"back and go on with `{this_command()}`, or take another --name")
         return self.first_samples
 
     def samples(self) -> str:
@@ -101,10 +101,11 @@ class Run:
         """A split of the data, and of the training split as many samples as Training.limit says."""
         limit = self.training.limit if name == "train" else 0
         try:
-            self.same_samples()
-            return Data(self.data, name, self.device, limit, has_mesh)
+            split = Data(self.data, name, self.device, limit, has_mesh)
         except (ValueError, OSError) as e:
             stop(str(e))
+        self.same_samples()
+        return split
 
     def rng(self, *key: int) -> np.random.Generator:
         """Random numbers for the simulated detector, keyed by stage, seed and epoch, so that any

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import RUN_SIZES  # noqa: E402
+from kills import warm_up  # noqa: E402
 
 import checkpoints  # noqa: E402
 import distributed  # noqa: E402
@@ -241,6 +242,7 @@ def main():
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     backend("cpu")  # built once
+    warm_up()
     # Three blocks an epoch, the last of which is not full.
     dataset.BLOCK = train.BLOCK = 24
     train.DRAWN, train.PER_FILE = 8, 16

@@ -366,7 +366,7 @@ def test_data_replaced_under_a_running_process_are_noticed(
     with monkeypatch.context() as m:
         at_step(m, 1, replace, train, "tokenizer_report")
         status, said = refused(m, capsys, folder, *args, **SHORT)
-    assert status == 2 and f"{ours} was replaced while runs/tiny" in one_sentence(said)
+    assert status == 2 and f"{ours} was replaced while runs/tiny was at" in one_sentence(said)
     status, said = refused(monkeypatch, capsys, folder, *args, "--resume", **SHORT)
     assert status == 2 and "stage1.pt" in one_sentence(said)
     shutil.rmtree(ours)
