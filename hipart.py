@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generation import generate, lean_mode, poses_at_once
 from kernels import ema_update_, nearest_code
 
 # --------------------------------------------------------------------------------------------------
@@ -396,15 +397,6 @@ def global_alignment(p_A: Tensor, a: Tensor) -> Tensor:
 # Stage 2: Hierarchical AutoRegressive Modelling (section 4.2, Alg. 1 and 3)
 
 
-@dataclass
-class Cache:
-    """What a block keeps while it is fed token after token. Generation makes thousands of small
-    operations, and to find a weight in its module costs as much as one of them: it is done once."""
-
-    layers: list[tuple[Tensor, Tensor]]  # Block.layers()
-    past: Tensor | None = None  # queries, keys and values of the tokens so far, [B, t, 3W]
-
-
 class Block(nn.Module):
     """A pre-norm transformer block: self-attention, then an MLP, each with a residual. It serves
     HiARM and the lifter."""
@@ -412,29 +404,27 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: int, dropout: float = 0.0,
                  drop_path: float = 0.0, eps: float = 1e-5):
         super().__init__()
-        self.heads, self.p, self.drop_path, self.eps = heads, dropout, drop_path, eps
+        self.heads, self.p, self.drop_path = heads, dropout, drop_path
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = mlp(width, mlp_ratio * width, width)
 
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of every layer, in the order of their use."""
-        layers = self.norm1, self.qkv, self.proj, self.norm2, self.mlp[0], self.mlp[2]
-        return [(layer.weight, layer.bias) for layer in layers]
+    def forward(self, x: Tensor, mask: Tensor | None = None,
+                cache: list[Tensor] | None = None) -> Tensor:
+        """x [B, T, W] -> [B, T, W]. mask [T, T]: True where a row may look at a column. `cache`
+        holds the keys and values of earlier tokens, to which those of x are added."""
+        x = x + self._drop(self.proj(self._attend(self.norm1(x), mask, cache)))
+        return x + self._drop(self.mlp(self.norm2(x)))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """x [B, T, W] -> [B, T, W]. mask [T, T]: True where a row may look at a column. With a
-        cache, x also looks at all earlier tokens, and is added to them."""
-        B, T, W = x.shape
-        norm1, qkv, proj, norm2, mlp_1, mlp_2 = cache.layers if cache else self.layers()
-        y = F.linear(F.layer_norm(x, (W,), *norm1, self.eps), *qkv)  # [B, T, 3W]
-        if cache:
-            y = cache.past = y if cache.past is None else torch.cat([cache.past, y], 1)
-        q, k, v = y.view(B, -1, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4).unbind()
-        y = F.scaled_dot_product_attention(q[:, :, -T:], k, v, attn_mask=mask)  # [B, heads, T, .]
-        x = x + self._drop(F.linear(y.transpose(1, 2).reshape(B, T, W), *proj))
-        y = F.gelu(F.linear(F.layer_norm(x, (W,), *norm2, self.eps), *mlp_1))
-        return x + self._drop(F.linear(y, *mlp_2))
+    def _attend(self, x: Tensor, mask: Tensor | None, cache: list[Tensor] | None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, W / heads]
+        if cache is not None:
+            if cache:
+                k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+            cache[:] = [k, v]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.transpose(1, 2).flatten(2)  # [B, T, W]
 
     def _drop(self, x: Tensor) -> Tensor:
         if self.p:
@@ -446,10 +436,10 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, mask: Tensor | None = None,
-               caches: list[Cache] | None = None) -> Tensor:
+               caches: list[list[Tensor]] | None = None) -> Tensor:
     """x [B, T, W] through a stack of blocks, which have a cache each, or none."""
-    for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
-        x = block(x, mask, cache)
+    for i, block in enumerate(blocks):
+        x = block(x, mask, caches[i] if caches else None)
     return x
 
 
@@ -519,12 +509,12 @@ class HiARM(nn.Module):
             position = position + self.P_e(torch.cat([x, visible], 1)).unflatten(1, (J_S, -1))
         return g_0[:, None], position
 
-    def summarize(self, e_s: Tensor, zh_d: Tensor, caches=None) -> Tensor:
+    def summarize(self, zh_s: Tensor, zh_d: Tensor) -> Tensor:
         """Eq. 9: g^i = mean(LSAB(zh_s^i, zh_d^(i,1..R))), one vector for what a part has become.
-        n parts at once: e_s = in_s(zh_s) [B, n, W], zh_d [B, n, R, D] -> g [B, n, W]."""
-        x = torch.cat([e_s[:, :, None], self.in_d(zh_d)], 2) + self.slot_l
-        x = run_blocks(self.LSAB, x.flatten(0, 1), caches=caches)  # [B n, 1 + R, W]
-        return x.mean(1).unflatten(0, e_s.shape[:2])
+        n parts at once: zh_s [B, n, D], zh_d [B, n, R, D] -> g [B, n, W]."""
+        x = torch.cat([self.in_s(zh_s)[:, :, None], self.in_d(zh_d)], 2) + self.slot_l
+        x = run_blocks(self.LSAB, x.flatten(0, 1))  # [B n, 1 + R, W]
+        return x.mean(1).unflatten(0, zh_s.shape[:2])
 
     def remember(self, g: Tensor, mask: Tensor | None = None, caches=None) -> Tensor:
         """Eq. 10: h^0..h^i = GCSAB(g^0..g^i), all that has been generated so far, as seen from
@@ -544,42 +534,34 @@ class HiARM(nn.Module):
         its dense logits also see its own true sparse token."""
         zh_s, zh_d = self.C_s[q_s], self.C_d[q_d].unflatten(1, (J_S, R))
         g_0, position = self.begin(x_s, conf)
-        e_s = self.in_s(zh_s)  # [B, 16, W]
-        g = self.summarize(e_s[:, :-1], zh_d[:, :-1])  # g^1..g^15: nothing follows the last part
+        g = self.summarize(zh_s[:, :-1], zh_d[:, :-1])  # g^1..g^15: nothing follows the last part
         h = self.remember(torch.cat([g_0, g], 1) + position, self.mask_h)  # [B, 16, W]
         # We count parts from 0, the paper from 1: h^i predicts our part i, which is its pair i + 1.
-        dense = e_s[:, :, None].expand(-1, -1, R, -1)
+        dense = self.in_s(zh_s)[:, :, None].expand(-1, -1, R, -1)
         slots = torch.cat([h[:, :, None], dense], 2) + self.slot_p  # [B, 16, 1 + R, W]
         p = self.predict(slots.flatten(0, 1), self.mask_p).unflatten(0, (-1, J_S))
         return self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
 
-    def rollout(self, x_s: Tensor, conf: Tensor | None = None,
-                keep=("logits_s", "logits_d", "zh_s", "zh_d")) -> dict[str, Tensor]:
+    def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
         """Free-running generation (Alg. 1), in 16 steps that keep their keys and values.
 
         Returns logits_s [B, 16, K_s] and logits_d [B, 48, K_d], and the embeddings zh_s [B, 16, D]
-        and zh_d [B, 48, D] that the steps handed on, or those of them that are named in `keep`.
-        The tokens are the argmax of the logits.
+        and zh_d [B, 48, D] that the steps handed on. The tokens are the argmax of the logits.
         """
-        LSAB, GCSAB, PH = ([block.layers() for block in blocks]
-                           for blocks in (self.LSAB, self.GCSAB, self.PH))
-        past = [Cache(layers) for layers in GCSAB]  # of all parts so far
+        past = [[] for _ in self.GCSAB]  # keys and values of all parts so far
         g, position = self.begin(x_s, conf)
         steps = []
-        for i, position_i in enumerate(position.split(1, 1)):
-            h = self.remember(g + position_i, caches=past)  # [B, 1, W]
-            here = [Cache(layers) for layers in PH]  # of this part's slots
+        for i in range(J_S):
+            h = self.remember(g + position[:, i : i + 1], caches=past)  # [B, 1, W]
+            here = [[] for _ in self.PH]  # those of this part's slots
             logits_s = self.head_s(self.predict(h + self.slot_p[:1], caches=here))  # [B, 1, K_s]
             zh_s = self.pick(logits_s, self.C_s)
             # One vector becomes R slots: only the slots' embeddings tell them apart.
-            e_s = self.in_s(zh_s)
-            logits_d = self.head_d(self.predict(e_s + self.slot_p[1:], caches=here))
+            logits_d = self.head_d(self.predict(self.in_s(zh_s) + self.slot_p[1:], caches=here))
             zh_d = self.pick(logits_d, self.C_d)  # [B, R, D]
-            if i < J_S - 1:  # nothing follows the last part
-                g = self.summarize(e_s, zh_d[:, None], [Cache(layers) for layers in LSAB])
-            step = dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s, zh_d=zh_d)
-            steps.append({name: step[name] for name in keep})
-        return {name: torch.cat([step[name] for step in steps], 1) for name in keep}
+            g = self.summarize(zh_s, zh_d[:, None])
+            steps.append(dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s, zh_d=zh_d))
+        return {name: torch.cat([step[name] for step in steps], 1) for name in steps[0]}
 
     def pick(self, logits: Tensor, C: Tensor) -> Tensor:
         """What a step hands on: logits [B, n, K], codebook C [K, D] -> [B, n, D]."""
@@ -623,31 +605,21 @@ class HiPART(nn.Module):
             loss = loss + c.lambda_p * terms["pose"]
         return loss, {name: t.detach() for name, t in terms.items()}, o
 
-    @torch.no_grad()
-    def densify(self, x_s: Tensor, conf: Tensor | None = None, memory: int = 256
+    def densify(self, x_s: Tensor, conf: Tensor | None = None, memory: int = 512
                 ) -> tuple[Tensor, Tensor]:
         """x_s [N, 17, 2] and conf [N, 17] (0: missing; None: all visible) -> x_d [N, 48, 2] and
-        x_f [N, 96, 2] (Alg. 1), all in normalised image coordinates. Call `eval()` first: in
-        training mode dropout is at work.
-
-        N may be any number: poses go through the model in chunks that need at most `memory` MB
-        beside what is given and returned.
-        """
+        x_f [N, 96, 2] (Alg. 1), all in normalised image coordinates, without dropout. N may be any
+        number: poses are made in chunks, in `memory` MB at most beside input and output."""
         x_d, x_f = x_s.new_empty(len(x_s), J_D, 2), x_s.new_empty(len(x_s), J_F, 2)
-        pelvis, n = detected_pelvis(x_s, conf), self.poses_per_chunk(memory)
-        for start in range(0, len(x_s), n):
-            rows = slice(start, start + n)
-            some = None if conf is None else conf[rows]
-            with torch.inference_mode():  # no_grad's faster sister; what it makes stays in here
-                x = to_model_frame(x_s[rows], pelvis[rows])
-                o = self.hiarm.rollout(x, some, keep=("zh_s", "zh_d"))
-                made = self.msst.decode_embeddings(o["zh_s"], o["zh_d"])
-            x_d[rows], x_f[rows] = (from_model_frame(y, pelvis[rows]) for y in made)
+        n = poses_at_once(self.config, memory)
+        with lean_mode():
+            for rows in (slice(i, i + n) for i in range(0, len(x_s), n)):
+                x, c = x_s[rows], None if conf is None else conf[rows]
+                pelvis = detected_pelvis(x, c)
+                zh_s, zh_d = generate(self.hiarm, to_model_frame(x, pelvis), c)
+                made = self.msst.decode_embeddings(zh_s, zh_d)
+                x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
         return x_d, x_f
-
-    def poses_per_chunk(self, memory: int) -> int:
-        c = self.config
-        return 512
 
 
 # --------------------------------------------------------------------------------------------------
