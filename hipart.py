@@ -234,11 +234,17 @@ class Quantizer(nn.Module):
         self.register_buffer("count", torch.ones(K))  # EMA of the rows per code in a step
         self.register_buffer("total", self.codebook.clone())  # EMA of the sum of those rows
         self.register_buffer("active", torch.tensor(False))
+        self.known_active = False
+
+    def is_active(self) -> bool:
+        """`active`, for Python. To read it from a GPU is to wait for the GPU; True is read once."""
+        self.known_active = self.known_active or bool(self.active)
+        return self.known_active
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z [B, n, D] -> quantized z-hat [B, n, D] and token ids q [B, n] int64."""
         q = nearest_code(z.detach().float().flatten(0, 1), self.codebook).view(z.shape[:2])
-        if not self.active:
+        if not self.is_active():
             return z, q
         # The straight-through estimator: the value is the code's, the gradient goes on to z as if
         # nothing had been rounded. A plain look-up would leave the encoder without a gradient.
@@ -247,7 +253,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def update(self, z: Tensor, q: Tensor) -> None:
         """One EMA step from the rows z [B, n, D] that were quantized to q [B, n]."""
-        if self.training and self.active:
+        if self.training and self.is_active():
             rows, K = z.detach().float().flatten(0, 1), len(self.codebook)
             # Code k would restart as row spare[k]. No two of these rows are the same, unless there
             # are more codes than rows.
@@ -647,8 +653,9 @@ def lifting_features(x: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]
         return dict(sparse=sparse)
     x_d, x_f = x[:, J : J + J_D], x[:, J + J_D :]
     mean = x_d.unflatten(1, (J_S, R)).mean(2)  # [B, 16, 2]
-    own = list(PART_JOINT)
-    gap = hide_missing(mean - x_s[:, own], visible[:, own])
+    # An index would be copied to a GPU in every step, and waited for.
+    own, seen = (torch.stack([t[:, j] for j in PART_JOINT], 1) for t in (x_s, visible))
+    gap = hide_missing(mean - own, seen)
     mean, gap = mean.repeat_interleave(R, 1), gap.repeat_interleave(R, 1)  # [B, 48, 2]
     dense = torch.cat([mean - pelvis, gap, x_d - mean], -1)
     return dict(sparse=sparse, dense=dense, fine=x_f - x_d.repeat_interleave(2, 1))
