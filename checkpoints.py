@@ -1,35 +1,31 @@
-"""Runs and their checkpoints: what all trainings share beside their maths.
+"""Runs and their checkpoints: what is on disk, written so that there is always a whole one.
 
     run = Run(Path("runs/NAME"), Config(...), Training(...), device)
-    loop = Loop(run, "stage1", model, optimizer, epochs, steps per epoch, schedule)
+    saved = load_finished(run, "stage1")        # or one sentence, if it is not there or damaged
 
-A run is a folder. log.jsonl in it has a line for every epoch. A checkpoint holds the model, the
-optimiser, the step, the random state, Config and Training; it is written beside the old one and
-renamed, so that an interruption costs one epoch at most, and what is trained on is what would have
-been trained on without it.
+A run is a folder in which one process at a time trains. log.jsonl has a line for every epoch. A
+checkpoint holds the model, the optimiser, the step, the random state, Config and Training;
+training_loop.py says when one is written.
 """
 
 import hashlib
+import io
 import json
-import math
-import os
-import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from distributed import connect, rank
 from hipart import Config
 from sources.dataset import META_BYTES, Split
 from sources.files import read_bytes, read_json, shown
 from sources.safe_torch import load_tensors
+from survival import Watch, stop, this_command, write
 
 MOST_BLOCKS, MOST = 100, 1_000_000  # of the options in a checkpoint: blocks, and other numbers
 
@@ -45,10 +41,21 @@ class Run:
     seed: int = 0
     data: str = "data/demo"
     resume: bool = False
+    first_samples: str = ""  # what `samples` said when the data set was opened first
+    watch: Watch = field(default_factory=Watch)  # for signals
 
     def identity(self) -> dict:
         """What must not change when a run resumes, beside Config and Training."""
-        return dict(seed=self.seed, data=self.data, samples=self.samples())
+        return dict(seed=self.seed, data=self.data, samples=self.same_samples())
+
+    def same_samples(self) -> str:
+        """`samples`, or one sentence and exit status 2 if they are no longer those that this
+        process began with."""
+        self.first_samples = self.first_samples or self.samples()
+        if self.samples() != self.first_samples:
+            stop(f"{self.data} was replaced while {self.path} was at work on it: put the old data "
+                 f"back and go on with `{this_command()}`, or take another --name")
+        return self.first_samples
 
     def samples(self) -> str:
         """A name for the samples: a hash of what meta.json says, but for versions of libraries."""
@@ -62,12 +69,18 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def log(self, **row) -> None:
-        """Append a line to log.jsonl, with numbers to six digits."""
-        with open(self.path / "log.jsonl", "a") as f:
-            f.write(json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
+        """Append a line to log.jsonl, with numbers to six digits. The file is written anew, so
+        that no line is ever half there. Of several processes, the first does so."""
+        if rank():
+            return
+        path = self.path / "log.jsonl"
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        write(path, before + json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
 
     def forget(self, model: str, epoch: int) -> None:
         """Drop the log lines of epochs that never reached a checkpoint: they will come again."""
+        if rank():
+            return
         path = self.path / "log.jsonl"
         try:
             lines = read_bytes(path).decode().splitlines() if path.exists() else []
@@ -81,9 +94,11 @@ class Run:
         """A split of the data, and of the training split as many samples as Training.limit says."""
         limit = self.training.limit if name == "train" else 0
         try:
-            return Data(self.data, name, self.device, limit, has_mesh)
+            split = Data(self.data, name, self.device, limit, has_mesh)
         except (ValueError, OSError) as e:
             stop(str(e))
+        self.same_samples()
+        return split
 
     def rng(self, *key: int) -> np.random.Generator:
         """Random numbers for the simulated detector, keyed by stage, seed and epoch, so that any
@@ -108,24 +123,18 @@ def _rounded(v):
     return float(f"{float(v):.6g}") if isinstance(v, (float, Tensor)) else v
 
 
-def stop(message: str) -> NoReturn:
-    """Say in one sentence what the user can mend, and exit with status 2."""
-    tqdm.write(message, file=sys.stderr)  # a plain print would be glued to an open progress bar
-    raise SystemExit(2)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text beside and rename it: a reader sees the old file or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
 def save_checkpoint(path: Path, **content) -> None:
     """torch.save, beside and renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    torch.save(content, beside)
-    os.replace(beside, path)
+    buffer = io.BytesIO()  # PyTorch's own writer of files hides the reason where it fails
+    torch.save(content, buffer)
+    write(path, buffer.getvalue())
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """np.save, beside and renamed."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write(path, buffer.getvalue())
 
 
 def load_checkpoint(run: Run, name: str) -> dict:
@@ -215,135 +224,10 @@ def build(make: Callable[[], nn.Module], saved: dict, device: torch.device) -> n
     return restore(make().to(device), saved)
 
 
-# --------------------------------------------------------------------------------------------------
-# A training
-
-
-class Loop:
-    """The learning rate, the progress bar, the log, and a checkpoint after every epoch.
-
-        loop = Loop(run, "stage1", model, optimizer, epochs, steps per epoch, schedule)
-        for epoch in loop.epochs():                 # with --resume from where it stopped
-            for batch in loop.steps(batches):       # sets the learning rate, shows a bar
-                loop.update(loss, terms)            # backward, and the optimiser's step
-            loop.finish_epoch(numbers)              # log.jsonl, and runs/NAME/stage1.pt
-
-    schedule(step, steps) gives the factor on the learning rate.
-    """
-
-    def __init__(self, run: Run, name: str, model: nn.Module, optimizer, epochs: int,
-                 per_epoch: int, schedule: Callable[[int, int], float]):
-        self.run, self.name, self.model, self.optimizer = run, name, model, optimizer
-        self.n_epochs, self.per_epoch, self.schedule = epochs, per_epoch, schedule
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.epoch, self.step, self.seconds = 0, 0, 0.0
-        self.path = run.path / f"{name}.pt"
-        if self.path.exists():
-            self._resume()
-
-    def _resume(self) -> None:
-        if not self.run.resume:
-            stop(f"{self.path} exists already: add --resume to go on, or choose another --name")
-        saved = load_checkpoint(self.run, self.name)
-        if any(saved.get(key) != value for key, value in self._settings().items()):
-            stop(f"{self.path} was trained with other options: resume with the same ones, "
-                 "or choose another --name")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["random"]["cpu"].cpu())
-        if saved["random"]["cuda"]:
-            torch.cuda.set_rng_state_all([state.cpu() for state in saved["random"]["cuda"]])
-        self.epoch, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
-        self.run.forget(self.name, self.epoch)
-
-    def _settings(self) -> dict:
-        return dict(config=asdict(self.run.config), training=asdict(self.run.training),
-                    run=self.run.identity())
-
-    def epochs(self) -> Iterator[int]:
-        """The epochs that are left, counted from 0."""
-        while self.epoch < self.n_epochs:
-            self.began, self.sums = time.perf_counter(), defaultdict(float)
-            self.model.train()
-            yield self.epoch
-
-    def steps(self, batches: Iterable[dict]) -> Iterator[dict]:
-        """The batches of an epoch, each with its learning rate. The model is in eval mode after
-        them."""
-        title = f"{self.name} {self.epoch + 1}/{self.n_epochs}"
-        self.bar = tqdm(batches, title, self.per_epoch, leave=False, mininterval=1)
-        for batch in self.bar:
-            factor = self.schedule(self.step, self.per_epoch * self.n_epochs)
-            for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = lr * factor
-            yield batch
-            self.step += 1
-        if not all(math.isfinite(float(v)) for v in self.sums.values()):
-            stop(f"{self.name}: the loss became infinite or NaN in epoch {self.epoch + 1}; "
-                 "try a lower learning rate")
-        self.model.eval()
-
-    def update(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        """One step of the optimiser down the gradient of the loss; `terms` go to the log."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        for name, value in terms.items():
-            self.sums[name] += value  # stays on the device: nobody waits for it
-        if self.step % 20 == 19:
-            self.bar.set_postfix({name: f"{float(value):.3g}" for name, value in terms.items()})
-
-    def finish_epoch(self, val: dict[str, float | Tensor]) -> None:
-        """Log an epoch and write its checkpoint; val: numbers on the validation split."""
-        self.epoch += 1
-        self.seconds += time.perf_counter() - self.began
-        val = {name: float(value) for name, value in val.items()}
-        self.run.log(model=self.name, epoch=self.epoch, steps=self.step, seconds=self.seconds,
-                     lr=self.optimizer.param_groups[0]["lr"],
-                     train={name: v / self.per_epoch for name, v in self.sums.items()}, val=val)
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in val.items())
-        print(f"{self.name} {self.epoch}/{self.n_epochs}  {self.seconds:.0f} s  {numbers}",
-              flush=True)
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        save_checkpoint(
-            self.path, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-            random=dict(cpu=torch.get_rng_state(), cuda=cuda), epochs=self.n_epochs,
-            epoch=self.epoch, step=self.step, seconds=self.seconds, val=val, **self._settings())
-
-
-def warmup_cosine(warmup: int) -> Callable[[int, int], float]:
-    """A linear warm-up over `warmup` steps (at most a tenth of all), then half a cosine to zero."""
-
-    def factor(step: int, steps: int) -> float:
-        rise = max(1, min(warmup, steps // 10))
-        fallen = max(0, step - rise) / max(1, steps - rise)
-        return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * fallen)))
-
-    return factor
-
-
-def every_4_epochs(per_epoch: int) -> Callable[[int, int], float]:
-    """The paper's schedule of the lifter: times 0.96 every 4 epochs."""
-
-    def factor(step: int, steps: int) -> float:
-        return 0.96 ** (step // per_epoch // 4)
-
-    return factor
-
-
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; biases and norms go without."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; without a name, the GPU if there is one."""
+    """The device of that name; without a name, the GPU if there is one. If torchrun has started
+    several processes, they are connected."""
     if name == "cuda" and not torch.cuda.is_available():
         stop("--device cuda needs a GPU that torch can see, and there is none: "
              "leave --device out")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
+    return connect(torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu")))

@@ -22,6 +22,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure  # without pyplot, which may want a display
 from torch import Tensor
 
+from distributed import from_first_, part, world_size
 from hipart import (
     JOINT_NAMES,
     LEFT,
@@ -347,6 +348,10 @@ class Split:
         has_mesh = self.arrays.get("has_mesh")
         return self if has_mesh is None else self._chosen(self.rows[has_mesh[self.rows]])
 
+    def my_part(self) -> "Split":
+        """The samples for this process, if there are several."""
+        return self._chosen(self.rows[part(self.n)])
+
     def spread(self, n: int) -> "Split":
         """At most n samples, evenly spread."""
         n = min(n, self.n)
@@ -387,22 +392,45 @@ class Split:
             yield self.read(slice(start, min(start + size, self.n)), rng, clean)
 
     def batches(self, size: int, rng: np.random.Generator | None, clean: bool = False,
-                prepare=lambda block, rows: block):
+                prepare=lambda block, rows: block, done: int = 0,
+                random: dict[str, Tensor] | None = None):
         """One epoch of shuffled full batches, or a single smaller one if there are not enough
-        samples for a full one.
+        samples for a full one. If there are several processes, each gets its part of every batch.
 
         The order comes from torch's random state. `prepare(block, rows)` sees each block once and
         returns what the batches are cut from.
+
+        An epoch that was interrupted after `done` batches goes on with the same ones if `random`,
+        which takes down torch's random state where the epoch and its last block began, is what it
+        was then.
         """
-        order = torch.randperm(self.n).numpy()
+        random, now = {} if random is None else random, torch.get_rng_state()
+        torch.set_rng_state(random.setdefault("epoch", now))
+        order = torch.randperm(self.n)
+        from_first_(order)
+        if done:
+            torch.set_rng_state(now)
         for start in range(0, self.n, BLOCK):
-            rows = np.sort(order[start : start + BLOCK])  # in order, which disks like better
+            rows = order[start : start + BLOCK].numpy()
             if start and len(rows) < size:
                 return
-            block = prepare(self.read(rows, rng, clean), rows)
+            batches, equal = max(1, len(rows) // size), len(rows) - len(rows) % world_size()
+            rows = np.sort(rows[:equal][part(equal)])  # in order, which disks like better
+            samples = self.read(rows, rng, clean)  # of a block that is done, too: `rng` goes on
+            if done >= batches:
+                done -= batches
+                continue
+            if done:
+                torch.set_rng_state(random["block"])
+            random["block"] = torch.get_rng_state()
+            block = prepare(samples, rows)
             shuffled = torch.randperm(len(rows)).to(self.device)
-            for i in range(0, len(rows) - size + 1, size) if len(rows) >= size else [0]:
-                yield {k: v[shuffled[i : i + size]] for k, v in block.items()}
+            if done:
+                torch.set_rng_state(now)
+            mine = size // world_size()
+            for i in range(done, batches):
+                yield {k: v[shuffled[i * mine : (i + 1) * mine]] for k, v in block.items()}
+            done = 0
 
     def steps(self, size: int) -> int:
         """How many batches of `size` an epoch has."""

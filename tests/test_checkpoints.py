@@ -18,8 +18,10 @@ from conftest import RUN_SIZES
 
 import train
 from baselines import Regressor
-from checkpoints import Run, adamw, load_checkpoint, save_checkpoint, warmup_cosine, write
+from checkpoints import Run, load_checkpoint, save_checkpoint
 from hipart import MSST, Config, HiARM, HiPART
+from survival import write
+from training_loop import adamw, warmup_cosine
 
 
 class Stop(Exception):
@@ -28,17 +30,18 @@ class Stop(Exception):
 
 def test_checkpoints_are_written_beside_and_renamed(tmp_path, monkeypatch):
     """A crash while writing leaves the old checkpoint whole."""
-    path = tmp_path / "stage1.pt"
+    path, write_bytes = tmp_path / "stage1.pt", Path.write_bytes
     save_checkpoint(path, epoch=1)
 
-    def half(content, where):
-        Path(where).write_bytes(b"half of a checkpoint")
+    def half(self, content):
+        write_bytes(self, content[: len(content) // 2])
         raise Stop
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(Stop):
         save_checkpoint(path, epoch=2)
     assert torch.load(path, weights_only=True) == dict(epoch=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["stage1.pt"]
 
 
 def test_weight_decay_spares_biases_and_norms():
@@ -52,14 +55,14 @@ def test_weight_decay_spares_biases_and_norms():
 
 
 def test_texts_are_written_beside_and_renamed(tmp_path, monkeypatch):
-    path = tmp_path / "table.md"
+    path, write_bytes = tmp_path / "table.md", Path.write_bytes
     write(path, "old")
 
-    def half(self, text, encoding):
-        self.write_bytes(text.encode()[:2])
+    def half(self, content):
+        write_bytes(self, content[:2])
         raise Stop
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(Stop):
         write(path, "new")
     assert path.read_bytes() == b"old"
