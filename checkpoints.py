@@ -14,11 +14,10 @@ import hashlib
 import io
 import json
 import math
-import pickle
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,13 @@ from tqdm import tqdm
 
 from distributed import connect, gather, highest, mean, rank, same_everywhere, wait, world_size
 from hipart import Config
-from sources.dataset import Split
+from sources.dataset import META_BYTES, Split
+from sources.files import read_bytes, read_json, shown
+from sources.safe_torch import load_tensors
 from survival import Watch, launcher, stop, this_command, write
 
 SAVE_EVERY = 600  # s: long epochs have checkpoints within
+MOST_BLOCKS, MOST = 100, 1_000_000  # of the options in a checkpoint: blocks, and other numbers
 
 
 @dataclass
@@ -64,9 +66,14 @@ class Run:
 
     def samples(self) -> str:
         """A name for the samples: a hash of what meta.json says, but for versions of libraries."""
-        meta = json.loads(Path(self.data, "meta.json").read_text())
-        meta.pop("versions", None)
-        return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+        try:
+            meta = read_json(Path(self.data, "meta.json"), META_BYTES)
+            meta.pop("versions", None)
+            text = json.dumps(meta, sort_keys=True)
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            stop(f"{shown(self.data, 4096)} is not a data set that can be read: make it again with "
+                 "`python prepare_data.py`")
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def log(self, **row) -> None:
         """Append a line to log.jsonl, with numbers to six digits. The file is written anew, so
@@ -82,15 +89,19 @@ class Run:
         if rank():
             return
         path = self.path / "log.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        kept = [r for r in rows if r["model"] != model or r["epoch"] <= epoch]
+        try:
+            lines = read_bytes(path).decode().splitlines() if path.exists() else []
+            rows = [json.loads(line) for line in lines]
+            kept = [r for r in rows if r["model"] != model or r["epoch"] <= epoch]
+        except (ValueError, TypeError, LookupError, RecursionError, OSError) as e:
+            stop(f"{path} is damaged ({type(e).__name__}): move it away and go on with --resume")
         write(path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def split(self, name: str, has_mesh: bool = False) -> Split:
         """A split of the data, and of the training split as many samples as Training.limit says."""
         limit = self.training.limit if name == "train" else 0
         try:
-            split = Split(self.data, name, self.device, limit, has_mesh)
+            split = Data(self.data, name, self.device, limit, has_mesh)
         except (ValueError, OSError) as e:
             stop(str(e))
         self.same_samples()
@@ -100,6 +111,17 @@ class Run:
         """Random numbers for the simulated detector, keyed by stage, seed and epoch, so that any
         epoch can be drawn again."""
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+class Data(Split):
+    """A split whose files may be cut short while it is read."""
+
+    def read(self, *args, **options) -> dict[str, Tensor]:
+        """As `Split.read`, or one sentence and exit status 2."""
+        try:
+            return super().read(*args, **options)
+        except (ValueError, OSError) as e:
+            stop(f"{e}: make the data set again")
 
 
 def _rounded(v):
@@ -130,15 +152,36 @@ def load_checkpoint(run: Run, name: str) -> dict:
     if not path.exists():
         stop(f"{path} is not there: {again} first")
     try:
-        saved = torch.load(path, map_location=run.device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
-        stop(f"{path} is not a readable checkpoint ({type(e).__name__}): delete it and {again}")
-    wanted = {"model", "config", "training", "epoch", "epochs"}
-    if (not isinstance(saved, dict) or not wanted <= set(saved)
-            or set(saved["config"]) != set(vars(run.config))
-            or set(saved["training"]) != set(vars(run.training))):
+        saved = load_tensors(path, run.device)
+    except ValueError:
+        stop(f"{path} is not a readable checkpoint: delete it and {again}")
+    try:
+        _check_content(saved, run)
+    except (ValueError, TypeError, AttributeError, LookupError):
         stop(f"{path} is not a checkpoint of this version of the project: delete it and {again}")
     return saved | dict(path=path)
+
+
+def _check_content(saved: Any, run: Run) -> None:
+    """Refuse with a ValueError, or what Python raises, a checkpoint that is not of this version of
+    the project."""
+    if not all(isinstance(saved.get(key), dict) for key in ("model", "config", "training", "run")):
+        raise ValueError("no dictionaries")
+    of, good = saved["run"], [0 <= saved["config"]["dropout"] <= 1]
+    for kind, own in (("config", run.config), ("training", run.training)):
+        good.append(set(saved[kind]) == set(vars(own)))
+        for option in fields(own):
+            value, most = saved[kind][option.name], MOST_BLOCKS if "blocks" in option.name else MOST
+            good.append(type(value) is option.type or option.type is float and type(value) is int)
+            good.append(type(value) is str or abs(value) <= most)
+        type(own)(**saved[kind])
+    good += [type(saved[key]) is int and 0 <= saved[key] < MOST for key in ("epoch", "epochs")]
+    good += [type(saved["seconds"]) is float, type(of["seed"]) is int, type(of["samples"]) is str,
+             shown(of["data"], 4096) == of["data"]]
+    good += [type(name) is str and type(value) is Tensor and value.is_contiguous()
+             for name, value in saved["model"].items()]
+    if not all(good):
+        raise ValueError("something of another kind")
 
 
 def load_finished(run: Run, name: str, same_data: bool = False) -> dict:
@@ -163,12 +206,29 @@ def is_finished(run: Run, name: str) -> bool:
 
 def restore(module: nn.Module, saved: dict) -> nn.Module:
     """The module with the weights of a checkpoint, frozen and in eval mode."""
-    try:
-        module.load_state_dict(saved["model"])
-    except RuntimeError:
+    _check_weights(module, saved)
+    module.load_state_dict(saved["model"])
+    return module.eval().requires_grad_(False)
+
+
+def _check_weights(module: nn.Module, saved: dict) -> None:
+    """Stop unless the checkpoint holds finite weights of the module's sizes."""
+    own, weights = module.state_dict(), saved["model"]
+    if ({name: (value.shape, value.dtype) for name, value in own.items()}
+            != {name: (value.shape, value.dtype) for name, value in weights.items()}):
         stop(f"{saved['path']} has weights of other sizes than these options: use those of its "
              "training")
-    return module.eval().requires_grad_(False)
+    if not all(bool(value.isfinite().all()) for value in weights.values()):
+        stop(f"{saved['path']} has weights that are infinite or NaN: train it again")
+
+
+def build(make: Callable[[], nn.Module], saved: dict, device: torch.device) -> nn.Module:
+    """The module that the options of a checkpoint describe, with its weights, frozen and in eval
+    mode. It is made without memory first, since the options could ask for any size."""
+    with torch.device("meta"):
+        plan = make()
+    _check_weights(plan, saved)
+    return restore(make().to(device), saved)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,7 +272,9 @@ class Loop:
                  "or choose another --name")
         try:
             self._restore(saved)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        except torch.OutOfMemoryError:
+            raise
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             stop(f"{self.path} is no checkpoint that this version of the project can go on from "
                  f"({type(e).__name__}): delete it and train again")
 

@@ -704,7 +704,7 @@ class SpatialLifter(Lifter):
             self.embed_d, self.embed_f = nn.Linear(6, width), nn.Linear(2, width)
         self.missing = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(torch.zeros(n_points, width))
-        rates = torch.linspace(0, 0.1, blocks).tolist()  # of drop path, rising with depth
+        rates = torch.linspace(0, 0.1, blocks, device="cpu").tolist()  # of drop path, rising
         self.blocks = nn.ModuleList(
             [Block(width, heads, 2, drop_path=p, eps=1e-6) for p in rates])
         self.norm = nn.LayerNorm(width, eps=1e-6)

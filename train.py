@@ -37,6 +37,7 @@ from checkpoints import (
     Loop,
     Run,
     adamw,
+    build,
     choose_device,
     every_4_epochs,
     is_finished,
@@ -89,6 +90,9 @@ class Training:
     def __post_init__(self):
         if self.lifter not in ("spatial", "mlp"):
             raise ValueError(f"lifter must be one of spatial, mlp, found {self.lifter!r}")
+        if self.lifter == "spatial" and self.lifter_width % 6:
+            raise ValueError("lifter_width must be a multiple of the spatial lifter's 6 heads, "
+                             f"found {self.lifter_width}")
         for name, value in vars(self).items():
             least = 0 if name.startswith(("limit", "warmup", "epochs_soft")) else 1
             if type(value) is int and value < least:
@@ -139,8 +143,7 @@ FOCAL = 2.29  # of all cameras, in normalised image coordinates: 1145 px in imag
 def load_msst(run: Run) -> MSST:
     """The tokenizer of a run, frozen."""
     saved = load_finished(run, "stage1")
-    model = MSST(Config(**saved["config"])).to(run.device)
-    return restore(model, saved)
+    return build(lambda: MSST(Config(**saved["config"])), saved, run.device)
 
 
 def load_hipart(run: Run) -> HiPART:
@@ -149,26 +152,24 @@ def load_hipart(run: Run) -> HiPART:
     again = "train it again under another --name"
     if first["run"]["samples"] != second["run"]["samples"]:
         stop(f"{run.path}: stage 2 was trained on other data than stage1.pt; {again}")
-    if not torch.equal(first["model"]["Q_s.codebook"], second["model"]["C_s"]):
+    both = {f"msst.{name}": value for name, value in first["model"].items()}
+    both |= {f"hiarm.{name}": value for name, value in second["model"].items()}
+    model = build(lambda: HiPART(Config(**second["config"])), second | dict(model=both), run.device)
+    if not torch.equal(model.msst.Q_s.codebook, model.hiarm.C_s):
         stop(f"{run.path}: stage 2 was trained on another tokenizer than stage1.pt; {again}")
-    model = HiPART(Config(**second["config"])).to(run.device)
-    restore(model.msst, first)
-    restore(model.hiarm, second)
-    return model.eval()
+    return model
 
 
 def load_regressor(run: Run) -> Regressor:
     """The plain regressor of a run, frozen."""
     saved = load_finished(run, "regressor")
-    model = Regressor(saved["training"]["regressor_width"]).to(run.device)
-    return restore(model, saved)
+    return build(lambda: Regressor(saved["training"]["regressor_width"]), saved, run.device)
 
 
 def load_lifter(run: Run, name: str, seed: int = 0) -> nn.Module:
     """The lifter of one input, frozen."""
     saved = load_finished(run, f"stage3_{name}_{seed}")
-    model = new_lifter(Training(**saved["training"]), name).to(run.device)
-    return restore(model, saved)
+    return build(lambda: new_lifter(Training(**saved["training"]), name), saved, run.device)
 
 
 def checkpoints_of(stage: int, seeds: int = 1) -> list[str]:

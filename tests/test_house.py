@@ -28,8 +28,8 @@ LATE = {("sources/bodies.py", "anny"), ("kernels/__init__.py", "torch.utils"),
         ("kernels/__init__.py", "fcntl"), ("survival.py", "fcntl")}  # fmt: skip
 MOST_LINES = {
     "distributed.py": 130, "hipart.py": 770, "baselines.py": 110, "survival.py": 145,
-    "checkpoints.py": 375, "train.py": 640, "tables.py": 330, "evaluate.py": 570,
-    "sample.py": 480, "lift.py": 260, "prepare_data.py": 300,
+    "checkpoints.py": 440, "train.py": 640, "tables.py": 330, "evaluate.py": 570,
+    "sample.py": 480, "lift.py": 310, "prepare_data.py": 300,
     "kernels/quantizer.cu": 260, "kernels/quantizer.cpp": 400, "kernels/quantizer_cuda.cpp": 100,
     "tests/cuda_emulator.h": 150,
 }  # fmt: skip

@@ -1006,8 +1006,9 @@ def test_the_next_command_is_short_where_it_can_be(tmp_path):
     assert train.nearest_preset(fields) == ("quick", dict(turn_3=0.1))
     config, training = (dict(vars(kind())) for kind in (Config, train.Training))
     other.path.mkdir(parents=True)
-    content = dict(model={}, epoch=1, epochs=1, run=dict(seed=3), config=config | dict(soft=True),
-                   training=training | dict(epochs_1=40, limit=9))
+    of = dict(seed=3, data="data/demo", samples="")
+    content = dict(model={}, epoch=1, epochs=1, seconds=1.0, run=of,
+                   config=config | dict(soft=True), training=training | dict(epochs_1=40, limit=9))
     torch.save(content, other.path / "stage1.pt")
     assert train.next_command(other, 3, seeds=2) == (
         "python train.py --preset paper --name other --soft --limit 9 --seed 3 --stage 3 --seeds 2")
