@@ -526,7 +526,7 @@ def main() -> None:
         return report_occlusion(run, models, at)
 
     full = run.path / f"table{at}.md"
-    if stages < 3 and full.exists() and "## 3D error" in full.read_text(encoding="utf-8"):
+    if stages < 3 and full.exists() and "## 3D error" in full.read_text("utf-8", "replace"):
         stop(f"{full} has errors in 3D, and without all of stage 3 they would be lost: go on with "
              f"`{next_command(trained_on_own_data(run), stages + 1)}`, or move that file away")
     splits, sizes = open_splits(run, stages)

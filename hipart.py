@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed import from_first_, sum_, world_size
+from generation import generate, lean_mode, poses_at_once
 from kernels import code_statistics, ema_apply_, nearest_code
 
 # --------------------------------------------------------------------------------------------------
@@ -234,11 +235,17 @@ class Quantizer(nn.Module):
         self.register_buffer("count", torch.ones(K))  # EMA of the rows per code in a step
         self.register_buffer("total", self.codebook.clone())  # EMA of the sum of those rows
         self.register_buffer("active", torch.tensor(False))
+        self.known_active = False
+
+    def is_active(self) -> bool:
+        """`active`, for Python. To read it from a GPU is to wait for the GPU; True is read once."""
+        self.known_active = self.known_active or bool(self.active)
+        return self.known_active
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z [B, n, D] -> quantized z-hat [B, n, D] and token ids q [B, n] int64."""
         q = nearest_code(z.detach().float().flatten(0, 1), self.codebook).view(z.shape[:2])
-        if not self.active:
+        if not self.is_active():
             return z, q
         # The straight-through estimator: the value is the code's, the gradient goes on to z as if
         # nothing had been rounded. A plain look-up would leave the encoder without a gradient.
@@ -247,7 +254,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def update(self, z: Tensor, q: Tensor) -> None:
         """One EMA step from the rows z [B, n, D] that were quantized to q [B, n]."""
-        if self.training and self.active:
+        if self.training and self.is_active():
             rows, K = z.detach().float().flatten(0, 1), len(self.codebook)
             # Code k would restart as row spare[k]. No two of these rows are the same, unless there
             # are more codes than rows.
@@ -617,15 +624,21 @@ class HiPART(nn.Module):
             loss = loss + c.lambda_p * terms["pose"]
         return loss, {name: t.detach() for name, t in terms.items()}, o
 
-    @torch.no_grad()
-    def densify(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x_s [B, 17, 2] and conf [B, 17] (0: missing; None: all visible) -> x_d [B, 48, 2] and
-        x_f [B, 96, 2] (Alg. 1), all in normalised image coordinates. Call `eval()` first: in
-        training mode dropout is at work."""
-        pelvis = detected_pelvis(x_s, conf)
-        o = self.hiarm.rollout(to_model_frame(x_s, pelvis), conf)
-        x_d, x_f = self.msst.decode_embeddings(o["zh_s"], o["zh_d"])
-        return from_model_frame(x_d, pelvis), from_model_frame(x_f, pelvis)
+    def densify(self, x_s: Tensor, conf: Tensor | None = None, memory: int = 512
+                ) -> tuple[Tensor, Tensor]:
+        """x_s [N, 17, 2] and conf [N, 17] (0: missing; None: all visible) -> x_d [N, 48, 2] and
+        x_f [N, 96, 2] (Alg. 1), all in normalised image coordinates, without dropout. N may be any
+        number: poses are made in chunks, in `memory` MB at most beside input and output."""
+        x_d, x_f = x_s.new_empty(len(x_s), J_D, 2), x_s.new_empty(len(x_s), J_F, 2)
+        n = poses_at_once(self.config, memory)
+        with lean_mode():
+            for rows in (slice(i, i + n) for i in range(0, len(x_s), n)):
+                x, c = x_s[rows], None if conf is None else conf[rows]
+                pelvis = detected_pelvis(x, c)
+                zh_s, zh_d = generate(self.hiarm, to_model_frame(x, pelvis), c)
+                made = self.msst.decode_embeddings(zh_s, zh_d)
+                x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
+        return x_d, x_f
 
 
 # --------------------------------------------------------------------------------------------------
@@ -653,8 +666,9 @@ def lifting_features(x: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]
         return dict(sparse=sparse)
     x_d, x_f = x[:, J : J + J_D], x[:, J + J_D :]
     mean = x_d.unflatten(1, (J_S, R)).mean(2)  # [B, 16, 2]
-    own = list(PART_JOINT)
-    gap = hide_missing(mean - x_s[:, own], visible[:, own])
+    # An index would be copied to a GPU in every step, and waited for.
+    own, seen = (torch.stack([t[:, j] for j in PART_JOINT], 1) for t in (x_s, visible))
+    gap = hide_missing(mean - own, seen)
     mean, gap = mean.repeat_interleave(R, 1), gap.repeat_interleave(R, 1)  # [B, 48, 2]
     dense = torch.cat([mean - pelvis, gap, x_d - mean], -1)
     return dict(sparse=sparse, dense=dense, fine=x_f - x_d.repeat_interleave(2, 1))

@@ -393,7 +393,7 @@ def test_data_without_meshes_are_not_drawn(run, data, tmp_path, monkeypatch, cap
     ("no run", "python train.py --name nowhere"), ("no run", "--stage 1"),
     ("no data", "prepare_data.py"), ("cut", "stage1.pt is not a readable checkpoint"),
     ("cut lifter", "stage3_generated_0.pt is not a readable checkpoint"),
-    ("no second run", "--lambda_l 0"), ("n", "--n must be"), ("meta", "has format version None"),
+    ("no second run", "--lambda_l 0"), ("n", "--n must be"), ("meta", "make it again with"),
     ("array", "x_f.npy cannot be read, it is truncated"),
     ("string", "stage1.pt is not a checkpoint of this version"),
 ])  # fmt: skip
