@@ -3,6 +3,7 @@
     python evaluate.py                          # runs/standard on data/demo
     python evaluate.py --name quick --seeds 3   # mean and spread over the lifters of three seeds
     python evaluate.py --occlusion              # joints hidden on purpose: like 3DPW-AdvOcc
+    torchrun --nproc_per_node=2 evaluate.py     # samples shared out over two processes
 
 Prints a short table. The full report goes to runs/NAME/table.md, and every number behind it to
 runs/NAME/evaluation.json. On other data than the run's own (by the name of its folder) both names
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from baselines import Regressor
-from checkpoints import Run, choose_device, load_finished, stop, write
+from checkpoints import Run, choose_device, load_finished
+from distributed import gather, part, rank
 from hipart import (
     J_D,
     J_S,
@@ -45,6 +47,7 @@ from hipart import (
     to_model_frame,
 )
 from sources.dataset import Split, in_model_frame
+from survival import Watch, stop, write
 from tables import LOW_CONF, describe, report, summarize, table
 from train import (
     INPUTS,
@@ -170,9 +173,11 @@ def measure(split: Split, models: Models, rng=None) -> dict[str, np.ndarray]:
 def measure_kind(kind: str, split: Split, models: Models, rng=None) -> dict[str, np.ndarray]:
     """The columns of `measure` that come from detected poses, or from clean ones."""
     parts, clean = defaultdict(list), kind == "clean"
-    for block, truth in zip(split.blocks(rng, clean), split.blocks(clean=True), strict=True):
-        for name, values in measure_block(kind, block, truth, split, models).items():
-            parts[name].append(values)
+    for pair in zip(split.blocks(rng, clean), split.blocks(clean=True), strict=True):
+        block, truth = ({k: v[part(len(v))] for k, v in b.items()} for b in pair)
+        for rows in gather(measure_block(kind, block, truth, split, models)):
+            for name, values in rows.items():
+                parts[name].append(values)
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
@@ -398,9 +403,11 @@ def errors_under(hidden: np.ndarray, block: dict[str, Tensor], name: str,
     """The 3D error of each joint [n, 17] in mm, with the hidden ones missing."""
     visible = ~torch.from_numpy(hidden).to(block["conf"].device)
     block = block | dict(x_s=hide_missing(block["x_s"], visible), conf=block["conf"] * visible)
-    x = lifter_input(name, block, models.hipart, models.regressor)
-    y = lift(models.lifters[name, 0], x, block["conf"])
-    return (y - block["y"]).norm(dim=-1).cpu().numpy().astype(np.float64)
+    mine = {k: v[part(len(hidden))] for k, v in block.items()}
+    x = lifter_input(name, mine, models.hipart, models.regressor)
+    y = lift(models.lifters[name, 0], x, mine["conf"])
+    off = (y - mine["y"]).norm(dim=-1).cpu().numpy().astype(np.float64)
+    return np.concatenate(gather(off))
 
 
 def worst_under(hidden: np.ndarray, block: dict[str, Tensor], name: str, models: Models) -> float:
@@ -418,6 +425,8 @@ def report_occlusion(run: Run, models: Models, at: str) -> None:
     split = run.split("test").spread(2500)
     rows = measure_hidden(split, models, run.rng(6))
     head = ["MPJPE, mm", "joints missing", *(INPUTS[name] for name in HIDDEN_INPUTS)]
+    if rank():
+        return
     text = (f"Joints hidden on purpose, {split.n} samples of {run.data}, test; under patches every "
             "tenth of them, and only joints that are not covered count. Stand-ins at keypoint "
             "level: the published protocols hide pixels and detect again.\n\n"
@@ -517,13 +526,13 @@ def main() -> None:
         return report_occlusion(run, models, at)
 
     full = run.path / f"table{at}.md"
-    if stages < 3 and full.exists() and "## 3D error" in full.read_text(encoding="utf-8"):
+    if stages < 3 and full.exists() and "## 3D error" in full.read_text("utf-8", "replace"):
         stop(f"{full} has errors in 3D, and without all of stage 3 they would be lost: go on with "
              f"`{next_command(trained_on_own_data(run), stages + 1)}`, or move that file away")
     splits, sizes = open_splits(run, stages)
     meta = splits["test"].meta
     summaries, codebooks = {}, {}
-    for name, split in tqdm(splits.items(), "measuring splits", leave=False):
+    for name, split in tqdm(splits.items(), "measuring splits", leave=False, disable=rank() > 0):
         # Poses that training knows are shown under a detection that it does not know.
         fresh = run.rng(5) if name == "train" and meta["noise"] else None
         some = replace(models, lifters={}) if name in ("train", "val") else models
@@ -533,6 +542,8 @@ def main() -> None:
     if stages == 1 and not codebooks:
         stop(f"no sample of {run.data} has true dense and fine points, and a tokenizer can be "
              f"tried on no other: go on with `{next_command(trained_on_own_data(run), 2)}`")
+    if rank():
+        return  # the first process has the numbers of all
     header = describe(run, about, sizes, meta)
     shown, text = report(f"# Evaluation of {run.path}\n\n{header}", meta, stages, args.seeds,
                          summaries, codebooks, models.msst.config)
@@ -551,4 +562,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with Watch().listening():
+        main()

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distributed import from_first_, sum_, world_size
 from generation import generate, lean_mode, poses_at_once
-from kernels import ema_update_, nearest_code
+from kernels import code_statistics, ema_apply_, nearest_code
 
 # --------------------------------------------------------------------------------------------------
 # Skeleton: the 17 joints of Human3.6M. x_s and y keep all 17; all but the pelvis own a token.
@@ -258,31 +259,43 @@ class Quantizer(nn.Module):
             # Code k would restart as row spare[k]. No two of these rows are the same, unless there
             # are more codes than rows.
             spare = torch.randperm(max(len(rows), K), device=rows.device)[:K] % len(rows)
-            ema_update_(
-                self.codebook, self.count, self.total, rows, q.flatten(), self.decay,
-                restart_below=self.restart_below * len(rows) / K, restart_rows=spare)
+            self._follow(rows, q.flatten(), spare, self.decay,
+                         restart_below=self.restart_below * len(rows) * world_size() / K)
 
     @torch.no_grad()
     def initialize(self, z: Tensor, rows_per_step: int, iterations: int = 10) -> None:
-        """k-means on encoder outputs z [N, D]. The counts become what training steps of
-        `rows_per_step` rows would leave. ValueError if there are fewer rows than codes."""
+        """k-means on encoder outputs z [N, D], and on as many of every other process. The counts
+        become what training steps of `rows_per_step` rows, those of all processes, would leave.
+        ValueError if there are fewer rows than codes."""
         K, z = len(self.codebook), z.float()
         if len(z) < K:
             raise ValueError(
                 f"k-means needs at least as many encoder outputs as codes ({K}), found {len(z)}")
         self.codebook.copy_(z[torch.randperm(len(z), device=z.device)[:K]])
+        from_first_(self.codebook)
         for _ in range(iterations):
             # An iteration of k-means is the EMA update without memory; an empty cluster restarts.
             spare = torch.randperm(len(z), device=z.device)[:K]
             q = nearest_code(z, self.codebook)
-            ema_update_(
-                self.codebook, self.count, self.total, z, q, decay=0.0, eps=0.0,
-                restart_below=1.0, restart_rows=spare)
+            self._follow(z, q, spare, decay=0.0, eps=0.0, restart_below=1.0)
         # No count starts below a tenth of a fair share, so that no code is dead at once.
-        self.count.mul_(rows_per_step / len(z)).clamp_min_(rows_per_step / K * 0.1)
+        n = len(z) * world_size()
+        self.count.mul_(rows_per_step / n).clamp_min_(rows_per_step / K * 0.1)
         # total / count must be the codebook, or all codes would jump at the first update.
         self.total.copy_(self.codebook * self.count[:, None])
         self.active.fill_(True)
+
+    def _follow(self, rows: Tensor, q: Tensor, spare: Tensor, decay: float, eps: float = 1e-5,
+                restart_below: float = 0.0) -> None:
+        """Move the codebook by the rows [N, D] of all processes that chose the codes q [N]. A dead
+        code k restarts as row spare[k] of the first process, so that all codebooks stay the
+        same."""
+        n, s = code_statistics(rows, q, len(self.codebook))
+        candidates = rows[spare]
+        sum_(n, s)
+        from_first_(candidates)
+        ema_apply_(self.codebook, self.count, self.total, n, s, decay, eps, restart_below,
+                   candidates)
 
 
 class MSST(nn.Module):
@@ -705,7 +718,7 @@ class SpatialLifter(Lifter):
             self.embed_d, self.embed_f = nn.Linear(6, width), nn.Linear(2, width)
         self.missing = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(torch.zeros(n_points, width))
-        rates = torch.linspace(0, 0.1, blocks).tolist()  # of drop path, rising with depth
+        rates = torch.linspace(0, 0.1, blocks, device="cpu").tolist()  # of drop path, rising
         self.blocks = nn.ModuleList(
             [Block(width, heads, 2, drop_path=p, eps=1e-6) for p in rates])
         self.norm = nn.LayerNorm(width, eps=1e-6)

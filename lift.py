@@ -1,18 +1,20 @@
 """Lift your own 2D keypoints: dense and fine 2D poses, 3D poses, pictures.
 
-    python lift.py people.json --name quick               # people in single images
-    python lift.py FOLDER --image-size 1920 1080          # a video, as OpenPose writes it
-    python lift.py examples/wave.json --image-size 1000 1000
+    python lift.py people.json --name quick     # people in single images
+    python lift.py FOLDER                       # a video, as OpenPose writes it
+    python lift.py examples/wave.json
 
-sources/keypoints.py lists the formats and layouts that are read. Needs a run with all three stages.
-What comes out lies in runs/NAME/keypoints/STEM: poses.npz with all numbers, a picture for every
-person in a single image, an animation for every track.
+docs/data.md lists the formats that are read. Needs a run with all three stages. What comes out lies
+in a folder under runs/NAME/keypoints that has the name of the file: poses.npz with all numbers,
+pictures of people in single images, and animations of tracks.
 """
 
 import argparse
 import math
-import re
+import os
 import shutil
+import tempfile
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -27,13 +29,16 @@ from checkpoints import stop
 from evaluate import open_run, trained_on_own_data
 from hipart import J_D, HiPART, J, R
 from sample import PART_COLOURS, SIDE, bones, frame, solid
-from sources import keypoints
-from sources.keypoints import Keypoints
+from sources.files import safe_name, shown
+from sources.keypoints import Keypoints, read
+from sources.layouts import LAYOUTS
 from train import lift, lifter_input, load_hipart, load_lifter, next_command
 
 FEWEST = 6  # joints of a person; who shows fewer is left out
 STANDING = 0.36  # standing height of a person in the training images, as a share of the image
-PICTURES, FRAMES = 50, 120  # people of single images that get a picture; frames of an animation
+AROUND = 15  # frames before and after one that tell the size of a person in a track
+PICTURES = 50  # of single people
+ANIMATIONS, FRAMES = 5, 120  # of tracks, and frames of each
 # Bones as shares of standing height (Winter 2009, Biomechanics and Motor Control of Human Movement)
 SHARES = {
     (1, 2): 0.245, (4, 5): 0.245, (2, 3): 0.246, (5, 6): 0.246, (11, 12): 0.186, (14, 15): 0.186,
@@ -51,8 +56,8 @@ def keep_confident(k: Keypoints, min_score: float) -> tuple[Keypoints, list[str]
     conf = np.where(k.conf < min_score, 0, k.conf)
     rows = np.flatnonzero((conf > 0).sum(1) >= FEWEST)
     if not len(rows):
-        raise ValueError(f"none of {len(k.name)} people has {FEWEST} joints with a score of at "
-                         f"least {min_score:g}: lower --min-score")
+        raise ValueError(f"none of {len(k.name)} people has {FEWEST} visible joints" + (
+            f" with a score of at least {min_score:g}: lower --min-score" if min_score > 0 else ""))
     conf, said = conf[rows], list(k.said)
     if len(rows) < len(k.name):
         left_out = len(k.name) - len(rows)
@@ -61,12 +66,13 @@ def keep_confident(k: Keypoints, min_score: float) -> tuple[Keypoints, list[str]
                 f"(score below {min_score:g})")
     x_s = k.x_s[rows] * (conf > 0)[..., None]
     name, track = ([texts[i] for i in rows] for texts in (k.name, k.track))
-    return Keypoints(x_s, conf, name, track, k.size[rows]), said
+    return Keypoints(x_s, conf, name, track, min_score), said
 
 
 def standing_height(k: Keypoints) -> np.ndarray:
     """Roughly how tall each person would stand, [N] px: what the second longest bone says, since
-    most bones are foreshortened and one may be wrong. A whole track has one height."""
+    most bones are foreshortened and one may be wrong. In a track it is the median over the frames
+    around, so that a person may come nearer."""
     estimates = []
     for (a, b), share in SHARES.items():
         visible = (k.conf[:, a] > 0) & (k.conf[:, b] > 0)
@@ -75,33 +81,32 @@ def standing_height(k: Keypoints) -> np.ndarray:
     height = np.sort(np.stack(estimates, 1), 1)[:, -2]
     box = np.stack([np.ptp(x[c > 0], 0).max() for x, c in zip(k.x_s, k.conf, strict=True)])
     height = np.maximum(np.where(height > 0, height, box), 1.0)
-    tracks = np.array(k.track)
-    for track in set(k.track) - {""}:
-        height[tracks == track] = np.median(height[tracks == track])
+    for track, rows in rows_of_tracks(k).items():
+        if track:
+            around = np.pad(height[rows], AROUND, mode="edge")
+            windows = np.lib.stride_tricks.sliding_window_view(around, 2 * AROUND + 1)
+            height[rows] = np.median(windows, 1)
     return height
 
 
-def square_around(k: Keypoints, image_size: tuple[int, int] | None
-                  ) -> tuple[np.ndarray, np.ndarray, str]:
-    """The square image in which each person is seen: centre [N, 2] and side [N] in pixels, and
-    what was done, in words.
+def rows_of_tracks(k: Keypoints) -> dict[str, list[int]]:
+    """The people of each track, in time; those of single images under ""."""
+    tracks = defaultdict(list)
+    for i, track in enumerate(k.track):
+        tracks[track].append(i)
+    return tracks
 
-    The models know square images in which a standing person takes about a third of the height. An
-    image of known size is padded to a square. Where the size is unknown, a square is put around
-    the person such that the usual share comes out.
+
+def square_around(k: Keypoints) -> tuple[np.ndarray, np.ndarray]:
+    """The square in which each person is seen: centre [N, 2] and side [N] in pixels.
+
+    The models know square images in which a standing person takes about a third of the height. So a
+    camera is made up that looks at the person, from where they have that size: whether they fill
+    the photo or are far away, they come out alike. The size of the photo plays no part.
     """
-    size, height = np.where(k.size > 0, k.size, image_size or 0), standing_height(k)
     low, high = (np.stack([end(x[c > 0], 0) for x, c in zip(k.x_s, k.conf, strict=True)])
                  for end in (np.min, np.max))
-    known = (size > 0).all(1)
-    side = np.where(known, size.max(1), height / STANDING)
-    said = (f"{int(known.sum())} poses in images of known size, {int((~known).sum())} with a "
-            "square put around the person")
-    share = np.median(height[known] / side[known]) if known.any() else STANDING
-    if not 0.15 <= share <= 0.7:
-        said += (f"; standing, the person would take {share:.0%} of the image, far from the "
-                 f"{STANDING:.0%} that training shows: without the image's size it may do better")
-    return np.where(known[:, None], size / 2, (low + high) / 2), side, said
+    return (low + high) / 2, standing_height(k) / STANDING
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,48 +184,84 @@ def draw_animation(path: Path, p: dict, rows: list[int], titles: list[str]) -> N
 
 
 def draw_keypoints(folder: Path, k: Keypoints, p: dict) -> list[str]:
-    """A picture of every person in a single image, and an animation of every track; what was left
-    out, in words."""
-    tracks, taken, said = defaultdict(list), set(), []
-    for i, track in enumerate(k.track):
-        tracks[track].append(i)
+    """Pictures of people in single images, and animations of the longest tracks; what was left out,
+    in words."""
+    tracks, taken, said = rows_of_tracks(k), set(), []
     single = [i for track, rows in tracks.items() if not track or len(rows) == 1 for i in rows]
-    if len(single) > PICTURES:
-        said.append(f"the first {PICTURES} of {len(single)} single people are drawn")
+    moving = [track for track, rows in tracks.items() if track and len(rows) > 1]
+    moving.sort(key=lambda track: -len(tracks[track]))
+    for what, all_of_them, most in (("single people", single, PICTURES),
+                                    ("tracks, the longest,", moving, ANIMATIONS)):
+        if len(all_of_them) > most:
+            said.append(f"{most} of {len(all_of_them)} {what} are drawn; poses.npz has all")
+
+    def free(text: str, ending: str) -> Path:
+        name = safe_name(text, taken)
+        taken.add(name)
+        return folder / (name + ending)
+
     for i in tqdm(single[:PICTURES], "pictures", leave=False):
-        draw_picture(folder / f"{free_name(k.name[i], taken)}.png", p, i, k.name[i])
-    for track, rows in tracks.items():
-        if track and len(rows) > 1:
-            shown = rows[:: math.ceil(len(rows) / FRAMES)]
-            if len(shown) < len(rows):
-                said.append(f"track {track}: {len(shown)} of {len(rows)} frames are drawn")
-            draw_animation(folder / f"{free_name(f'track_{track}', taken)}.gif", p, shown, k.name)
+        draw_picture(free(k.name[i], ".png"), p, i, k.name[i])
+    for track in tqdm(moving[:ANIMATIONS], "animations", leave=False):
+        rows = tracks[track]
+        some = rows[:: math.ceil(len(rows) / FRAMES)]
+        if len(some) < len(rows):
+            said.append(f"track {shown(track)}: {len(some)} of {len(rows)} frames are drawn")
+        draw_animation(free(f"track_{track}", ".gif"), p, some, k.name)
     return said
 
 
-def free_name(text: str, taken: set[str]) -> str:
-    """A file name made of a text from a file, unlike those that are taken; it is added to them."""
-    name = free = re.sub(r"[^\w.-]+", "_", text)
-    while free in taken:
-        free = f"{name}_{len(taken)}"
-    taken.add(free)
-    return free
-
-
 # --------------------------------------------------------------------------------------------------
+# The folder of the results
+
+
+def put_in_place(made: Path, parent: Path, stem: str, source: str) -> Path:
+    """Give the finished folder `made` its name -> where it is now.
+
+    The results of an earlier call for the same file are replaced. Anything else stays: what another
+    file, or a person, has put there is never touched, and the name gets a number.
+    """
+    taken = set()
+    while True:
+        folder = parent / safe_name(stem, taken)
+        if not os.path.lexists(folder):
+            made.rename(folder)
+            return folder
+        if is_made_from(folder, source):
+            old = made.with_name("old")
+            folder.rename(old)
+            try:
+                made.rename(folder)
+            except BaseException:
+                old.rename(folder)
+                raise
+            return folder
+        taken.add(folder.name)
+
+
+def is_made_from(folder: Path, source: str) -> bool:
+    """Whether a folder is this script's work on that file, and nothing else lies in it."""
+    if folder.is_symlink() or not (folder / "poses.npz").is_file():
+        return False
+    try:
+        with np.load(folder / "poses.npz", allow_pickle=False) as z:
+            return z["source"] == source and set(z["made"]) == {f.name for f in folder.iterdir()}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
 
 
 def main() -> None:
     a = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("keypoints", help="a file, or a folder of OpenPose's .json files")
+    a.add_argument("keypoints", help="a file, or a folder with one for every image")
     a.add_argument("--name", default="standard", help="the run, runs/NAME")
-    a.add_argument("--layout", default="auto", choices=("auto", *keypoints.LAYOUTS),
+    a.add_argument("--layout", default="auto", choices=("auto", *LAYOUTS),
                    help="the order of the joints; auto: as the file says")
     a.add_argument("--image-size", type=int, nargs=2, metavar=("W", "H"),
-                   help="if the file does not know it")
-    a.add_argument("--min-score", type=float, default=0.3,
-                   help="joints with less are taken as missing")
+                   help="px, for a file with shares of the image in the place of pixels")
+    a.add_argument("--min-score", type=float,
+                   help="joints with less are taken as missing; default: 0.3, or what fits the "
+                   "scale of the scores")
     a.add_argument("--device", help="cuda or cpu; default: cuda if there is one, else cpu")
     args = a.parse_args()
     if args.image_size and min(args.image_size) < 1:
@@ -232,23 +273,30 @@ def main() -> None:
         stop(f"{run.path} has {stages} of the three stages that lifting needs: go on with "
              f"`{command}`")
     path = Path(args.keypoints).resolve()
+    source = shown(path, 4096)
     try:
-        k, said = keep_confident(keypoints.read(path, args.layout), args.min_score)
+        k = read(path, args.layout, args.image_size)
+        k, said = keep_confident(k, k.min_score if args.min_score is None else args.min_score)
     except ValueError as e:
-        stop(str(e) if str(e).startswith(str(path)) else f"{path}: {e}")
-    centre, side, squared = square_around(k, args.image_size)
-    print("\n".join([*said, squared]))
-    p = lift_keypoints(k, centre, side, load_hipart(run), load_lifter(run, "generated"), run.device)
+        stop(str(e) if str(e).startswith(source) else f"{source}: {e}")
+    print("\n".join(said))
+    hipart, lifter = load_hipart(run), load_lifter(run, "generated")
+    p = lift_keypoints(k, *square_around(k), hipart, lifter, run.device)
 
-    # Made beside and renamed, all at once: what was there before is replaced as a whole.
-    folder = run.path / "keypoints" / path.stem
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    np.savez_compressed(beside / "poses.npz", **p, name=np.array(k.name), track=np.array(k.track))
-    said = draw_keypoints(beside, k, p)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    parent = run.path / "keypoints"
+    parent.mkdir(exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".new.", dir=parent))
+    made = temporary / "new"
+    try:
+        made.mkdir()
+        said = draw_keypoints(made, k, p)
+        files = [f.name for f in made.iterdir()] + ["poses.npz"]
+        np.savez_compressed(made / "poses.npz", **p, name=np.array(k.name),
+                            track=np.array(k.track), source=source, made=files)
+        stem = path.name if path.is_dir() else path.stem
+        folder = put_in_place(made, parent, stem, source)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     print("\n".join([*said, *map(str, sorted(folder.iterdir()))]))
 
 

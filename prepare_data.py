@@ -38,7 +38,7 @@ from sources.bodies import (
     segment_transforms,
 )
 from sources.coarsening import coarsen, draw_coarsening, vertex_areas
-from sources.dataset import ARRAYS, SPLITS, base_meta, draw_samples, new_data_set
+from sources.dataset import ARRAYS, SOURCES, SPLITS, base_meta, draw_samples, new_data_set
 from sources.detector import NOISE, detect
 from sources.geometry import IMAGE_SIZE, make_cameras, project
 from sources.motion import CLIP_STANDING_HEIGHT, UNSEEN_CLIPS, Motion, augment, turn
@@ -245,7 +245,7 @@ def arguments():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--source", choices=("demo", "bvh", "amass", "h36m", "3dpw"), default="demo")
+    add("--source", choices=SOURCES, default="demo")
     add("--folder", help="your files, for every source but demo; it is said what was found there")
     add("--name", help="name of the data set (default: that of the source)")
     add("--out", default="data", help="folder of the data sets (default data)")
@@ -291,7 +291,7 @@ def main():
     try:
         folder = prepare(args)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"prepare_data.py: {error}", file=sys.stderr)
+        print(f"prepare_data.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     print(f"{folder} after {time.time() - started:.0f} s")
 

@@ -255,7 +255,8 @@ def draw_reconstruction(path: Path, p: dict, rows, names: list[str]) -> None:
         bones(ax, p["true_x_s"][i], colours="#E4E4E4", lw=4, solid_capstyle="round", zorder=0)
         points(ax, p["rebuilt"][i], p["true_x_f"][i])
         frame(ax, np.concatenate([p["rebuilt"][i], p["true_x_f"][i], p["true_x_s"][i]]))
-        ax.set_title(f"{action(p, i, names)}: {p['px_rebuilt'][i]:.1f} px off", fontsize=11)
+        ax.set_title(f"{action(p, i, names)}: {p['px_rebuilt'][i]:.1f} px off", fontsize=11,
+                     parse_math=False)  # an action may have any name
     fig.suptitle(f"Reconstruction error of the tokenizer: {p['px_rebuilt'].mean():.1f} px, mean of "
                  f"{len(p['px_rebuilt'])} poses. Rings: true fine points; dots: the same, encoded "
                  "and decoded", fontsize=12)
@@ -341,7 +342,7 @@ def draw_levels(axes, p: dict, i: int, names: list[str]) -> None:
     for ax in axes:
         flat(ax, p, i)
     missing = int((p["conf"][i] == 0).sum())
-    axes[0].set_ylabel(action(p, i, names), fontsize=12)
+    axes[0].set_ylabel(action(p, i, names), fontsize=12, parse_math=False)
     axes[0].set_title(f"detected: {p['px_s'][i]:.0f} px off"
                       + (f", {missing} missing" if missing else ""), fontsize=11)
     axes[1].set_title(f"48 dense: {p['px_d'][i]:.0f} px off", fontsize=11)

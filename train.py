@@ -5,6 +5,7 @@
     python train.py --stage 1             # one stage; 2 and 3 need the stages before them
     python train.py --resume              # go on where an interrupted run stopped
     python train.py --gcsab_blocks 2 --name shallow     # any field of Config or Training
+    torchrun --nproc_per_node=2 train.py                # two processes share every batch
 
 Stage 1 learns the tokenizer (MSST) and stage 2 the transformer (HiARM). Stage 3 learns a plain
 regressor for comparison, and one lifter for every *input* that evaluate.py compares. All of it goes
@@ -14,7 +15,9 @@ has been trained.
 
 import argparse
 import dataclasses
+import functools
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -34,17 +37,20 @@ from checkpoints import (
     Loop,
     Run,
     adamw,
+    build,
     choose_device,
     every_4_epochs,
     is_finished,
     load_checkpoint,
     load_finished,
     restore,
-    stop,
     warmup_cosine,
+    write_array,
 )
+from distributed import data_parallel, from_first_, gather, mean, part, rank, sum_, wait, world_size
 from hipart import J_D, J_F, J_S, MSST, SCALE, Config, HiPART, J, SpatialLifter, detected_pelvis
 from sources.dataset import BLOCK, Split, in_model_frame
+from survival import alone_in, check_space, stop
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,9 @@ class Training:
     def __post_init__(self):
         if self.lifter not in ("spatial", "mlp"):
             raise ValueError(f"lifter must be one of spatial, mlp, found {self.lifter!r}")
+        if self.lifter == "spatial" and self.lifter_width % 6:
+            raise ValueError("lifter_width must be a multiple of the spatial lifter's 6 heads, "
+                             f"found {self.lifter_width}")
         for name, value in vars(self).items():
             least = 0 if name.startswith(("limit", "warmup", "epochs_soft")) else 1
             if type(value) is int and value < least:
@@ -120,6 +129,10 @@ INPUTS = {  # what a lifter is given, by name: its row in the tables
     "ground_truth_clean": "-  clean sparse + ground-truth dense + fine",
 }
 NEED_MESH = ("ground_truth", "ground_truth_clean")  # they train on true dense and fine points
+SMALL_FILES = 20 << 20  # bytes that the tables, figures and the log of a run take at most
+DRAWN = 1024  # samples whose detections are drawn and densified at once, for training sets
+PER_FILE = 4 * DRAWN  # samples in a file of a generated training set
+VALUES = 2 * (J + J_D + J_F) + J  # of a generated sample: its points and their confidences
 FOCAL = 2.29  # of all cameras, in normalised image coordinates: 1145 px in images of 1000 px
 
 
@@ -130,8 +143,7 @@ FOCAL = 2.29  # of all cameras, in normalised image coordinates: 1145 px in imag
 def load_msst(run: Run) -> MSST:
     """The tokenizer of a run, frozen."""
     saved = load_finished(run, "stage1")
-    model = MSST(Config(**saved["config"])).to(run.device)
-    return restore(model, saved)
+    return build(lambda: MSST(Config(**saved["config"])), saved, run.device)
 
 
 def load_hipart(run: Run) -> HiPART:
@@ -140,26 +152,24 @@ def load_hipart(run: Run) -> HiPART:
     again = "train it again under another --name"
     if first["run"]["samples"] != second["run"]["samples"]:
         stop(f"{run.path}: stage 2 was trained on other data than stage1.pt; {again}")
-    if not torch.equal(first["model"]["Q_s.codebook"], second["model"]["C_s"]):
+    both = {f"msst.{name}": value for name, value in first["model"].items()}
+    both |= {f"hiarm.{name}": value for name, value in second["model"].items()}
+    model = build(lambda: HiPART(Config(**second["config"])), second | dict(model=both), run.device)
+    if not torch.equal(model.msst.Q_s.codebook, model.hiarm.C_s):
         stop(f"{run.path}: stage 2 was trained on another tokenizer than stage1.pt; {again}")
-    model = HiPART(Config(**second["config"])).to(run.device)
-    restore(model.msst, first)
-    restore(model.hiarm, second)
-    return model.eval()
+    return model
 
 
 def load_regressor(run: Run) -> Regressor:
     """The plain regressor of a run, frozen."""
     saved = load_finished(run, "regressor")
-    model = Regressor(saved["training"]["regressor_width"]).to(run.device)
-    return restore(model, saved)
+    return build(lambda: Regressor(saved["training"]["regressor_width"]), saved, run.device)
 
 
 def load_lifter(run: Run, name: str, seed: int = 0) -> nn.Module:
     """The lifter of one input, frozen."""
     saved = load_finished(run, f"stage3_{name}_{seed}")
-    model = new_lifter(Training(**saved["training"]), name).to(run.device)
-    return restore(model, saved)
+    return build(lambda: new_lifter(Training(**saved["training"]), name), saved, run.device)
 
 
 def checkpoints_of(stage: int, seeds: int = 1) -> list[str]:
@@ -226,7 +236,8 @@ def stage_1(run: Run) -> None:
     if steps <= t.warmup_free:
         stop(f"stage 1 has {steps} steps, and the codebooks begin only after --warmup_free "
              f"{t.warmup_free}: train longer")
-    if train.n * J_S < c.K_s or train.n * J_D < c.K_d:
+    n = train.n // world_size()  # for each process
+    if n * J_S < c.K_s or n * J_D < c.K_d:
         stop(f"{train.n} training samples are too few to start {c.K_s} and {c.K_d} codes: "
              "lower --K_s and --K_d")
     torch.manual_seed(run.seed)
@@ -234,16 +245,20 @@ def stage_1(run: Run) -> None:
     optimizer = adamw(model, t.lr_1, t.weight_decay_1)
     loop = Loop(run, "stage1", model, optimizer, t.epochs_1, train.steps(t.batch_1),
                 warmup_cosine(t.warmup_1))
+    loss_of = data_parallel(model, "loss")
     for epoch in loop.epochs():
-        for b in loop.steps(train.batches(t.batch_1, run.rng(1, epoch), prepare=in_model_frame)):
-            loss, terms, o = model.loss(b["x_f"], b["x_d"], b["action"])
+        for b in loop.steps(train, t.batch_1, run.rng(1, epoch), prepare=in_model_frame):
+            loss, terms, o = loss_of(b["x_f"], b["x_d"], b["action"])
             loop.update(loss, terms)
             model.update_codebooks(o)
             if loop.step + 1 == max(1, t.warmup_free):
                 # At first all encoder outputs look alike, and codes that start from them collapse.
                 # By now the encoder tells poses apart, and k-means finds codes worth having.
-                rows = torch.randperm(train.n)[: 8 * max(c.K_s, c.K_d)].sort().values.numpy()
-                poses = in_model_frame(train.read(rows, run.rng(1, 10**6)))["x_f"]
+                rows = torch.randperm(train.n)[: 8 * max(c.K_s, c.K_d)]
+                from_first_(rows)
+                equal = len(rows) - len(rows) % world_size()
+                rows = rows[:equal][part(equal)].sort().values.numpy()
+                poses = in_model_frame(train.read(rows, run.rng(1, 10**6 + rank())))["x_f"]
                 model.initialize_codebooks(poses, t.batch_1)
         loop.finish_epoch(tokenizer_report(model, val))
 
@@ -253,7 +268,7 @@ def tokenizer_report(msst: MSST, split: Split) -> dict[str, float]:
     """Errors in pixels, the two alignment losses, the share of actions that P_A recognises, and of
     both codebooks the perplexity and the share of dead codes, all over one whole split. A code is
     dead if the split never uses it."""
-    c, sums, n = msst.config, defaultdict(float), 0
+    c, sums, split = msst.config, defaultdict(float), split.my_part()
     used = dict(s=torch.zeros(c.K_s), d=torch.zeros(c.K_d))
     for block in split.blocks():
         b = in_model_frame(block)
@@ -265,11 +280,11 @@ def tokenizer_report(msst: MSST, split: Split) -> dict[str, float]:
             action_accuracy=(o["p_A"].argmax(-1) == b["action"]).float().mean())
         for name, value in part.items():
             sums[name] += float(value) * len(b["x_f"])
-        n += len(b["x_f"])
         for level in used:
             tokens = o[f"q_{level}"].flatten().cpu()
             used[level] += torch.bincount(tokens, minlength=len(used[level]))
-    report = {name: value / n for name, value in sums.items()}
+    report = mean(sums, split.n)
+    sum_(*used.values())
     for level, count in used.items():
         p = count / count.sum()
         report[f"perplexity_{level}"] = float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
@@ -292,14 +307,15 @@ def stage_2(run: Run) -> None:
     optimizer = adamw(model.hiarm, t.lr_2, t.weight_decay_2)
     loop = Loop(run, "stage2", model.hiarm, optimizer, t.epochs_2, train.steps(t.batch_2),
                 warmup_cosine(t.warmup_2))
+    loss_of = data_parallel(model, "loss")
 
     def prepare(block, rows):
         return with_tokens(model.msst, block)
 
     for epoch in loop.epochs():
         on_rollout = epoch >= t.epochs_2 - t.epochs_soft
-        for b in loop.steps(train.batches(t.batch_2, run.rng(2, epoch), prepare=prepare)):
-            loss, terms, _ = model.loss(**b, on_rollout=on_rollout)
+        for b in loop.steps(train, t.batch_2, run.rng(2, epoch), prepare=prepare):
+            loss, terms, _ = loss_of(**b, on_rollout=on_rollout)
             loop.update(loss, terms | dict(loss=loss.detach()))
         loop.finish_epoch(densification_report(model, val))
 
@@ -317,7 +333,7 @@ def with_tokens(msst: MSST, block: dict[str, Tensor]) -> dict[str, Tensor]:
 def densification_report(model: HiPART, split: Split) -> dict[str, float]:
     """Teacher-forced loss and token accuracies, and the error of what is generated free-running,
     in pixels."""
-    sums = defaultdict(float)
+    sums, split = defaultdict(float), split.my_part()
     for block in split.blocks(size=512):
         loss, terms, _ = model.loss(**with_tokens(model.msst, block))
         x_d, x_f = model.densify(block["x_s"], block["conf"])
@@ -326,7 +342,7 @@ def densification_report(model: HiPART, split: Split) -> dict[str, float]:
                     dense_px=split.pixels(x_d, block["x_d"]))
         for name, value in part.items():
             sums[name] += float(value) * len(x_f)
-    return {name: value / split.n for name, value in sums.items()}
+    return mean(sums, split.n)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,28 +362,29 @@ def stage_3(run: Run, seeds: int) -> None:
 def train_regressor(run: Run) -> None:
     """Train the densifier of input (d) on the detections that HiARM is trained on. The mean
     distance is its loss and its score."""
-    t, train, val = run.training, run.split("train", has_mesh=True), run.split("val")
+    t, train, val = run.training, run.split("train", has_mesh=True), run.split("val").my_part()
     torch.manual_seed(run.seed)
     model = Regressor(t.regressor_width).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     loop = Loop(run, "regressor", model, optimizer, t.epochs_r, train.steps(t.batch_3),
                 warmup_cosine(500))
+    predict = data_parallel(model)
     for epoch in loop.epochs():
-        for b in loop.steps(train.batches(t.batch_3, run.rng(4, epoch), prepare=in_model_frame)):
-            x_d, x_f = model(b["x_s"], b["conf"])
+        for b in loop.steps(train, t.batch_3, run.rng(4, epoch), prepare=in_model_frame):
+            x_d, x_f = predict(b["x_s"], b["conf"])
             loss = (x_d - b["x_d"]).norm(dim=-1).mean() + (x_f - b["x_f"]).norm(dim=-1).mean()
             loop.update(loss, dict(loss=loss.detach()))
         error = 0.0
         for b in val.blocks():
             _, x_f = model.densify(b["x_s"], b["conf"])
-            error += float(val.pixels(x_f, b["x_f"])) * len(x_f) / val.n
-        loop.finish_epoch(dict(fine_px=error))
+            error += float(val.pixels(x_f, b["x_f"])) * len(x_f)
+        loop.finish_epoch(mean(dict(fine_px=error), val.n))
 
 
 def train_lifter(run: Run, name: str, seed: int) -> None:
     """Train one lifter on input `name`: the same network, schedule and number of steps for all of
     them, with MPJPE as the loss."""
-    t, everything, val = run.training, run.split("train"), run.split("val")
+    t, everything, val = run.training, run.split("train"), run.split("val").my_part()
     train = everything.with_mesh() if name in NEED_MESH else everything
     # Where some samples have no mesh, fewer samples are seen more often: as many steps for all.
     epochs = max(1, round(t.epochs_3 * everything.steps(t.batch_3) / train.steps(t.batch_3)))
@@ -389,21 +406,23 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     schedule = warmup_cosine(500) if t.cosine_3 else every_4_epochs(everything.steps(t.batch_3))
     loop = Loop(run, f"stage3_{name}_{seed}", model, optimizer, epochs, train.steps(t.batch_3),
                 schedule)
+    predict = data_parallel(model)
     for epoch in loop.epochs():
         if name == "generated":
             # Generation is costly, so its output is stored, and what is read from the data set
             # beside it is y alone: clean samples need no detector.
             stored = densified_training_set(run, hipart, train, epoch % t.draws_3)
-            batches = train.batches(
-                t.batch_3, None, clean=True,
+            batches = loop.steps(
+                train, t.batch_3, None, clean=True,
                 prepare=lambda b, rows, stored=stored: turned(stored(rows) | dict(y=b["y"]), t))
         else:
-            batches = train.batches(t.batch_3, run.rng(3, seed, epoch), clean,
-                                    prepare=lambda b, rows: turned(given(b), t))
-        for b in loop.steps(batches):
-            error = (model(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean()
+            batches = loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean,
+                                 prepare=lambda b, rows: turned(given(b), t))
+        for b in batches:
+            error = (predict(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean()
             loop.update(error / 100, dict(mpjpe=error.detach()))
         errors = [(lift(model, b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean(-1) for b in shown]
+        errors = gather(torch.cat(errors).cpu())
         loop.finish_epoch(dict(mpjpe=torch.cat(errors).mean()))
 
 
@@ -439,31 +458,35 @@ def lift(lifter: nn.Module, x: Tensor, conf: Tensor) -> Tensor:
 
 def densified_training_set(run: Run, model: HiPART, train: Split, draw: int) -> Callable:
     """HiPART's own output on draw number `draw` of detections of the training set, made once and
-    kept on disk. A lifter trains on what HiPART generates, as that is what it will be tested on.
+    kept on disk, in files of PER_FILE samples: an interruption costs one of them, and processes
+    share them out. A lifter trains on what HiPART generates, as that is what it will be tested on.
 
-    Returns a function: rows of the training set -> dict(x [n, 161, 2], conf [n, 17]).
+    Returns a function: rows of the training set, ascending -> dict(x [n, 161, 2], conf [n, 17]).
     """
-    path, width = run.path / f"generated_{draw}.npy", (J + J_D + J_F) * 2
-    made_of = (run.path / "stage2.pt").stat().st_mtime
-    if (not path.exists() or path.stat().st_mtime < made_of
-            or len(np.load(path, mmap_mode="r", allow_pickle=False)) != train.n):
-        beside, done = path.with_suffix(".tmp"), 0
-        out = np.lib.format.open_memmap(beside, "w+", np.float32, (train.n, width + J))
+    starts, made_of = range(0, train.n, PER_FILE), (run.path / "stage2.pt").stat().st_mtime
+    paths = [run.path / f"generated_{draw}_{train.n}_{start}.npy" for start in starts]
+    missing = [path for path in paths[part(len(paths))]
+               if not path.exists() or path.stat().st_mtime < made_of]
+    if missing:
+        blocks = train.blocks(run.rng(3, draw), size=DRAWN)
         title = f"densify {draw + 1}/{run.training.draws_3}"
-        with tqdm(desc=title, total=train.n, leave=False) as bar:
-            for block in train.blocks(run.rng(3, draw), size=1024):
-                x = lifter_input("generated", block, model, None).flatten(1)
-                out[done : done + len(x)] = torch.cat([x, block["conf"]], 1).cpu().numpy()
-                done += len(x)
-                bar.update(len(x))
-        out.flush()
-        os.replace(beside, path)
-    stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        for path in tqdm(paths, title, leave=False, disable=rank() > 0):
+            # Samples of files that are there are read, too, for the sake of the random numbers.
+            some = list(itertools.islice(blocks, PER_FILE // DRAWN))
+            if path in missing:
+                x = [lifter_input("generated", block, model, None).flatten(1) for block in some]
+                conf = [block["conf"] for block in some]
+                write_array(path, torch.cat([torch.cat(x), torch.cat(conf)], 1).cpu().numpy())
+    wait()
+    stored = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
 
     def read(rows: np.ndarray) -> dict[str, Tensor]:
         """The stored samples of these rows, on the device."""
-        both = torch.from_numpy(stored[rows]).to(run.device)
-        return dict(x=both[:, :width].unflatten(1, (-1, 2)), conf=both[:, width:])
+        pieces = np.split(rows, np.searchsorted(rows, starts[1:]))
+        both = np.concatenate([file[piece - start] for file, piece, start in
+                               zip(stored, pieces, starts, strict=True)])
+        both = torch.from_numpy(both).to(run.device)
+        return dict(x=both[:, :-J].unflatten(1, (-1, 2)), conf=both[:, -J:])
 
     return read
 
@@ -524,8 +547,44 @@ def script(*command: str) -> None:
     """Run another script of this project as its user would."""
     print("$ python", *command, flush=True)
     path = Path(__file__).with_name(command[0])
-    if subprocess.run([sys.executable, path, *command[1:]]).returncode:
+    alone = {k: v for k, v in os.environ.items() if k != "RANK"}  # not one of our processes
+    with subprocess.Popen([sys.executable, path, *command[1:]], env=alone) as child:
+        try:
+            status = child.wait()
+        except SystemExit:  # a signal
+            child.terminate()
+            raise
+    if status:
         stop(f"`python {' '.join(command)}` failed: see its message above")
+
+
+def disk_needed(run: Run, seeds: int) -> int:
+    """About how many bytes all stages of a run still write: every checkpoint holds a model and two
+    running means of its gradients; one more is written beside the last."""
+    t = run.training
+    hipart, lifters = HiPART(run.config), [new_lifter(t, name) for name in INPUTS]
+    models = [hipart.msst, hipart.hiarm, Regressor(t.regressor_width), *lifters * seeds]
+    sizes = [12 * sum(v.numel() for v in model.state_dict().values()) for model in models]
+    n = run.split("train").n
+    there = sum(f.stat().st_size for f in run.path.glob("*.*"))
+    return max(0, sum(sizes) + t.draws_3 * n * 4 * VALUES - there) + max(sizes) + SMALL_FILES
+
+
+def train_stages(run: Run, stages: tuple[int, ...], seeds: int) -> None:
+    """Train these stages; what a user can mend is said in one sentence."""
+    train_stage = {1: stage_1, 2: stage_2, 3: functools.partial(stage_3, seeds=seeds)}
+    for stage in stages:
+        try:
+            train_stage[stage](run)
+        except torch.OutOfMemoryError:
+            stop(f"the GPU's memory is full: try a smaller --batch_{stage} than "
+                 f"{getattr(run.training, f'batch_{stage}')}")
+        except (ValueError, RuntimeError) as e:
+            # Of NaN, nearest_code makes an error on a CPU; on a GPU it makes an index that the
+            # look-up of the code refuses.
+            if "non-finite" not in str(e) and "device-side assert" not in str(e):
+                raise
+            stop(f"a value became infinite or NaN ({e}): try a lower learning rate")
 
 
 def main() -> None:
@@ -546,29 +605,24 @@ def main() -> None:
     run = Run(Path("runs") / (args.name or preset), config, training, device, args.seed, args.data,
               args.resume)
     torch.set_float32_matmul_precision("high")
-    print(f"preset {preset} on {device} ({torch.get_num_threads()} threads), "
-          f"torch {torch.__version__}: {run.path}")
-    if not Path(run.data, "meta.json").exists():
-        if run.data != Run.data or args.stage in (2, 3):
-            stop(f"{run.data} holds no data set: make one with `python prepare_data.py` "
-                 "(`python train.py --stage 1` does so by itself)")
-        script("prepare_data.py")
-    run.path.mkdir(parents=True, exist_ok=True)
-    try:
-        if args.stage in (None, 1):
-            stage_1(run)
-        if args.stage in (None, 2):
-            stage_2(run)
-        if args.stage in (None, 3):
-            stage_3(run, args.seeds)
-    except (ValueError, RuntimeError) as e:
-        # Of NaN, nearest_code makes an error on a CPU; on a GPU it makes an index that the look-up
-        # of the code refuses.
-        if "non-finite" not in str(e) and "device-side assert" not in str(e):
-            raise
-        stop(f"a value became infinite or NaN ({e}): try a lower learning rate")
-    script("evaluate.py", "--name", run.path.name, "--data", run.data, "--seeds", str(args.seeds))
-    script("sample.py", "--name", run.path.name, "--data", run.data)
+    if not rank():
+        places = f"{world_size()} x {device}" if world_size() > 1 else device
+        print(f"preset {preset} on {places} ({torch.get_num_threads()} threads), "
+              f"torch {torch.__version__}: {run.path}")
+    with alone_in(run.path), run.watch.listening():
+        if not rank():
+            if not Path(run.data, "meta.json").exists():
+                if run.data != Run.data or args.stage in (2, 3):
+                    stop(f"{run.data} holds no data set: make one with `python prepare_data.py` "
+                         "(`python train.py --stage 1` does so by itself)")
+                script("prepare_data.py")
+            check_space(run.path, disk_needed(run, args.seeds))
+        wait()
+        train_stages(run, (args.stage,) if args.stage else (1, 2, 3), args.seeds)
+        if not rank():
+            name = ("--name", run.path.name, "--data", run.data)
+            script("evaluate.py", *name, "--seeds", str(args.seeds))
+            script("sample.py", *name)
 
 
 if __name__ == "__main__":

@@ -173,11 +173,12 @@ def reference_search(x, codebook):
     return reference.quantize(x, codebook)[0]
 
 
-def reference_update(codebook, count, total, x, idx, decay=0.99, eps=1e-5, restart_below=0.0,
-                     restart_rows=None):
-    candidates = None if restart_rows is None else x[restart_rows]
-    n, s = reference.code_statistics(x, idx, len(codebook))
+def reference_apply(codebook, count, total, n, s, decay, eps, restart_below, candidates):
     return reference.ema_apply_(codebook, count, total, n, s, candidates, decay, eps, restart_below)
+
+
+def replace_kernels(search, statistics, apply):
+    hipart.nearest_code, hipart.code_statistics, hipart.ema_apply_ = search, statistics, apply
 
 
 def usual_search(x, codebook):
@@ -190,7 +191,7 @@ def step_variants(preset: str, device: str) -> dict:
     c, training = hipart.Config(**model_options), Training(**training_options)
     x = torch.randn(training.batch_1, 96, 2, device=device)
 
-    def step(search, update):
+    def step(*functions):
         torch.manual_seed(0)
         model = hipart.MSST(c).to(device).train()
         optimizer = adamw(model, training.lr_1, training.weight_decay_1)
@@ -199,7 +200,7 @@ def step_variants(preset: str, device: str) -> dict:
         model.initialize_codebooks(many, len(x))
 
         def run():
-            hipart.nearest_code, hipart.ema_update_ = search, update
+            replace_kernels(*functions)
             loss, _, output = model.loss(x, x[:, ::2], a)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -208,9 +209,10 @@ def step_variants(preset: str, device: str) -> dict:
 
         return run
 
-    return {"ours": step(kernels.nearest_code, kernels.ema_update_),
-            "reference implementation": step(reference_search, reference_update),
-            "cdist + argmin, index_add_": step(usual_search, reference_update)}
+    update = reference.code_statistics, reference_apply
+    return {"ours": step(kernels.nearest_code, kernels.code_statistics, kernels.ema_apply_),
+            "reference implementation": step(reference_search, *update),
+            "cdist + argmin, index_add_": step(usual_search, *update)}
 
 
 def thread_variants() -> dict:
@@ -315,12 +317,11 @@ def main() -> None:
         for variant, N in MEMORY:
             report["memory"][f"{variant}, N = {N}"] = mb = extra_memory(N, variant)
             print(f"extra memory at N = {N}, K = 2048, D = 128, {variant}: {mb:.0f} MB")
-    ours = hipart.nearest_code, hipart.ema_update_
     for preset in STEPS:
         try:
             times = interleaved(step_variants(preset, device), 2 * seconds, device)
         finally:
-            hipart.nearest_code, hipart.ema_update_ = ours
+            replace_kernels(kernels.nearest_code, kernels.code_statistics, kernels.ema_apply_)
         report["step"][preset] = times
         show(f"one training step of stage 1, {preset}: {1000 / times['ours']:.1f} steps/s", times)
     args.results.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Write examples/wave.json: 2D keypoints of a stick figure that waves, as AlphaPose writes them.
 
     python examples/wave.py
-    python lift.py examples/wave.json --image-size 1000 1000
+    python lift.py examples/wave.json
 
 It is made from nothing but the numbers below. For a while the left wrist and knee are as good as
 hidden.

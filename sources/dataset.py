@@ -6,13 +6,14 @@ blocks of tensors. docs/data.md describes every array.
 """
 
 import copy
-import json
 import os
 import platform
 import shutil
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import networkx as nx
 import numpy as np
@@ -21,6 +22,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure  # without pyplot, which may want a display
 from torch import Tensor
 
+from distributed import from_first_, part, world_size
 from hipart import (
     JOINT_NAMES,
     LEFT,
@@ -31,10 +33,14 @@ from hipart import (
     normalize_screen,
     to_model_frame,
 )
-from sources.detector import detect, drop_joints
+from sources.detector import NOISE, detect, drop_joints
+from sources.files import open_regular, read_json, safe_name, shown
+from sources.safe_pickle import read_header
 
 FORMAT_VERSION = 2  # 2: has_mesh and with_mesh, which version 1 called fit and fits
+SOURCES = ("demo", "bvh", "amass", "h36m", "3dpw")  # choices of prepare_data.py --source
 SPLITS = ("train", "val", "test", "unseen")  # of the default data set
+META_BYTES = 64 << 20  # of meta.json
 BLOCK = 8192  # samples that are read, detected and moved to the device at once
 
 # name: (shape after N, dtype). If the detector is simulated, x_s_det and conf are stored for every
@@ -61,10 +67,12 @@ def new_data_set(folder, overwrite=False):
     """
     folder = Path(folder)
     if folder.exists() and not overwrite:
-        raise ValueError(f"{folder} exists already: choose another --name or add --overwrite.")
+        raise ValueError(f"{shown(folder, 4096)} exists already: choose another --name or add "
+                         "--overwrite.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{folder.name}.????????"):
-        print(f"{left} belongs to another preparation: delete it, unless that still runs")
+        print(f"{shown(left, 4096)} belongs to another preparation: delete it, unless that still "
+              "runs")
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     new, old = temporary / "new", temporary / "old"
     try:
@@ -125,17 +133,18 @@ def check_folder(folder, recognise, wanted):
     something that is needed is not there.
     """
     folder, found, other = Path(folder), {kind: [] for kind in wanted}, []
+    name = shown(folder, 4096)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not there: --folder must name the folder with your files.")
+        raise ValueError(f"{name} is not there: --folder must name the folder with your files.")
     for path in sorted(_files(folder)):
         found.get(recognise(path), other).append(path)
 
     def some(paths):
         more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-        return ", ".join(str(p.relative_to(folder)) for p in paths[:4]) + more
+        return ", ".join(shown(p.relative_to(folder), 4096) for p in paths[:4]) + more
 
     missing = []
-    print(f"{folder}:")
+    print(f"{name}:")
     for kind, (what, needed) in wanted.items():
         if found[kind]:
             print(f"  {kind}: {some(found[kind])}")
@@ -145,7 +154,7 @@ def check_folder(folder, recognise, wanted):
     if other:
         print(f"  not used: {some(other)}")
     if missing:
-        raise ValueError(f"{folder} lacks {'; '.join(missing)}.")
+        raise ValueError(f"{name} lacks {'; '.join(missing)}.")
     return found
 
 
@@ -171,30 +180,99 @@ def load(folder, split):
     is checked, a piece at a time, so that a split of any size takes the same memory. Raises
     FileNotFoundError or ValueError with one sentence, which names the command that mends it.
     """
+    stored, meta = open_split(folder, split)
+    return {name: s.array for name, s in stored.items()}, meta
+
+
+@dataclass
+class Stored:
+    """A memory-mapped array of a split, and its open file."""
+
+    array: np.memmap
+    f: BinaryIO
+
+    def check(self):
+        """Refuse a file that has been cut short. The system ends whoever reads a mapped file beyond
+        its end, without a word, so this is asked before every block."""
+        if os.fstat(self.f.fileno()).st_size < self.array.offset + self.array.nbytes:
+            raise ValueError(f"{shown(self.f.name, 4096)} cannot be read, it is truncated")
+
+
+def open_split(folder, split):
+    """What `load` returns, with a `Stored` for every array."""
     folder = Path(folder)
-    name, root = folder.name, folder.parent
+    where, name, root = (shown(p, 4096) for p in (folder, folder.name, folder.parent))
     if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(f"No data set in {folder}: make it with "
+        raise FileNotFoundError(f"No data set in {where}: make it with "
                                 f"`python prepare_data.py --name {name} --out {root}`.")
     again = f"make it again with `python prepare_data.py --name {name} --out {root} --overwrite`"
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / 'meta.json'} is not valid JSON ({error}): {again}.") from None
-    if meta.get("source", "demo") != "demo":
-        again = again.replace("--name", f"--source {meta['source']} --folder DIR --name")
-    version = meta.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{folder} has format version {version}, expected {FORMAT_VERSION}: "
-                         f"{again}.")
-    if split not in meta["splits"]:
-        raise ValueError(f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}.")
-    try:
-        return {name: _read(folder / split, meta, name) for name in _stored(meta, split)}, meta
+        meta = read_json(folder / "meta.json", META_BYTES)
+        if isinstance(meta, dict) and meta.get("source") in SOURCES[1:]:
+            again = again.replace("--name", f"--source {meta['source']} --folder DIR --name")
+        _check_meta(where, meta)
+        if split in meta["splits"]:
+            return {k: _open(folder / split, meta, k) for k in _stored(meta, split)}, meta
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: {again}.") from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{error}: {again}.") from None
+    raise ValueError(f"{where} has no split {split!r}, only {', '.join(meta['splits'])}.")
+
+
+def _check_meta(where, meta):
+    """Refuse a meta.json that readers cannot go by, and bring the names in it to one line each,
+    since they get into tables and pictures."""
+    version = meta.get("format_version") if isinstance(meta, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{where} has format version {shown(version)}, expected {FORMAT_VERSION}")
+
+    def need(good, key, what):
+        if not good:
+            raise ValueError(f"{where}: expected `{key}` of meta.json to be {what}")
+
+    size, joints, noise = meta.get("image_size"), meta.get("joints_14", []), meta.get("noise", 0)
+    splits, sources = meta.get("splits"), meta.get("sources")
+    need(meta.get("source") in SOURCES, "source", f"one of {', '.join(SOURCES)}")
+    need(_is_list(meta.get("actions"), str), "actions", "a list of names")
+    need(_is_list(size, int) and len(size) == 2 and all(0 < n < 1_000_000 for n in size),
+         "image_size", "width and height in pixels")
+    need(noise is None or _is_like(noise, NOISE)
+         and noise["box_half_size"] == sorted(noise["box_half_size"]),
+         "noise", "null or parameters like those of sources/detector.py")
+    need(_is_list(joints, int) and all(0 <= j < 17 for j in joints),
+         "joints_14", "a list of numbers of joints")
+    need(isinstance(splits, dict) and len(splits) <= 20, "splits", "an object of at most 20 splits")
+    for name, of in splits.items():
+        need(name == safe_name(name) and isinstance(of, dict), "splits", "named objects")
+        need(type(of.get("n")) is int and 0 < of["n"] < 1 << 40, f"splits.{name}.n",
+             "a number of samples")
+        need(type(of.get("with_mesh", 0)) is int and isinstance(of.get("about", ""), str),
+             f"splits.{name}", "samples with_mesh and a text about them")
+        if "about" in of:
+            of["about"] = shown(of["about"], 1000)
+    need("train" not in splits or "val" in splits, "splits", "both train and val, or neither")
+    if meta["source"] == "h36m":
+        need(isinstance(sources, dict) and isinstance(sources.get("2D joints"), str),
+             "sources", "an object that names the 2D joints")
+        need({"with_mesh", "about"} <= set(splits.get("train", ())), "splits.train",
+             "there, with with_mesh and about")
+        sources["2D joints"] = shown(sources["2D joints"])
+    meta["actions"] = list(map(shown, meta["actions"]))
+
+
+def _is_list(x, kind):
+    return isinstance(x, list) and all(type(v) is kind for v in x)
+
+
+def _is_like(x, model):
+    """Whether x has the keys and as many numbers as `model`, none of them negative or huge."""
+    if isinstance(model, dict):
+        return (isinstance(x, dict) and x.keys() == model.keys()
+                and all(_is_like(x[key], v) for key, v in model.items()))
+    if isinstance(model, list):
+        return isinstance(x, list) and len(x) == len(model) and all(map(_is_like, x, model))
+    return type(x) in (int, float) and 0 <= x <= 1000
 
 
 def _stored(meta, split):
@@ -204,22 +282,41 @@ def _stored(meta, split):
     return [name for name in ARRAYS if name not in drawn | always]
 
 
-def _read(folder, meta, name):
+def _open(folder, meta, name):
     """One checked array of a split."""
-    path, (shape, dtype) = folder / f"{name}.npy", ARRAYS[name]
-    expected = (meta["splits"][folder.name]["n"], *shape)
+    shape, dtype = ARRAYS[name]
+    path = folder / f"{name}.npy"
+    stored = open_array(path, (meta["splits"][folder.name]["n"], *shape), dtype)
+    if name == "action":
+        least, most = stored.array.min(), stored.array.max()
+        if not -1 <= least <= most < len(meta["actions"]):
+            raise ValueError(f"{shown(path, 4096)} holds actions that meta.json does not name")
+    return stored
+
+
+def open_array(path, expected, dtype):
+    """A .npy file of finite numbers in the expected shape, memory-mapped -> `Stored`. Raises
+    FileNotFoundError or ValueError, with one sentence, on anything else."""
+    where = shown(path, 4096)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+        raise FileNotFoundError(f"{where} is missing")
+    f = open_regular(path, 1 << 60)
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        what = f"{path} cannot be read, it is truncated or no plain array"
-        raise ValueError(f"{what} ({error})") from None
-    if array.shape != expected or array.dtype != dtype:
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected {dtype} {expected}")
-    if not all(np.isfinite(array[i : i + 65536]).all() for i in range(0, len(array), 65536)):
-        raise ValueError(f"{path} holds NaN or infinite values")
-    return array
+        found, fortran, kind = read_header(f)
+    except Exception:  # a broken file can raise nearly anything
+        raise ValueError(f"{where} cannot be read, it is truncated or no plain array") from None
+    if found != expected or kind != dtype:
+        raise ValueError(f"{where} holds {kind} {shown(str(found))}, expected {dtype} {expected}")
+    try:
+        array = np.memmap(f, kind, "r", f.tell(), expected, "F" if fortran else "C")
+    except ValueError:
+        raise ValueError(f"{where} cannot be read, it is truncated") from None
+    stored = Stored(array, f)
+    for i in range(0, len(array), 65536):
+        stored.check()
+        if not np.isfinite(array[i : i + 65536]).all():
+            raise ValueError(f"{where} holds NaN or infinite values")
+    return stored
 
 
 class Split:
@@ -232,7 +329,8 @@ class Split:
 
     def __init__(self, folder: Path | str, name: str, device: torch.device, limit: int = 0,
                  has_mesh: bool = False):
-        self.arrays, self.meta = load(folder, name)
+        self.stored, self.meta = open_split(folder, name)
+        self.arrays = {k: stored.array for k, stored in self.stored.items()}
         self.w, self.h = self.meta["image_size"]
         self.device, self.n = device, len(self.arrays["x_s"])
         self.rows = np.arange(self.n)  # of the arrays; a part of them in what `_chosen` makes
@@ -250,6 +348,10 @@ class Split:
         has_mesh = self.arrays.get("has_mesh")
         return self if has_mesh is None else self._chosen(self.rows[has_mesh[self.rows]])
 
+    def my_part(self) -> "Split":
+        """The samples for this process, if there are several."""
+        return self._chosen(self.rows[part(self.n)])
+
     def spread(self, n: int) -> "Split":
         """At most n samples, evenly spread."""
         n = min(n, self.n)
@@ -264,6 +366,8 @@ class Split:
         the simulated detector, or the stored ones with fresh joint dropout; or, if `clean`, the
         projected joints. Where has_mesh is False, x_d and x_f mean nothing.
         """
+        for stored in self.stored.values():
+            stored.check()
         a = {k: np.array(v[self.rows[rows]]) for k, v in self.arrays.items()}
         a.setdefault("has_mesh", np.ones(len(a["y"]), bool))
         if clean:
@@ -288,22 +392,45 @@ class Split:
             yield self.read(slice(start, min(start + size, self.n)), rng, clean)
 
     def batches(self, size: int, rng: np.random.Generator | None, clean: bool = False,
-                prepare=lambda block, rows: block):
+                prepare=lambda block, rows: block, done: int = 0,
+                random: dict[str, Tensor] | None = None):
         """One epoch of shuffled full batches, or a single smaller one if there are not enough
-        samples for a full one.
+        samples for a full one. If there are several processes, each gets its part of every batch.
 
         The order comes from torch's random state. `prepare(block, rows)` sees each block once and
         returns what the batches are cut from.
+
+        An epoch that was interrupted after `done` batches goes on with the same ones if `random`,
+        which takes down torch's random state where the epoch and its last block began, is what it
+        was then.
         """
-        order = torch.randperm(self.n).numpy()
+        random, now = {} if random is None else random, torch.get_rng_state()
+        torch.set_rng_state(random.setdefault("epoch", now))
+        order = torch.randperm(self.n)
+        from_first_(order)
+        if done:
+            torch.set_rng_state(now)
         for start in range(0, self.n, BLOCK):
-            rows = np.sort(order[start : start + BLOCK])  # in order, which disks like better
+            rows = order[start : start + BLOCK].numpy()
             if start and len(rows) < size:
                 return
-            block = prepare(self.read(rows, rng, clean), rows)
+            batches, equal = max(1, len(rows) // size), len(rows) - len(rows) % world_size()
+            rows = np.sort(rows[:equal][part(equal)])  # in order, which disks like better
+            samples = self.read(rows, rng, clean)  # of a block that is done, too: `rng` goes on
+            if done >= batches:
+                done -= batches
+                continue
+            if done:
+                torch.set_rng_state(random["block"])
+            random["block"] = torch.get_rng_state()
+            block = prepare(samples, rows)
             shuffled = torch.randperm(len(rows)).to(self.device)
-            for i in range(0, len(rows) - size + 1, size) if len(rows) >= size else [0]:
-                yield {k: v[shuffled[i : i + size]] for k, v in block.items()}
+            if done:
+                torch.set_rng_state(now)
+            mine = size // world_size()
+            for i in range(done, batches):
+                yield {k: v[shuffled[i * mine : (i + 1) * mine]] for k, v in block.items()}
+            done = 0
 
     def steps(self, size: int) -> int:
         """How many batches of `size` an epoch has."""
@@ -353,7 +480,8 @@ def draw_samples(path, arrays, meta):
         ax.set_xticks([]), ax.set_yticks([])
         action, body, camera = (arrays[k][i] for k in ("action", "subject", "camera"))
         action = ("unknown", *meta["actions"])[action + 1]
-        ax.set_title(f"{action}, body {body}, camera {camera}", fontsize=11)
+        ax.set_title(f"{action}, body {body}, camera {camera}", fontsize=11,
+                     parse_math=False)  # an action may have any name
     fig.suptitle("Test samples: skeleton (left blue, right orange), 96 fine points by part, "
                  "detected joints (x), missing joints (red rings)")
     fig.tight_layout()

@@ -75,9 +75,10 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
         return f.read(largest)
 
 
-def read_json(path: Path, largest: int = LARGEST, memory: int = JSON_MEMORY):
-    """What a JSON file holds. Raises ValueError, with one sentence, if it cannot be read, has more
-    than `largest` bytes, or would take more than `memory` bytes."""
+def read_json(path: Path, largest: int = LARGEST, memory: int = JSON_MEMORY, lines: bool = False):
+    """What a JSON file holds; lines: or the list of what it has in its lines.
+    Raises ValueError, with one sentence, if it cannot be read, has more than `largest` bytes, or
+    would take more than `memory` bytes."""
     name = shown(path, 4096)
     try:
         raw = read_bytes(path, largest)
@@ -87,6 +88,14 @@ def read_json(path: Path, largest: int = LARGEST, memory: int = JSON_MEMORY):
         if needed > memory:
             raise ValueError(f"it would take about {needed >> 20} MB of memory, and at most "
                              f"{memory >> 20} MB are allowed; split it")
-        return json.loads(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig")
+        try:
+            return json.loads(text)
+        except ValueError:
+            parts = [line for line in text.splitlines() if line] if lines else []
+            if len(parts) < 2 or not all(line[0] in "{[" for line in parts):
+                raise
+            return [json.loads(line) for line in parts]
     except (ValueError, RecursionError, OSError) as e:
-        raise ValueError(f"{name} is not a JSON file that can be read: {shown(e.args[-1])}") from e
+        raise ValueError(f"{name} is not a JSON file that can be read: "
+                         f"{shown(e.args[-1], 200)}") from e

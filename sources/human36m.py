@@ -34,9 +34,11 @@ from sources.dataset import (
     draw_samples,
     new_data_set,
 )
+from sources.files import read_json, shown
 from sources.geometry import H36M_INTRINSICS, project, quat_to_matrix
-from sources.keypoints import LAYOUTS, read_json, to_h36m, videopose_layout
-from sources.safe_pickle import load_arrays
+from sources.keypoint_files import videopose_layout
+from sources.layouts import LAYOUTS, to_h36m
+from sources.safe_pickle import described, load_arrays
 
 TRAIN, TEST = ("S1", "S5", "S6", "S7", "S8"), ("S9", "S11")
 # Sequences of the training subjects that are for validation.
@@ -56,7 +58,8 @@ FIT_ERROR = 25.0  # mm; a worse fit says nothing about the body (Pose2Mesh)
 WRONG = 100.0  # mm or px, in the median: the files do not belong together
 # v @ Z_UP turns SMPL's axes (y up, facing z) into those of the world (z up, facing -y).
 Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
-LARGEST = 8 << 30  # bytes of a file, unpacked
+LARGEST = 8 << 30  # bytes of an .npz file, unpacked
+MOST, MOST_AT_ONCE = 1_000_000, 20_000  # frames, of which Human3.6M has 0.5 million; of a sequence
 
 # Pose2Mesh numbers actions and sub-actions, and VideoPose3D has names. As a rule, sub-actions 1 and
 # 2 are called "Eating 1" and "Eating". IRREGULAR holds what follows no rule, from Human3.6M's own
@@ -158,8 +161,8 @@ WANTED = {
 PATTERNS = {
     "3D joints": r"data_3d_h36m\.npz",
     "2D joints": r"data_2d_h36m_.+\.npz",
-    "SMPL fits": r"human36m_subject\d+_smpl_param\.json",
-    "cameras": r"human36m_subject\d+_camera\.json",
+    "SMPL fits": r"human36m_subject[0-9]+_smpl_param\.json",
+    "cameras": r"human36m_subject[0-9]+_camera\.json",
     "joint regressor": smpl.REGRESSOR_NAME,
 }
 
@@ -205,12 +208,12 @@ def find_files(source: Path, detections: str | None) -> Files:
                      lambda path: path.stem.lower().removeprefix("data_2d_h36m_"))
     known = sorted(names)
     if detections is None and len(names) > 1:
-        raise ValueError(f"{source} holds several 2D files: choose one with "
-                         f"--detections {' | '.join(known)}.")
+        raise ValueError(f"{shown(source, 4096)} holds several 2D files: choose one with "
+                         f"--detections {shown(' | '.join(known), 1000)}.")
     path_2d = names.get((detections or known[0]).lower())
     if path_2d is None:
-        raise ValueError(f"{source} holds no data_2d_h36m_{detections}.npz: "
-                         f"found {', '.join(known)}.")
+        raise ValueError(f"{shown(source, 4096)} holds no data_2d_h36m_{detections}.npz: "
+                         f"found {shown(', '.join(known), 1000)}.")
     cameras, fits = (one_each(f"{kind} of one subject", found[kind], subject_of)
                      for kind in ("cameras", "SMPL fits"))
     joints, model, regressor = (one_each(kind, found[kind]).get("")
@@ -232,7 +235,8 @@ def one_each(kind: str, paths: list[Path], of=lambda path: "") -> dict[str, Path
     files = {}
     for path in paths:
         if of(path) in files:
-            raise ValueError(f"{path} and {files[of(path)]} are both {kind}: keep one of them")
+            raise ValueError(f"{shown(path, 4096)} and {shown(files[of(path)], 4096)} are both "
+                             f"{kind}: keep one of them")
         files[of(path)] = path
     return files
 
@@ -247,23 +251,28 @@ def subject_of(path: Path) -> str:
 
 def read_joints(path: Path) -> dict[tuple[str, str], np.ndarray]:
     """data_3d_h36m.npz -> {(subject, action): [T, 17, 3] mm in the world}."""
-    content = load_arrays(path, LARGEST)
+    content, name = load_arrays(path, LARGEST), shown(path, 4096)
     if "positions_3d" not in content:
-        raise ValueError(f"{path} holds {', '.join(content) or 'nothing'}: expected positions_3d")
-    joints = {}
+        raise ValueError(f"{name} holds {shown(', '.join(content)) or 'nothing'}: "
+                         "expected positions_3d")
+    joints, n = {}, 0
     for subject, actions in _mapping(path, "positions_3d", content["positions_3d"]).items():
-        for action, x in _mapping(path, f"positions_3d {subject}", actions).items():
-            where = f"{path}, {subject} {action}"
-            if not _is_float(x, 3) or x.shape[1:] != (32, 3) or not len(x):
-                raise ValueError(f"{where}: expected metres [T, 32, 3], found {_say(x)}")
+        for action, x in _mapping(path, f"positions_3d {shown(subject)}", actions).items():
+            where = f"{name}, {shown(subject)} {shown(action)}"
+            if not _is_float(x, 3) or x.shape[1:] != (32, 3) or not 0 < len(x) <= MOST_AT_ONCE:
+                raise ValueError(f"{where}: expected metres [T, 32, 3] with at most {MOST_AT_ONCE} "
+                                 f"frames T, found {described(x)}")
             if not np.isfinite(x).all() or action.split(" ")[0] not in ACTIONS:
                 raise ValueError(f"{where}: expected finite numbers, of one of "
                                  f"{', '.join(ACTIONS)}")
-            joints[subject, action] = x[:, KEPT].astype(np.float64) * 1000
+            joints[subject, action] = np.multiply(x[:, KEPT], 1000, dtype=np.float64)
+            n += len(x)
+            if n > MOST:
+                raise ValueError(f"{name}: expected at most {MOST} frames in all, found more")
     _need_subjects(path, joints)
     largest = max(np.abs(x[:, 0]).max() for x in joints.values())
     if not 100 < largest < 20_000:
-        raise ValueError(f"{path}: the pelvis is up to {largest / 1000:.3g} m away from the middle "
+        raise ValueError(f"{name}: the pelvis is up to {largest / 1000:.3g} m away from the middle "
                          "of the room: expected metres in the world's frame")
     return joints
 
@@ -271,28 +280,30 @@ def read_joints(path: Path) -> dict[tuple[str, str], np.ndarray]:
 def read_detections(path: Path) -> tuple[dict[tuple[str, str], list], str]:
     """data_2d_h36m_NAME.npz -> {(subject, action): for each of 4 cameras an array [T', K, 2 or 3]
     px, or None}, and the layout of the K joints."""
-    content = load_arrays(path, LARGEST)
+    content, name = load_arrays(path, LARGEST), shown(path, 4096)
     if not {"positions_2d", "metadata"} <= set(content):
-        raise ValueError(f"{path} holds {', '.join(content) or 'nothing'}: "
+        raise ValueError(f"{name} holds {shown(', '.join(content)) or 'nothing'}: "
                          "expected positions_2d and metadata")
+    metadata = _mapping(path, "metadata", content["metadata"])
     try:
-        layout = videopose_layout(path, _mapping(path, "metadata", content["metadata"]))
-    except (TypeError, IndexError):
+        layout = videopose_layout(path, metadata)
+    except (TypeError, ValueError, LookupError, OverflowError):
         layout = None
     if layout is None:
-        raise ValueError(f"{path}: its metadata tell no order of joints that is known here")
-    n_joints, found = LAYOUTS[layout][0], {}
+        raise ValueError(f"{name}: expected metadata with layout_name or keypoints_symmetry, "
+                         "found no order of joints that is known here")
+    n_joints, found = len(LAYOUTS[layout]), {}
     for subject, actions in _mapping(path, "positions_2d", content["positions_2d"]).items():
-        for action, views in _mapping(path, f"positions_2d {subject}", actions).items():
-            where = f"{path}, {subject} {action}"
+        for action, views in _mapping(path, f"positions_2d {shown(subject)}", actions).items():
+            where = f"{name}, {shown(subject)} {shown(action)}"
             is_list = isinstance(views, list) or isinstance(views, np.ndarray) and views.ndim
             if not is_list or len(views) != 4:
-                raise ValueError(f"{where}: expected a list of 4 cameras, found {_say(views)}")
+                raise ValueError(f"{where}: expected a list of 4 cameras, found {described(views)}")
             for x in views:
                 if x is not None and (not _is_float(x, 3) or x.shape[1] != n_joints
                                       or x.shape[2] not in (2, 3)):
                     raise ValueError(f"{where}: expected pixels [T, {n_joints}, 2] ({layout}), "
-                                     f"found {_say(x)}")
+                                     f"found {described(x)}")
             found[subject, action] = list(views)
     _need_subjects(path, found)
     return found, layout
@@ -302,13 +313,14 @@ def read_fits(path: Path, subject: str) -> dict[str, tuple[np.ndarray, ...]]:
     """Human36M_subjectN_smpl_param.json -> {action: (frames [M] in order, pose [M, 24, 3], shape
     [M, 10], trans [M, 3] m)}. Fits that are no finite numbers are left out."""
     result = {}
-    for code, subs in _mapping(path, "it", read_json(path, LARGEST)).items():
-        for sub, frames in _mapping(path, f"action {code}", subs).items():
-            where = f"{path}, action {code}, sub-action {sub}"
+    for code, subs in _mapping(path, "it", read_json(path)).items():
+        for sub, frames in _mapping(path, f"action {shown(code)}", subs).items():
+            what = f"action {shown(code)}, sub-action {shown(sub)}"
+            where = f"{shown(path, 4096)}, {what}"
             if code not in map(str, CODES) or sub not in ("1", "2"):
                 raise ValueError(f"{where}: expected actions 2 to 16 with sub-actions 1 and 2")
-            fits = [_mapping(path, f"{where}, frame {k}", f)
-                    for k, f in _mapping(path, where, frames).items()]
+            fits = [_mapping(path, f"{what}, frame {shown(k)}", f)
+                    for k, f in _mapping(path, what, frames).items()]
             try:
                 rows = [[*f["pose"], *f["shape"], *f["trans"]] for f in fits]
                 rows = np.array(rows, np.float64).reshape(-1, 85)
@@ -327,16 +339,16 @@ def read_fits(path: Path, subject: str) -> dict[str, tuple[np.ndarray, ...]]:
 
 def check_cameras(path: Path, subject: str) -> None:
     """Human36M_subjectN_camera.json must say what EXTRINSICS says."""
-    content = _mapping(path, "it", read_json(path, LARGEST))
+    content, name = _mapping(path, "it", read_json(path)), shown(path, 4096)
     for k in range(4):
         try:
             R, t = (np.array(content[str(k + 1)][key], np.float64) for key in ("R", "t"))
             own = camera(subject, k)
             off = max(np.abs(R - own["R"]).max() * 1000, np.abs(t.ravel() - own["t"]).max())
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path}: expected cameras 1 to 4 with R 3 x 3 and t") from None
+            raise ValueError(f"{name}: expected cameras 1 to 4 with R 3 x 3 and t") from None
         if not off < 1:  # NaN is off, too
-            raise ValueError(f"{path}, camera {k + 1} is {off:.3g} mm off the one that is built "
+            raise ValueError(f"{name}, camera {k + 1} is {off:.3g} mm off the one that is built "
                              "in: other files?")
 
 
@@ -344,23 +356,20 @@ def _mapping(path: Path, what: str, x) -> dict:
     """A dictionary, which NumPy may have wrapped in an array without dimensions."""
     x = x.item() if isinstance(x, np.ndarray) and x.shape == () else x
     if not isinstance(x, dict) or not all(isinstance(key, str) for key in x):
-        raise ValueError(f"{path}: expected {what} to be a dictionary of names, found {_say(x)}")
+        raise ValueError(f"{shown(path, 4096)}: expected {what} to be a dictionary of names, "
+                         f"found {described(x)}")
     return x
 
 
 def _need_subjects(path: Path, found: dict) -> None:
     missing = [s for s in (*TRAIN, *TEST) if not any(subject == s for subject, _ in found)]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: "
+        raise ValueError(f"{shown(path, 4096)} lacks {', '.join(missing)}: "
                          f"expected the subjects {', '.join((*TRAIN, *TEST))}")
 
 
 def _is_float(x, ndim: int) -> bool:
     return isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.ndim == ndim
-
-
-def _say(x) -> str:
-    return f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
 
 
 # --------------------------------------------------------------------------------------------------
@@ -475,7 +484,7 @@ def list_sequences(capture: Capture, without_shifted: bool
         if key[0] not in EXTRINSICS or key in out:
             continue
         for view, x in enumerate(capture.detections.get(key, [None] * 4)):
-            name = f"{' '.join(key)} camera {view}"
+            name = f"{shown(' '.join(key))} camera {view}"
             if x is None or not len(x):
                 absent.append(name)
                 continue
@@ -572,6 +581,7 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
     """
     with new_data_set(out, overwrite) as folder:
         files = find_files(source, detections)
+        detector = shown(files.detections.name)
         without = [s for s in EXTRINSICS if s not in files.fits]
         if without:
             print(f"no SMPL fits of {', '.join(without)}: these have no dense and fine points")
@@ -584,8 +594,9 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
                  for split, part in plan.items()}
         if empty := [split for split, n in sizes.items() if not n]:
             val = " or ".join(" ".join(key) for key in sorted(VAL))
-            raise ValueError(f"{source} has no sample for {' and '.join(empty)}: expected 2D and "
-                             f"3D joints of all subjects, and SMPL fits of {val} for val.")
+            raise ValueError(f"{shown(source, 4096)} has no sample for {' and '.join(empty)}: "
+                             "expected 2D and 3D joints of all subjects, and SMPL fits of "
+                             f"{val} for val.")
 
         n_mesh, pixels, off = {}, {}, []
         total = sum(sizes.values())
@@ -595,9 +606,9 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
                     folder / split, sizes[split], part, capture, bar)
                 off += distances
                 if split == "train" and not n_mesh[split]:
-                    raise ValueError(f"{source}: no pose for training has a good SMPL fit; "
-                                     "stages 1 and 2 train on these.")
-                _check_median(source, f"2D joints of {files.detections.name}, px", pixels[split])
+                    raise ValueError(f"{shown(source, 4096)}: no pose for training has a good SMPL "
+                                     "fit; stages 1 and 2 train on these.")
+                _check_median(source, f"2D joints of {detector}, px", pixels[split])
                 if any(map(len, off)):
                     _check_median(source, "SMPL fits, mm", np.concatenate(off))
         draw_samples(folder / "samples.png", _shown(folder / "test"),
@@ -616,11 +627,11 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
                            "points": "means of vertices",
                            "assignment_mm": 1000 * body.levels["distance"]},
             "shifted": [" ".join(key) for key in sorted(SHIFTED)],
-            "sources": {"2D joints": files.detections.name, "layout": capture.layout,
+            "sources": {"2D joints": detector, "layout": capture.layout,
                         "fits": len(off), "fits_left_out": left_out},
         }  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-    print(f"{files.detections.name}, {capture.layout}: mean distance from the projected joints "
+    print(f"{detector}, {capture.layout}: mean distance from the projected joints "
           + ", ".join(f"{split} {e.mean():.1f} px" for split, e in pixels.items()))
     print(f"{len(off)} SMPL fits, more than {FIT_ERROR:.0f} mm off and left out: {left_out}")
     for split, text in about.items():
@@ -632,8 +643,9 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
 def _check_median(source: Path, what: str, values: np.ndarray) -> None:
     middle = np.median(values) if len(values) else np.inf
     if not middle < WRONG:
-        raise ValueError(f"{source}: the {what}, are {middle:.0f} off the 3D joints in the median: "
-                         "expected files of the same frames, cameras and order of joints.")
+        raise ValueError(f"{shown(source, 4096)}: the {what}, are {middle:.0f} off the 3D joints "
+                         "in the median: expected files of the same frames, cameras and order of "
+                         "joints.")
 
 
 def _shown(split: Path) -> dict[str, np.ndarray]:

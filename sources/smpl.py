@@ -17,11 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from hipart import LEFT, RIGHT
+from sources.files import shown
 from sources.geometry import quat_from_rotvec, quat_to_matrix
-from sources.safe_pickle import load_arrays, load_pickle
+from sources.safe_pickle import described, load_arrays, load_pickle
 
 N_JOINTS, N_SHAPE = 24, 10
 LARGEST = 2 << 30  # bytes: a model with 300 shapes unpacks to 0.2 GB
+MOST = 10_000_000  # numbers of one of its arrays: 300 shapes have 6.2 million
+MOST_VERTICES = 10_000  # SMPL has 6890
 OTHER_MODELS = "smpl-?[hx]|mano"  # in the names of files that are not SMPL
 REGRESSOR_NAME = r"j_regressor_h36m.*\.npy"
 # For each of Human3.6M's 17 joints the nearest of SMPL's 24 in the rest pose. Only the coarsening
@@ -99,39 +102,43 @@ def read(path: Path) -> SMPL:
     """An SMPL file (.pkl or .npz). Raises ValueError, with one sentence, on anything else."""
     is_npz = path.suffix.lower() == ".npz"
     content = load_arrays(path, LARGEST) if is_npz else load_pickle(path, LARGEST)
+    name = shown(path, 4096)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no SMPL model: expected a dictionary of arrays, "
-                         f"found {type(content).__name__}")
+        raise ValueError(f"{name} is no SMPL model: expected a dictionary of arrays, "
+                         f"found {described(content)}")
 
     def array(key: str, *shape) -> np.ndarray:
         """The finite numbers of a key, in the given shape (None: any)."""
         if key not in content:
-            raise ValueError(f"{path} is no SMPL model: it has no {key}")
+            raise ValueError(f"{name} is no SMPL model: it has no {key}")
         a = content[key]
         if not _is_numbers(a, shape):
-            found = f"{a.dtype} {list(a.shape)}" if isinstance(a, np.ndarray) else type(a).__name__
             wanted = [s if s is not None else "any" for s in shape]
-            raise ValueError(f"{path}: expected {key} to be finite numbers {wanted}, found {found}")
+            raise ValueError(f"{name}: expected {key} to be finite numbers {wanted}, at most "
+                             f"{MOST}, found {described(a)}")
         return a
 
     v = array("v_template", None, 3).astype(np.float64)
     V = len(v)
+    if V > MOST_VERTICES:
+        raise ValueError(f"{name}: expected at most {MOST_VERTICES} vertices, found {V}")
     shapedirs = array("shapedirs", V, 3, None)[:, :, :N_SHAPE].astype(np.float64)
     if shapedirs.shape[2] < N_SHAPE:
-        raise ValueError(f"{path}: expected shapedirs with at least {N_SHAPE} shapes, "
+        raise ValueError(f"{name}: expected shapedirs with at least {N_SHAPE} shapes, "
                          f"found {shapedirs.shape[2]}")
     parents, order = array("kintree_table", 2, None).astype(np.int64)
     if len(parents) != N_JOINTS:
-        raise ValueError(f"{path}: expected SMPL's {N_JOINTS} joints in kintree_table, found "
+        raise ValueError(f"{name}: expected SMPL's {N_JOINTS} joints in kintree_table, found "
                          f"{len(parents)} (SMPL-H has 52 and SMPL-X 55: take the model that is "
                          "called SMPL)")
     parents = [-1 if j == 0 else int(p) for j, p in enumerate(parents)]
     in_order = all(0 <= p < j for j, p in enumerate(parents) if j)
     if (order != np.arange(N_JOINTS)).any() or not in_order:
-        raise ValueError(f"{path}: expected kintree_table to list every joint after its parent")
+        raise ValueError(f"{name}: expected kintree_table to list every joint after its parent")
     faces = array("f", None, 3).astype(np.int64)
-    if not len(faces) or faces.min() < 0 or faces.max() >= V:
-        raise ValueError(f"{path}: expected faces f of vertices 0 to {V - 1}")
+    if not 0 < len(faces) <= 2 * V or faces.min() < 0 or faces.max() >= V:
+        raise ValueError(f"{name}: expected faces f of vertices 0 to {V - 1}, at most {2 * V} of "
+                         "them as on any closed body")
     posedirs = array("posedirs", V, 3, 9 * (N_JOINTS - 1)).astype(np.float64)
     J_regressor = array("J_regressor", N_JOINTS, V).astype(np.float64)
     weights = array("weights", V, N_JOINTS).astype(np.float64)
@@ -143,6 +150,7 @@ def _is_numbers(a, shape: tuple) -> bool:
         isinstance(a, np.ndarray)
         and a.dtype.kind in "fiu"
         and a.ndim == len(shape)
+        and a.size <= MOST
         and all(s in (None, n) for s, n in zip(shape, a.shape, strict=True))
         and bool(np.isfinite(a).all())
     )
@@ -168,11 +176,11 @@ def read_regressor(path: Path, model: SMPL) -> np.ndarray:
     The joints of the rest pose tell which it is, since left is at +x there. Raises ValueError, with
     one sentence, if it is neither.
     """
-    R, V = load_arrays(path)[""], len(model.v_template)
+    R, V, name = load_arrays(path)[""], len(model.v_template), shown(path, 4096)
     is_regressor = R.dtype.kind == "f" and R.shape == (17, V)
     if not is_regressor or not (np.abs(R.sum(1) - 1) < 0.05).all():  # NaN is not near 1
-        raise ValueError(f"{path}: expected finite numbers [17, {V}] whose rows sum to 1, "
-                         f"found {R.dtype} {list(R.shape)}")
+        raise ValueError(f"{name}: expected finite numbers [17, {V}] whose rows sum to 1, "
+                         f"found {described(R)}")
     x, order, swapped = R @ model.v_template[:, 0], np.arange(17), []
     for limbs, right, left in (("legs", RIGHT[:3], LEFT[:3]), ("arms", RIGHT[3:], LEFT[3:])):
         right, left = list(right), list(left)
@@ -181,9 +189,9 @@ def read_regressor(path: Path, model: SMPL) -> np.ndarray:
             swapped.append(limbs)
         elif not ((x[right] < 0).all() and (x[left] > 0).all()):
             at = ", ".join(f"{v:.2f}" for v in x[right + left])
-            raise ValueError(f"{path}: expected rows {right} and {left} on the two sides of the "
+            raise ValueError(f"{name}: expected rows {right} and {left} on the two sides of the "
                              f"body ({limbs}), found them at x = {at} m")
     if swapped:
-        print(f"{path}: left and right {' and '.join(swapped)} swapped, "
+        print(f"{name}: left and right {' and '.join(swapped)} swapped, "
               "since Human3.6M's order is the other way round")
     return R[order].astype(np.float64)

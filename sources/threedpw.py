@@ -24,15 +24,17 @@ from sources.dataset import (
     create_split,
     new_data_set,
 )
+from sources.files import shown
 from sources.geometry import IMAGE_SIZE
-from sources.keypoints import to_h36m
-from sources.safe_pickle import load_pickle
+from sources.layouts import to_h36m
+from sources.safe_pickle import described, load_pickle
 
 FOCAL, CENTRE = 1145.0, 500.0  # px, about those of Human3.6M's cameras
 # A frame counts if more than N_SURE of OpenPose's 18 joints have a confidence above SURE (VIBE).
 N_SURE, SURE = 6, 0.3
 NEAREST = 500.0  # mm from the camera to the root
 AT_ONCE = 4096  # frames, so that any sequence takes the same memory
+MOST, MOST_PEOPLE = 100_000, 100  # frames and people of a sequence, which has 2500 and 2
 # 3DPW-OCC: the first two words of the names of its sequences, which may be in any folder (the list
 # of PARE, Kocabas et al. 2021).
 OCC = {
@@ -86,26 +88,29 @@ def read_sequence(path: Path) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     [N, 3, 18] (px and score) and campose_valid [N]. All arrays go by image; 3DPW's img_frame_ids
     only says when each was taken. Raises ValueError, with one sentence, on anything else.
     """
-    content = load_pickle(path)
+    content, name = load_pickle(path), shown(path, 4096)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no sequence of 3DPW: expected a dictionary, "
-                         f"found {type(content).__name__}")
+        raise ValueError(f"{name} is no sequence of 3DPW: expected a dictionary, "
+                         f"found {described(content)}")
     genders = "gender" if "gender" in content and "genders" not in content else "genders"
     people = ("poses", "betas", "trans", "poses2d", "campose_valid", genders)
     for key in ("cam_poses", "cam_intrinsics", *people):
         if key not in content:
-            raise ValueError(f"{path} is no sequence of 3DPW: it has no {key}")
+            raise ValueError(f"{name} is no sequence of 3DPW: it has no {key}")
 
     cam_poses = _numbers(path, "cam_poses", content["cam_poses"], (None, 4, 4))
+    if len(cam_poses) > MOST:
+        raise ValueError(f"{name}: expected at most {MOST} frames, found {len(cam_poses)}")
     K = _numbers(path, "cam_intrinsics", content["cam_intrinsics"], (3, 3)).astype(np.float64)
     if not (np.isfinite(K).all() and min(K[0, 0], K[1, 1], K[0, 2], K[1, 2]) > 0):
-        raise ValueError(f"{path}: expected cam_intrinsics with focal lengths and a centre above "
+        raise ValueError(f"{name}: expected cam_intrinsics with focal lengths and a centre above "
                          f"0, found {K.tolist()}")
     lists = {key: _as_list(content[key]) for key in people}
     n_people = max(1, len(lists["poses"]))
-    if any(len(of) != n_people for of in lists.values()):
+    if n_people > MOST_PEOPLE or any(len(of) != n_people for of in lists.values()):
         found = ", ".join(f"{len(of)} in {key}" for key, of in lists.items())
-        raise ValueError(f"{path}: expected lists of one entry for each person, found {found}")
+        raise ValueError(f"{name}: expected lists of one entry for each of at most {MOST_PEOPLE} "
+                         f"people, found {found}")
     persons = [_person(path, lists, i, genders, len(cam_poses)) for i in range(n_people)]
     return K, cam_poses.astype(np.float64), persons
 
@@ -120,31 +125,32 @@ def _person(path: Path, lists: dict[str, list], i: int, genders: str, n: int) ->
     gender = gender.decode("latin1") if isinstance(gender, bytes) else gender
     betas = person["betas"]
     if len(betas) < smpl.N_SHAPE or not isinstance(gender, str) or gender not in ("m", "f"):
-        found = repr(gender[:20]) if isinstance(gender, str) else type(gender).__name__
-        raise ValueError(f"{path}: expected betas of at least {smpl.N_SHAPE} numbers and {genders} "
-                         f"m or f, found {len(betas)} and {found}")
+        raise ValueError(f"{shown(path, 4096)}: expected betas of at least {smpl.N_SHAPE} numbers "
+                         f"and {genders} m or f, found {len(betas)} and {shown(gender)}")
     return person | {"gender": gender, "betas": betas[: smpl.N_SHAPE].astype(np.float64)}
 
 
-def _as_list(x) -> list:
-    return list(x) if isinstance(x, list) or getattr(x, "shape", ()) else []
+def _as_list(x) -> list | np.ndarray:
+    """What has an entry for each person: lists and arrays, which may have many."""
+    return x if isinstance(x, list) or isinstance(x, np.ndarray) and x.ndim else []
 
 
 def _numbers(path: Path, key: str, x, shape: tuple, why: str = "") -> np.ndarray:
     """An array of numbers in the given shape (None: any)."""
-    plain = (np.ndarray, int, float)
+    parts = x if isinstance(x, list) else [x]
     # Anything else is nested, and what is nested may be endless.
-    flat = isinstance(x, plain) or isinstance(x, list) and all(isinstance(v, plain) for v in x)
+    plain = all(isinstance(v, int | float) or isinstance(v, np.ndarray) and v.dtype.kind in "biuf"
+                for v in parts) and sum(map(np.size, parts)) <= 72 * MOST
     try:
-        a = np.asarray(x if flat else None)
-    except ValueError:  # a list of unequal parts
+        a = np.asarray(x if plain else None)
+    except (ValueError, OverflowError):  # a list of unequal parts
         a = np.empty(0, object)
     fits = a.ndim == len(shape) and all(
         s in (None, n) for s, n in zip(shape, a.shape, strict=True))
     if a.dtype.kind not in "biuf" or not fits:
         wanted = ["any" if s is None else s for s in shape]
-        raise ValueError(f"{path}: expected {key} to be numbers {wanted}, found "
-                         f"{a.dtype} {list(a.shape)}{why}")
+        raise ValueError(f"{shown(path, 4096)}: expected {key} to be numbers {wanted}, found "
+                         f"{described(a)}{why}")
     return a
 
 
@@ -216,8 +222,8 @@ def choose_sequences(found: dict[str, list[Path]]) -> dict[str, tuple[Path, list
         if not any(member.values()):
             continue
         if path.stem in files:
-            raise ValueError(f"{path} is a second {path.stem} beside {files[path.stem][0]}: "
-                             "keep one of them")
+            raise ValueError(f"{shown(path, 4096)} is a second {shown(path.stem)} beside "
+                             f"{shown(files[path.stem][0], 4096)}: keep one of them")
         files[path.stem] = path, [s for s in ABOUT if member[s]]
     return files
 
@@ -227,8 +233,8 @@ def read_points(found: dict[str, list[Path]]) -> dict[str, smpl.Points]:
     models = {kind[0]: smpl.read(found[kind][0]) for kind in ("male", "female")}
     regressor = smpl.read_regressor(found["regressor"][0], models["m"])
     if len(models["f"].v_template) != regressor.shape[1]:
-        raise ValueError(f"{found['female'][0]}: expected as many vertices as the male model has, "
-                         f"{regressor.shape[1]}")
+        raise ValueError(f"{shown(found['female'][0], 4096)}: expected as many vertices as the "
+                         f"male model has, {regressor.shape[1]}")
     return {gender: smpl.Points(model, regressor) for gender, model in models.items()}
 
 
@@ -243,8 +249,8 @@ def prepare(source: Path, out: Path, overwrite: bool) -> Path:
     print(", ".join(f"{len(found[f])} of {n} {f} sequences" for f, n in FOLDERS.items()))
     for kind in ("male", "female", "regressor"):
         if len(found[kind]) > 1:
-            raise ValueError(f"{found[kind][1]} is a second {kind} file beside {found[kind][0]}: "
-                             "keep one of them")
+            first, second = (shown(path, 4096) for path in found[kind][:2])
+            raise ValueError(f"{second} is a second {kind} file beside {first}: keep one of them")
     files = choose_sequences(found)
     actions = sorted(files)
 
@@ -270,19 +276,21 @@ def prepare(source: Path, out: Path, overwrite: bool) -> Path:
               f"or the root less than {NEAREST / 1000} m in front of it")
         for s in ABOUT:
             if not n[s]:
-                of = ", ".join(a for a in actions if s in files[a][1]) or "none found"
-                raise ValueError(f"{source}: the split {s} would be empty: expected frames with a "
-                                 f"valid camera and detections in its sequences ({of})")
+                of = shown(", ".join(a for a in actions if s in files[a][1]), 1000) or "none found"
+                raise ValueError(f"{shown(source, 4096)}: the split {s} would be empty: expected "
+                                 "frames with a valid camera and detections in its sequences "
+                                 f"({of})")
         for s in ABOUT:
             create_split(temporary / s, n[s])
         for who, arrays, _ in everybody("writing"):
             labels = {"action": actions.index(who[0]), "subject": people.index(who)}
             for s in files[who[0]][1]:
                 append_samples(temporary / s, arrays | labels)
-        models = ", ".join(found[kind][0].name for kind in ("male", "female"))
+        models = shown(", ".join(found[kind][0].name for kind in ("male", "female")))
         meta = base_meta(out, "3dpw") | {
-            "actions": actions, "people": people, "image_size": IMAGE_SIZE, "noise": None,
-            "seed": 0,
+            "actions": list(map(shown, actions)),
+            "people": [[shown(name), i] for name, i in people],
+            "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
             "splits": {s: {"n": n[s], "with_mesh": 0, "about": about}
                        for s, about in ABOUT.items()},
             "joints_14": [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16],
@@ -292,7 +300,8 @@ def prepare(source: Path, out: Path, overwrite: bool) -> Path:
                           f"confidence above {SURE}",
                 "detections": "OpenPose's as 3DPW ships them; the paper's CPN detections are not "
                               "distributed",
-                "joints": f"gendered SMPL models {models}, regressor {found['regressor'][0].name}",
+                "joints": f"gendered SMPL models {models}, regressor "
+                          f"{shown(found['regressor'][0].name)}",
             },
         }  # fmt: skip
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -15,11 +15,40 @@ import train
 from hipart import PART_JOINT, RIGHT
 from sources.coarsening import coarsen
 from sources.geometry import quat_from_rotvec
+from sources.layouts import LAYOUTS
 from sources.motion import HINGE_COLUMNS, QUAT_COLUMNS, parse_clip
 
 FUZZ = int(os.environ.get("FUZZ", 1))  # how many times as long readers are fed with mutated files
 TINY_SIZES = {"train": 64, "val": 32, "test": 32, "unseen": 32}
 TOE = np.array([0.0, -0.16, -0.06])
+
+
+# A person from the front: right of the image, and up, in metres, for the left side (x mirrored for
+# the right one) and the middle. The names are those of sources/layouts.py.
+FRONT = {
+    "pelvis": (0, 0.93), "spine": (0, 1.18), "thorax": (0, 1.42), "neck": (0, 1.43),
+    "middle of the shoulders": (0, 1.42), "upper neck": (0, 1.5), "nose": (0, 1.58),
+    "head top": (0, 1.76), "eye": (0.03, 1.63), "eye inner": (0.02, 1.63),
+    "eye outer": (0.04, 1.63), "ear": (0.08, 1.61), "mouth": (0.02, 1.54),
+    "shoulder": (0.18, 1.42), "elbow": (0.27, 1.15),
+    "wrist": (0.3, 0.9), "pinky": (0.32, 0.83), "index": (0.3, 0.82), "thumb": (0.27, 0.84),
+    "hip": (0.12, 0.93), "knee": (0.13, 0.5), "ankle": (0.13, 0.09), "heel": (0.13, 0.04),
+    "big toe": (0.15, 0.02), "small toe": (0.19, 0.03), "foot index": (0.16, 0.02),
+}  # fmt: skip
+
+
+def person(layout, seed=0, height=300.0, at=(320.0, 240.0)):
+    """Points [K, 3] (px, px, score) in a layout of somebody who faces the camera, about `height` px
+    tall: limbs swing a little, so that people of different seeds differ."""
+    rng = np.random.default_rng(seed)
+    swing = {(joint, side): rng.normal(0, 0.03, 2) for joint in FRONT for side in ("l", "r", "")}
+    points = []
+    for name in LAYOUTS[layout]:
+        side, joint = (name[0], name[2:]) if name[:2] in ("l ", "r ") else ("", name)
+        x, y = FRONT[joint] + swing[joint, side] * (joint in ("elbow", "wrist", "knee", "ankle"))
+        x = -x if side == "r" else x
+        points.append([at[0] + x * height / 1.76, at[1] + (0.9 - y) * height / 1.76, 0.9])
+    return np.array(points).round(3)
 
 
 def rest_joints():

@@ -3,15 +3,24 @@
 That a resumed training ends at the same bits is tested in test_train.py, on the real stages.
 """
 
+import codecs
 import json
 import math
+import os
+import shutil
+import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import RUN_SIZES
 
-from checkpoints import Run, adamw, save_checkpoint, warmup_cosine, write
-from hipart import Config, HiARM
+import train
+from baselines import Regressor
+from checkpoints import Run, adamw, load_checkpoint, save_checkpoint, warmup_cosine
+from hipart import MSST, Config, HiARM, HiPART
+from survival import write
 
 
 class Stop(Exception):
@@ -20,17 +29,18 @@ class Stop(Exception):
 
 def test_checkpoints_are_written_beside_and_renamed(tmp_path, monkeypatch):
     """A crash while writing leaves the old checkpoint whole."""
-    path = tmp_path / "stage1.pt"
+    path, write_bytes = tmp_path / "stage1.pt", Path.write_bytes
     save_checkpoint(path, epoch=1)
 
-    def half(content, where):
-        Path(where).write_bytes(b"half of a checkpoint")
+    def half(self, content):
+        write_bytes(self, content[: len(content) // 2])
         raise Stop
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(Stop):
         save_checkpoint(path, epoch=2)
     assert torch.load(path, weights_only=True) == dict(epoch=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["stage1.pt"]
 
 
 def test_weight_decay_spares_biases_and_norms():
@@ -44,14 +54,14 @@ def test_weight_decay_spares_biases_and_norms():
 
 
 def test_texts_are_written_beside_and_renamed(tmp_path, monkeypatch):
-    path = tmp_path / "table.md"
+    path, write_bytes = tmp_path / "table.md", Path.write_bytes
     write(path, "old")
 
-    def half(self, text, encoding):
-        self.write_bytes(text.encode()[:2])
+    def half(self, content):
+        write_bytes(self, content[:2])
         raise Stop
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(Stop):
         write(path, "new")
     assert path.read_bytes() == b"old"
@@ -78,3 +88,176 @@ def test_resuming_forgets_log_lines_that_have_no_checkpoint(tmp_path):
     run.forget("stage2", 1)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["model"], r["epoch"]) for r in rows] == [("stage1", 1), ("stage1", 2), ("stage2", 1)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints of any kind
+
+
+def options(kind):
+    return kind(**{k: v for k, v in RUN_SIZES.items() if k in vars(kind())})
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "meta.json").write_text("{}")
+    return Run(tmp_path, Config(), train.Training(), torch.device("cpu"), data=str(tmp_path))
+
+
+@pytest.fixture
+def good(run):
+    """What a checkpoint of stage 1 holds."""
+    config = options(Config)
+    return dict(model=MSST(config).state_dict(), optimizer={}, random={}, epochs=3, epoch=3, step=9,
+                seconds=1.5, val=dict(fine_px=math.nan), config=asdict(config),
+                training=asdict(options(train.Training)), run=run.identity())  # fmt: skip
+
+
+def refused(capsys, f, *args):
+    with pytest.raises(SystemExit) as e:
+        f(*args)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.count("\n") == 1 and said.strip().isprintable()
+    assert len(said) < 1000
+    return said
+
+
+def test_a_good_checkpoint_is_read(run, good):
+    save_checkpoint(run.path / "stage1.pt", **good)
+    torch.manual_seed(0)
+    expected = MSST(options(Config)).state_dict()
+    torch.manual_seed(0)
+    model = train.load_msst(run)
+    state = torch.get_rng_state()
+    assert all(torch.equal(v, good["model"][k]) for k, v in model.state_dict().items())
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    torch.manual_seed(0)  # to plan a model without memory draws no random numbers
+    assert expected.keys() == MSST(options(Config)).state_dict().keys()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Encoded:
+    """As much memory as you like, out of a function that torch lets any pickle call."""
+
+    def __reduce__(self):
+        return codecs.encode, ("x" * 1000, "latin1")
+
+
+@pytest.mark.parametrize("content", [
+    "a string", 5, [1, 2], [[]] * 100, {}, {"model": {}}, torch.zeros(3), b"bytes", None, Encoded(),
+    bytearray(10), {1, 2}, 1 << 61,
+], ids=range(13))  # fmt: skip
+def test_checkpoints_that_hold_anything_else(run, capsys, content):
+    torch.save(content, run.path / "stage1.pt")
+    said = refused(capsys, load_checkpoint, run, "stage1")
+    assert "stage1.pt is not a " in said and "checkpoint" in said and "delete it and run" in said
+
+
+def change(part, **to):
+    return lambda good: good[part].update(to)
+
+
+def tensor(name, f):
+    return lambda good: good["model"].update({name: f(good["model"][name])})
+
+
+CODES, NOT_THIS = "Q_s.codebook", "stage1.pt is not a checkpoint of this version of the project"
+
+
+@pytest.mark.parametrize("damage, message", [
+    *[(lambda good, key=key: good.pop(key), NOT_THIS)
+      for key in ("model", "config", "training", "run", "epoch", "epochs", "seconds")],
+    *[(lambda good, key=key, to=to: good.update({key: to}), NOT_THIS)
+      for key in ("model", "config", "training", "run", "epoch", "epochs", "seconds")
+      for to in ("text", [1], None, -1, torch.zeros(3))],
+    (change("config", D="8"), NOT_THIS), (change("config", D=True), NOT_THIS),
+    (change("config", D=0), NOT_THIS), (change("config", more=1), NOT_THIS),
+    (change("config", soft=1), NOT_THIS), (change("config", condition="none"), NOT_THIS),
+    (change("config", beta=math.nan), NOT_THIS), (change("config", D=10**9), NOT_THIS),
+    (change("config", encoder_blocks=10**6), NOT_THIS), (change("config", dropout=5.0), NOT_THIS),
+    (change("training", lifter="spatial", lifter_width=17), NOT_THIS),
+    (change("training", limit=[1]), NOT_THIS), (change("training", lifter="\x1b[31m"), NOT_THIS),
+    (change("run", samples=3), NOT_THIS), (change("run", seed="0"), NOT_THIS),
+    (change("run", data="\x1b[31m"), NOT_THIS), (change("run", data="x" * 10**6), NOT_THIS),
+    (lambda good: good["run"].pop("samples"), NOT_THIS),
+    (tensor(CODES, lambda t: "text"), NOT_THIS), (tensor(CODES, lambda t: t.to_sparse()), "stage1"),
+    (tensor(CODES, lambda t: t.to("meta")), "stage1.pt"), (tensor(CODES, lambda t: t.T), NOT_THIS),
+    (tensor(CODES, lambda t: torch.zeros(1).expand(1 << 40, 8)), NOT_THIS),
+    (lambda good: good["model"].update({5: torch.zeros(1)}), NOT_THIS),
+    (tensor(CODES, lambda t: t[1:].clone()), "has weights of other sizes than these options"),
+    (tensor(CODES, lambda t: t.double()), "has weights of other sizes than these options"),
+    (tensor(CODES, lambda t: t[None].clone()), "has weights of other sizes than these options"),
+    (lambda good: good["model"].pop(CODES), "has weights of other sizes than these options"),
+    (lambda good: good["model"].clear(), "has weights of other sizes than these options"),
+    (tensor(CODES, lambda t: t * math.inf), "has weights that are infinite or NaN"),
+    (change("config", D=10**6, K_s=10**6), "has weights of other sizes than these options"),
+    (change("config", K_d=17), "has weights of other sizes than these options"),
+], ids=range(74))  # fmt: skip
+def test_checkpoints_with_anything_in_the_place_of_what_they_hold(run, good, capsys, damage,
+                                                                  message):
+    damage(good)
+    torch.save(good, run.path / "stage1.pt")
+    assert message in refused(capsys, train.load_msst, run)
+
+
+def test_every_model_can_be_planned_without_memory():
+    """As `build` does, before it believes the options of a checkpoint."""
+    config = Config(D=10**6, K_s=10**6, K_d=10**6, width=10**6, heads=1, mlp_ratio=1000)
+    lifters = [train.Training(lifter=kind, lifter_width=6 * 10**5) for kind in ("mlp", "spatial")]
+    with torch.device("meta"):
+        for model in (HiPART(config), Regressor(10**6),
+                      *(train.new_lifter(t, "generated") for t in lifters)):
+            assert sum(p.numel() for p in model.parameters()) > 10**10
+
+
+def test_files_that_are_no_checkpoints(run, good, capsys):
+    path = run.path / "stage1.pt"
+    save_checkpoint(path, **good)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as z:
+        members = {name: z.read(name) for name in z.namelist()}
+    packed = run.path / "packed.pt"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, raw in members.items():
+            z.writestr(name, raw)
+    old = run.path / "old.pt"
+    torch.save({"a": 1}, old, _use_new_zipfile_serialization=False)
+    files = {"packed": packed.read_bytes(), "old": old.read_bytes(), "cut": whole[:-100],
+             "empty": b"", "text": b"\x1b[31mred", "old and new": old.read_bytes() + whole}
+    for raw in files.values():
+        path.write_bytes(raw)
+        said = refused(capsys, load_checkpoint, run, "stage1")
+        assert "stage1.pt is not a readable checkpoint: " in said and "[31m" not in said
+    for make in (lambda: path.symlink_to("/dev/zero"), lambda: os.mkfifo(path)):
+        path.unlink()
+        make()
+        assert "stage1.pt is not a readable" in refused(capsys, load_checkpoint, run, "stage1")
+
+
+# --------------------------------------------------------------------------------------------------
+# What lies beside a checkpoint
+
+
+@pytest.mark.parametrize("text", [
+    b"\xff\xfe", b"{", b"[]\n", b"3\n", b'{"epoch": 1}\n', b'{"model": "stage1", "epoch": []}\n',
+    b"[" * 10**5,
+])  # fmt: skip
+def test_a_damaged_log_is_said(run, capsys, text):
+    (run.path / "log.jsonl").write_bytes(text)
+    assert "log.jsonl is damaged" in refused(capsys, run.forget, "stage1", 1)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", "[" * 10**5, "\x1b[31mred"])
+def test_samples_have_no_name_without_a_good_meta_json(run, capsys, text):
+    (run.path / "meta.json").write_text(text)
+    said = refused(capsys, run.samples)
+    assert "is not a data set that can be read: make it again" in said and "red\n" not in said
+
+
+def test_a_split_that_is_cut_short_ends_the_run(tiny_data, tmp_path, capsys):
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_data / "tiny", folder)
+    split = Run(tmp_path, Config(), train.Training(), torch.device("cpu"), data=folder).split("val")
+    assert len(next(split.spread(5).blocks())["y"]) == 5
+    os.truncate(folder / "val/y.npy", 500)
+    assert "y.npy cannot be read, it is truncated" in refused(capsys, list, split.blocks())

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from sources.dataset import (
     append_samples,
     check_folder,
     create_split,
+    draw_samples,
     in_model_frame,
     load,
     new_data_set,
 )
+from sources.detector import NOISE
 
 # --------------------------------------------------------------------------------------------------
 # Writing
@@ -75,12 +78,14 @@ def test_folders_are_searched_through_links_and_loops(tmp_path, capsys):
     (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in/sub/loop").symlink_to(tmp_path / "in")
     (tmp_path / "in/gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in/a\n\udcff.bin").write_text("")  # a name that no terminal can show
+    os.mkfifo(tmp_path / "in/pipe.txt")
     wanted = {"text": ("a text", True), "more": ("more of it", False)}
     found = check_folder(tmp_path / "in", lambda p: "text" if p.suffix == ".txt" else None, wanted)
     assert [p.name for p in found["text"]] == ["a.txt", "b.txt"] and found["more"] == []
     out = capsys.readouterr().out
     for line in ("text: a.txt, link/b.txt", "more: none (not needed); more of it",
-                 "not used: sub/other.bin"):
+                 r"not used: a\n\udcff.bin, sub/other.bin"):
         assert line in out
     with pytest.raises(ValueError, match="in lacks music [(]a tune[)]"):
         check_folder(tmp_path / "in", lambda p: None, {"music": ("a tune", True)})
@@ -123,7 +128,7 @@ def set_nan(y):
     (lambda f: (f / "test" / "x_f.npy").unlink(), FileNotFoundError,
      "x_f.npy is missing: make it again"),
     (damage_version, ValueError, "format version 99, expected 2"),
-    (damage_json, ValueError, "not valid JSON"),
+    (damage_json, ValueError, "meta.json is not a JSON file that can be read"),
     (truncate(2000), ValueError, "cannot be read, it is truncated"),
     (truncate(0), ValueError, "cannot be read, it is truncated"),
     (replace_y(lambda y: y[:, :16]), ValueError,
@@ -131,7 +136,7 @@ def set_nan(y):
     (replace_y(lambda y: y[:31]), ValueError, r"float32 \(31, 17, 3\), expected"),
     (replace_y(lambda y: y.astype(np.float64)), ValueError, "float64 .*, expected float32"),
     (replace_y(set_nan), ValueError, "NaN or infinite"),
-    (replace_y(lambda y: y.astype(object)), ValueError, "cannot be read"),
+    (replace_y(lambda y: y.astype(object)), ValueError, "holds object .*, expected float32"),
 ])  # fmt: skip
 def test_load_refuses_in_one_sentence(tiny_data, tmp_path, damage, error, message):
     shutil.copytree(tiny_data / "tiny", tmp_path / "tiny")
@@ -140,6 +145,149 @@ def test_load_refuses_in_one_sentence(tiny_data, tmp_path, damage, error, messag
         load(tmp_path / "tiny", "test")
     assert "\n" not in str(caught.value)
     assert f"prepare_data.py --name tiny --out {tmp_path}" in str(caught.value)
+
+
+def change_meta(**change):
+    def damage(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | change))
+
+    return damage
+
+
+def without(key):
+    def damage(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        del meta[key]
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    return damage
+
+
+def write_meta(text):
+    return lambda folder: (folder / "meta.json").write_text(text)
+
+
+SPLIT, NAN = dict(n=32), float("nan")
+
+
+@pytest.mark.parametrize("damage, message", [
+    *[(write_meta(text), "has format version None, expected 2")
+      for text in ("[]", "3", '"text"', "null", "{}")],
+    (write_meta("[" * 10**6), "not a JSON file that can be read: "),
+    (write_meta("[" + "[]," * 20_000_000 + "[]]"), "not a JSON file that can be read: it "),
+    (write_meta("\x1b[31mred\n"), "not a JSON file that can be read: "),
+    (change_meta(format_version=[1]), "has format version list, expected 2"),
+    (change_meta(format_version="\x1b[31m" + "x" * 10**6), r"version .x1b.31mx+\.\.\., expected 2"),
+    *[(without(key), f"expected `{key}` of meta.json")
+      for key in ("source", "actions", "image_size", "noise", "splits")],
+    (change_meta(source="\x1b[31m; rm -r ~"), "expected `source` of meta.json to be one of demo"),
+    (change_meta(source=["demo"]), "expected `source`"),
+    (change_meta(actions="walk"), "expected `actions`"), (change_meta(actions=[1]), "`actions`"),
+    (change_meta(actions=["walk"]), "action.npy holds actions that meta.json does not name"),
+    (change_meta(image_size=[1000]), "`image_size`"), (change_meta(image_size=5), "`image_size`"),
+    (change_meta(image_size=[0, 5]), "`image_size`"),
+    (change_meta(image_size=[10**4000, 5]), "`image_size`"),
+    (change_meta(image_size=[1000, "1000"]), "`image_size`"), (change_meta(noise={}), "`noise`"),
+    (change_meta(noise=NOISE | dict(sigma=NAN)), "`noise`"),
+    (change_meta(noise=NOISE | dict(conf=[])), "`noise`"),
+    (change_meta(noise=NOISE | dict(box_half_size=[0.24, 0.1])), "`noise`"),
+    (change_meta(noise=NOISE | dict(sigma_scale=[1] * 16)), "`noise`"),
+    (change_meta(joints_14=[17]), "`joints_14`"), (change_meta(joints_14=3), "`joints_14`"),
+    (change_meta(splits=["test"]), "`splits`"), (change_meta(splits=dict(test=32)), "`splits`"),
+    (change_meta(splits={"test": SPLIT, "../../x": SPLIT}), "`splits`"),
+    (change_meta(splits=dict(test=SPLIT, train=SPLIT)), "`splits`"),
+    (change_meta(splits={str(i): SPLIT for i in range(21)}), "`splits`"),
+    (change_meta(splits=dict(test={})), "`splits.test.n`"),
+    *[(change_meta(splits=dict(test=dict(n=n))), "`splits.test.n`")
+      for n in (0, -1, 1 << 64, "32")],
+    (change_meta(splits=dict(test=SPLIT | dict(about=3))), "`splits.test`"),
+    (change_meta(source="h36m"), "`sources` of meta.json.*--source h36m --folder DIR"),
+    (change_meta(source="h36m", sources={"2D joints": "gt"}), "`splits.train`"),
+], ids=str)  # fmt: skip
+def test_any_meta_json_is_refused_in_one_sentence(tiny_data, tmp_path, damage, message):
+    shutil.copytree(tiny_data / "tiny", tmp_path / "tiny")
+    damage(tmp_path / "tiny")
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path / "tiny", "test")
+    assert str(caught.value).isprintable() and "red" not in str(caught.value)
+    assert "make it again with `python prepare_data.py" in str(caught.value)
+
+
+def header(shape, dtype="<f4"):
+    """The start of a .npy file, whatever it promises."""
+
+    def damage(folder):
+        raw = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+        raw = b"\x93NUMPY\x02\x00" + struct.pack("<I", len(raw)) + raw
+        (folder / "test/y.npy").write_bytes(raw + bytes(1000))
+
+    return damage
+
+
+def put(raw):
+    return lambda folder: (folder / "test/y.npy").write_bytes(raw)
+
+
+def zipped(folder):
+    np.savez(folder / "test/y.npz", y=np.zeros((32, 17, 3), np.float32))
+    os.replace(folder / "test/y.npz", folder / "test/y.npy")
+
+
+def linked(folder):
+    (folder / "test/y.npy").unlink()
+    (folder / "test/y.npy").symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (header((32, 17, 3)), "y.npy cannot be read, it is truncated"),
+    (header((-32, 17, 3)), "y.npy cannot be read"),
+    (header(((1 << 64) + 32, 17, 3)), "y.npy cannot be read"),
+    (header((1 << 40, 0, 3)), "y.npy cannot be read"),
+    (header("(" * 5000), "y.npy cannot be read"), (header((32, 17, 3), "|O"), "holds object"),
+    (header((32, 17, 3), ">f4"), "holds >f4"),
+    (header(tuple(range(1, 31))), r"holds float32 .1, 2.*\.\.\., expected"),
+    (zipped, "y.npy cannot be read"), (linked, "y.npy is missing"),
+    (put(b"\x1b[31mred"), "y.npy cannot be read"),
+    (put(b"\x93NUMPY\x01\x00\x08\x00print(1)"), "y.npy cannot be read"),
+], ids=range(12))  # fmt: skip
+def test_any_array_is_refused_in_one_sentence(tiny_data, tmp_path, damage, message):
+    shutil.copytree(tiny_data / "tiny", tmp_path / "tiny")
+    damage(tmp_path / "tiny")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        load(tmp_path / "tiny", "test")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+    assert "make it again with `python prepare_data.py" in str(caught.value)
+
+
+def test_names_of_meta_json_fit_on_one_line(tiny_data, tmp_path):
+    shutil.copytree(tiny_data / "tiny", tmp_path / "tiny")
+    meta = load(tiny_data / "tiny", "test")[1]
+    odd = ["\x1b[31m\n", "x" * 10**6, *meta["actions"][2:]]
+    splits = meta["splits"] | dict(test=dict(n=32, about="\x07" + "y" * 2000))
+    change_meta(actions=odd, splits=splits)(tmp_path / "tiny")
+    meta = load(tmp_path / "tiny", "test")[1]
+    assert meta["actions"][:2] == ["\\x1b[31m\\n", "x" * 97 + "..."]
+    assert meta["splits"]["test"]["about"] == "\\x07" + "y" * 993 + "..."
+
+
+def test_a_picture_shows_any_name(tiny_data, tmp_path):
+    arrays, meta = load(tiny_data / "tiny", "test")
+    draw_samples(tmp_path / "a.png", arrays, meta | dict(actions=["$^$"] * len(meta["actions"])))
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tiny_data, tmp_path):
+    """Beyond the end of a mapped file, the system would end the process."""
+    shutil.copytree(tiny_data / "tiny", tmp_path / "tiny")
+    s = split(tmp_path / "tiny", "val")
+    before = s.read(slice(0, 32))
+    shutil.rmtree(tmp_path / "tiny/val")  # what is deleted or replaced as a whole stays readable
+    assert torch.equal(s.read(slice(0, 32))["y"], before["y"])
+    s = split(tmp_path / "tiny", "test")
+    os.truncate(tmp_path / "tiny/test/x_f.npy", 5000)
+    with pytest.raises(ValueError, match="x_f.npy cannot be read, it is truncated"):
+        s.read(slice(0, 32))
 
 
 def test_load_names_the_source_that_makes_the_set_again(tiny_data, tmp_path):

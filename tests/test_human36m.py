@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -535,6 +536,78 @@ def test_spins_regressor_is_turned_round(source, tmp_path, capsys):
         np.save(path, bad)
         with pytest.raises(ValueError, match="J_regressor_h36m.npy: expected"):
             smpl.read_regressor(path, model)
+
+
+METADATA = dict(layout_name="h36m", num_joints=17, keypoints_symmetry=SYMMETRY)
+
+
+def write_arrays(path, **content):
+    np.savez(path, **{k: np.array(v, object) for k, v in content.items()})
+    return path
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(layout_name=None, keypoints_symmetry={}), "found no order of joints that is known here"),
+    (dict(layout_name=None, keypoints_symmetry=[["a"] * 3]), "found no order of joints"),
+    (dict(layout_name=None, keypoints_symmetry=[[np.inf] * 3]), "found no order of joints"),
+    (dict(layout_name=None), "lacks S1, S5"),
+    (None, "expected metadata to be a dictionary of names, found NoneType"),
+])  # fmt: skip
+def test_metadata_of_any_kind(tmp_path, change, message):
+    metadata = METADATA | change if change else None
+    path = write_arrays(tmp_path / "data_2d_h36m_x.npz", positions_2d={}, metadata=metadata)
+    with pytest.raises(ValueError, match=f"data_2d_h36m_x.npz.*{message}"):
+        H.read_detections(path)
+    metadata = {k: v for k, v in METADATA.items() if k == "num_joints"}
+    write_arrays(path, positions_2d={}, metadata=metadata)
+    with pytest.raises(ValueError, match="found no order of joints"):
+        H.read_detections(path)
+
+
+@pytest.mark.parametrize("actions, message", [
+    ({"Eating": np.zeros((1 << 40, 0, 3))}, "the shape of one of its arrays is none"),
+    (dict.fromkeys(map("Eating {}".format, range(501)), np.ones((10_000, 32, 3), "f4")),
+     "it asks for more than the 349 MB of memory"),
+    ({"Eating": np.ones((20_001, 32, 3), "f2")}, "at most 20000 frames T, found float16 .20001"),
+    ({"Eating": np.ones((500, 32, 3)), "Eating 1": np.ones((501, 32, 3))}, "at most 1000 frames"),
+    ({"\x1b[31m\n" + "x" * 10**6: 3}, r"S1 .x1b.31m.nx+\.\.\.: expected metres"),
+    ({5: 3}, "expected positions_3d S1 to be a dictionary of names"),
+])  # fmt: skip
+def test_joints_that_want_much(tmp_path, monkeypatch, actions, message):
+    monkeypatch.setattr(H, "MOST", 1000)
+    path = write_arrays(tmp_path / "data_3d_h36m.npz", positions_3d={"S1": actions})
+    with pytest.raises(ValueError, match=f"data_3d_h36m.npz.*{message}") as e:
+        H.read_joints(path)
+    assert str(e.value).isprintable() and len(str(e.value)) < 600
+
+
+def test_cameras_that_never_end(tmp_path):
+    """A loop over 2^40 frames without joints would not come to an end."""
+    views = np.zeros((1 << 40, 0, 17, 2))
+    path = write_arrays(tmp_path / "data_2d_h36m_x.npz", positions_2d={"S1": {"Eating": views}},
+                        metadata=METADATA)
+    with pytest.raises(ValueError, match="the shape of one of its arrays is none"):
+        H.read_detections(path)
+
+
+def test_digits_of_other_alphabets_name_no_subject():
+    assert H.recognise(Path("Human36M_subject11_smpl_param.json")) == "SMPL fits"
+    assert H.recognise(Path("Human36M_subject\u0661_smpl_param.json")) is None
+    assert H.recognise(Path("Human36M_subject\u0661_camera.json")) is None
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"\x1b[2J" + "2" * 10**6: {"1": {}}}, r"action .x1b.2J2+\.\.\., sub"),
+    ({"2": {"1": {"\x07" * 10**6: 5}}}, r"frame .x07"),
+    ({"2": {"1": {"9" * 5000: dict(pose=[0] * 72, shape=[0] * 10, trans=[0] * 3)}}}, "expected fr"),
+    ({"2": {"1": {"0": dict(pose=[[0] * 72], shape=[0] * 10, trans=[0] * 3)}}}, "expected frame"),
+])  # fmt: skip
+def test_fits_are_shown_on_one_line(tmp_path, content, message):
+    path = tmp_path / "Human36M_subject1_smpl_param.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"smpl_param.json.*{message}") as e:
+        H.read_fits(path, "S1")
+    assert str(e.value).isprintable() and len(str(e.value)) < 600
 
 
 @given(st.data())

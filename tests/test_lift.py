@@ -7,10 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import person
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lift
-from lift import free_name, square_around, standing_height
-from sources.keypoints import Keypoints
+from checkpoints import Run
+from hipart import Config
+from lift import ANIMATIONS, keep_confident, lift_keypoints, square_around, standing_height
+from sources.keypoints import Keypoints, read
+from sources.layouts import to_h36m
+from train import Training, load_hipart, load_lifter
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "wave.json"
@@ -42,11 +50,6 @@ def run_script(own_run, monkeypatch, capsys):
     return run
 
 
-def person(seed=0):
-    """COCO's 17 keypoints [17, 3]: x, y in pixels and a score."""
-    return np.random.default_rng(seed).uniform(100, 900, (17, 3)) * [1, 1, 1e-3]
-
-
 def write_people(path, people, image_ids):
     results = [dict(image_id=i, keypoints=p.ravel().tolist(), score=1.0)
                for p, i in zip(people, image_ids, strict=True)]
@@ -58,14 +61,15 @@ def test_the_example_from_file_to_animation(own_run, run_script, tmp_path):
     """Twelve frames of it, around those in which two joints are hidden for the first time."""
     frames = tmp_path / "wave.json"
     frames.write_text(json.dumps(json.loads(EXAMPLE.read_text())[4:16]))
-    status, out, err = run_script(frames, "--image-size", 1000, 1000)
+    status, out, err = run_script(frames)
     assert status == 0, err
     assert "coco17" in out and "12 of 204 joints are missing" in out
     folder = own_run / "keypoints" / "wave"
     assert sorted(f.name for f in folder.iterdir()) == ["poses.npz", "track_1.gif"]
     assert (folder / "track_1.gif").read_bytes()[:6] == b"GIF89a"
     with np.load(folder / "poses.npz", allow_pickle=False) as z:
-        shapes = {k: z[k].shape for k in z.files}
+        assert z["source"] == str(frames) and set(z["made"]) == {f.name for f in folder.iterdir()}
+        shapes = {k: z[k].shape for k in z.files if k not in ("source", "made")}
         assert shapes == dict(x_s=(12, 17, 2), conf=(12, 17), x_d=(12, 48, 2), x_f=(12, 96, 2),
                               y=(12, 17, 3), name=(12,), track=(12,))
         assert all(np.isfinite(z[k]).all() for k in ("x_s", "x_d", "x_f", "y"))
@@ -85,30 +89,73 @@ def test_the_example_is_what_its_script_writes(tmp_path, monkeypatch):
 
 
 def test_people_in_images_get_a_picture_each(own_run, run_script, tmp_path):
-    people = [person(i) for i in range(3)]
+    people = [person("coco17", i) for i in range(3)]
     people[2][5:, 2] = 0.1
     path = write_people(tmp_path / "people.json", people, range(3))
     status, out, err = run_script(path)
     assert status == 0, err
     assert "1 people with fewer than 6 joints left out" in out
-    assert "2 with a square put around the person" in out
     folder = own_run / "keypoints" / "people"
-    assert sorted(f.name for f in folder.iterdir()) == ["0_0.png", "1_1.png", "poses.npz"]
+    assert sorted(f.name for f in folder.iterdir()) == ["0_0.png", "1_0.png", "poses.npz"]
     far = people[0] + [5000, 0, 0]  # two people in one image: equal file names once cleaned
-    write_people(path, (people[0], far), ["a$\\b$/1"] * 2)
+    write_people(path, (people[0], far), ["a$\\b$/"] * 2)
     status, out, err = run_script(path)  # the results before are replaced
     assert status == 0, err
     found = sorted(f.name for f in folder.iterdir())
-    assert found == ["a_b_1_0.png", "a_b_1_1.png", "poses.npz"]
+    assert found == ["a_b_0.png", "a_b_1.png", "poses.npz"]
+
+
+def test_results_replace_only_their_own(own_run, run_script, tmp_path):
+    """Files of one name from different folders, and names that mean something to a path."""
+    parent = own_run / "keypoints"
+    shutil.rmtree(parent, ignore_errors=True)
+    before = {f.name for f in own_run.iterdir()}
+    names = ("a/same.json", "b/same.json", "c/...json", "d/..json", "e/cam.01.json",
+             "f/cam.02.json", f"g/{'字' * 70}.json", "h/.new.json")  # fmt: skip
+    for i, name in enumerate(names):
+        (tmp_path / name[0]).mkdir()
+        write_people(tmp_path / name, [person("coco17", i)], [i])
+        assert run_script(tmp_path / name)[0] == 0
+    made = {"same": "a/same.json", "same_2": "b/same.json", "_": "c/...json", "__2": "d/..json",
+            "cam.01": "e/cam.01.json", "cam.02": "f/cam.02.json", "字" * 26: names[6],
+            "new": "h/.new.json"}  # fmt: skip
+    sources = {f.parent.name: str(np.load(f)["source"]) for f in parent.glob("*/poses.npz")}
+    assert sources == {name: str(tmp_path / of) for name, of in made.items()}
+    assert before <= {f.name for f in own_run.iterdir()} and not list(parent.glob(".*"))
+    (parent / "same" / "notes.txt").write_text("mine")  # now it is no longer only ours
+    (parent / "cam.01" / "poses.npz").write_text("damaged")
+    (parent / "cam.02").rename(parent / "moved")
+    (parent / "cam.02").symlink_to(parent / "moved")
+    for name in ("a/same.json", "b/same.json", "e/cam.01.json", "f/cam.02.json"):
+        assert run_script(tmp_path / name)[0] == 0
+    assert (parent / "same" / "notes.txt").read_text() == "mine"
+    found = {f.name for f in parent.iterdir()}
+    assert found == {*made, "same_3", "cam.01_2", "cam.02_2", "moved"}
+
+
+def test_animations_are_few_and_numbers_complete(own_run, run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(lift, "draw_animation", lambda path, *_: path.write_bytes(b"GIF89a"))
+    n = ANIMATIONS + 2
+    people = [person("coco17", i, at=(400 * i, 240)) for i in range(n)]
+    rows = [(t, i) for t in range(4) for i in range(n) if t < 2 or i > 1]  # 0 and 1 leave early
+    path = write_people(tmp_path / "many.json", [people[i] for _, i in rows],
+                        [f"{t}.jpg" for t, _ in rows])
+    status, out, err = run_script(path)
+    assert status == 0 and f"{ANIMATIONS} of {n} tracks, the longest, are drawn" in out
+    folder = own_run / "keypoints" / "many"
+    assert sorted(f.name for f in folder.glob("*.gif")) == [f"track_{i}.gif" for i in range(2, n)]
+    with np.load(folder / "poses.npz") as z:
+        assert z["y"].shape == (len(rows), 17, 3) and set(z["track"]) == set(map(str, range(n)))
 
 
 def test_refusals_end_with_status_2_and_touch_nothing(own_run, run_script, tmp_path):
     bad = tmp_path / "wave.json"
     bad.write_text("{")
+    zeros = write_people(tmp_path / "zeros.json", [person("coco17") * [1, 1, 0]], [0])
     before = sorted(own_run.rglob("*"))
     for options, expected in (
             ((bad,), "not a JSON"), ((tmp_path / "none.json",), "not there"),
-            ((EXAMPLE, "--min-score", "5"), "lower --min-score"),
+            ((EXAMPLE, "--min-score", "5"), "lower --min-score"), ((zeros,), "scores are 0"),
             ((EXAMPLE, "--image-size", "0", "9"), "--image-size")):  # fmt: skip
         status, out, err = run_script(*options)
         assert status == 2 and expected in err and len(err.strip().split("\n")) == 1
@@ -140,27 +187,52 @@ def test_a_run_that_is_not_there_names_those_that_are(run_script):
     assert "python train.py --preset standard --stage 1" in err and "--name: tiny" in err
 
 
-@pytest.mark.parametrize("size", [(1000, 1000), (1920, 1080), (1080, 1920)])
-def test_normalisation_is_videopose3ds_and_portrait_is_padded(size):
-    points = np.random.default_rng(0).uniform(50, 1000, (2, 17, 2)).astype(np.float32)
-    sizes = np.array([size, (0, 0)], np.float64)
-    k = Keypoints(points, np.ones((2, 17), np.float32), ["a", "b"], ["", ""], sizes)
-    centre, side, _ = square_around(k, None)
-    w, h = size
-    screen = (points[0] - centre[0]) / (side[0] / 2)
-    longer = max(w, h)
-    expected = points[0] * 2 / longer - [w / longer, h / longer]
-    np.testing.assert_allclose(screen, expected, atol=1e-6)
-    assert side[1] == pytest.approx(standing_height(k)[1] / 0.36)
-    np.testing.assert_allclose(square_around(k, size)[1], longer)
+@given(st.integers(0, 99), st.floats(20, 3000), st.floats(-500, 4000), st.floats(-500, 4000))
+@settings(max_examples=30)
+def test_a_person_has_one_size_wherever_and_however_large(seed, height, x, y):
+    """What the models see of a person does not depend on the photo."""
+    seen = []
+    for h, at in ((300, (320, 240)), (height, (x, y))):
+        k = keypoints_of([person("coco17", seed, h, at)])
+        centre, side = square_around(k)
+        seen.append((k.x_s - centre[:, None]) / side[:, None, None])
+        assert side[0] == standing_height(k)[0] / 0.36
+    np.testing.assert_allclose(seen[0], seen[1], atol=2e-3)
 
 
-def test_a_person_of_an_unusual_size_is_said():
-    points = np.random.default_rng(0).uniform(50, 1000, (1, 17, 2)).astype(np.float32)
-    k = Keypoints(points, np.ones((1, 17), np.float32), ["a"], [""], np.full((1, 2), 1e5))
-    assert "far from the 36% that training shows" in square_around(k, None)[2]
-    k.size[:] = standing_height(k) / 0.36
-    assert "far from" not in square_around(k, None)[2]
+def keypoints_of(points):
+    """COCO's points [N, 17, 3] as one track."""
+    x_s, conf = to_h36m(np.stack(points), "coco17")
+    return Keypoints(x_s, conf, [""] * len(x_s), ["a"] * len(x_s))
+
+
+def test_the_size_of_the_photo_plays_no_part(own_run, tmp_path):
+    """Portrait, landscape, close by, far away, with and without the size: trunk and limbs."""
+    run = Run(own_run, Config(), Training(), torch.device("cpu"))
+    hipart, lifter = load_hipart(run), load_lifter(run, "generated")
+    lengths = []
+    for (w, h), height, at in (((540, 960), 900, (270, 480)), ((1920, 1080), 300, (300, 600)),
+                               ((8000, 8000), 60, (70, 7000)), ((0, 0), 500, (400, 400))):
+        content = dict(annotations=[dict(image_id=1, keypoints=person(
+            "coco17", 3, height, at).ravel().tolist())])
+        if w:
+            content["images"] = [dict(id=1, width=w, height=h)]
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps(content))
+        k = keep_confident(read(path), 0.3)[0]
+        y = lift_keypoints(k, *square_around(k), hipart, lifter, run.device)["y"][0]
+        lengths.append([np.linalg.norm(y[a] - y[b]) for a, b in ((0, 8), (1, 2), (2, 3), (11, 12))])
+    np.testing.assert_allclose(lengths, np.tile(lengths[:1], (4, 1)), rtol=0.01)
+
+
+def test_a_track_may_come_nearer():
+    heights = np.linspace(100, 1000, 300)
+    k = keypoints_of([person("coco17", 0, h) for h in heights])
+    np.testing.assert_allclose(standing_height(k)[20:-20] / heights[20:-20], 1.0, atol=0.15)
+    jumpy = heights.copy()
+    jumpy[100] *= 3  # one wrong detection
+    again = standing_height(keypoints_of([person("coco17", 0, h) for h in jumpy]))
+    np.testing.assert_allclose(again, standing_height(k), rtol=0.02)
 
 
 def test_standing_height_of_a_person_cut_at_the_hips():
@@ -170,12 +242,5 @@ def test_standing_height_of_a_person_cut_at_the_hips():
     x_s[:, [11, 12, 13]] = [[150, -288], [150, -102], [150, 44]]
     x_s[:, [14, 15, 16]] = x_s[:, [11, 12, 13]] * [-1, 1]
     conf[1, [1, 2, 3, 4, 5, 6]] = 0
-    k = Keypoints(x_s, conf, ["a", "b"], ["", ""], np.zeros((2, 2)))
+    k = Keypoints(x_s, conf, ["a", "b"], ["", ""])
     np.testing.assert_allclose(standing_height(k), 1000, rtol=1e-5)
-
-
-def test_file_names_are_plain_and_differ():
-    taken = set()
-    names = [free_name(text, taken) for text in ("../a b", "../a b", "a/b", "../a b")]
-    assert len(set(names)) == 4 and names[0] == ".._a_b" and taken == set(names)
-    assert not any("/" in name or " " in name for name in names)

@@ -156,6 +156,7 @@ def test_an_existing_set_is_not_overwritten(tiny_data):
     (["--without-shifted"], "go with --source h36m"),
     (["--source", "bvh", "--folder", "x", "--detections", "gt"], "go with --source h36m"),
     (["--source", "amass", "--folder", "nowhere"], "nowhere is not there"),
+    (["--source", "3dpw", "--folder", "a\n\x1b[31m"], r"a\n\x1b[31m is not there"),
 ])  # fmt: skip
 def test_commands_that_make_no_sense_are_refused_in_one_sentence(
         tmp_path, monkeypatch, capsys, arguments, message):

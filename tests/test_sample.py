@@ -330,6 +330,18 @@ def test_the_reconstruction_shows_true_and_decoded_points(run, data, model, monk
         assert low < p["true_x_f"][i, :, 0].min() and p["true_x_f"][i, :, 0].max() < high
 
 
+def test_an_action_may_have_any_name(run, data, tmp_path, monkeypatch, drawn):
+    """Between two dollar signs, matplotlib expects mathematics."""
+    shutil.copytree(data, tmp_path / "tiny")
+    meta = json.loads((tmp_path / "tiny/meta.json").read_text())
+    meta["actions"] = ["$^$"] * len(meta["actions"])
+    (tmp_path / "tiny/meta.json").write_text(json.dumps(meta))
+    main(monkeypatch, run, "--data", tmp_path / "tiny", "--n", 1)
+    for name in ("reconstruction.png", "densified.png", "poses_random.png"):
+        drawn[name].canvas.draw()
+    assert drawn["reconstruction.png"].axes[0].get_title().startswith("$^$: ")
+
+
 # --------------------------------------------------------------------------------------------------
 # Runs whose later stages are not trained
 
@@ -381,7 +393,9 @@ def test_data_without_meshes_are_not_drawn(run, data, tmp_path, monkeypatch, cap
     ("no run", "python train.py --name nowhere"), ("no run", "--stage 1"),
     ("no data", "prepare_data.py"), ("cut", "stage1.pt is not a readable checkpoint"),
     ("cut lifter", "stage3_generated_0.pt is not a readable checkpoint"),
-    ("no second run", "--lambda_l 0"), ("n", "--n must be"),
+    ("no second run", "--lambda_l 0"), ("n", "--n must be"), ("meta", "make it again with"),
+    ("array", "x_f.npy cannot be read, it is truncated"),
+    ("string", "stage1.pt is not a checkpoint of this version"),
 ])  # fmt: skip
 def test_bad_input_is_said_in_one_sentence(run, data, tmp_path, monkeypatch, capsys, case, words):
     copy_runs(run, tmp_path)
@@ -392,6 +406,13 @@ def test_bad_input_is_said_in_one_sentence(run, data, tmp_path, monkeypatch, cap
         cut = "stage1" if case == "cut" else "stage3_generated_0"
         path = tmp_path / f"runs/tiny/{cut}.pt"
         path.write_bytes(path.read_bytes()[:1000])
+    elif case == "string":
+        torch.save("a string", tmp_path / "runs/tiny/stage1.pt")
+    elif case in ("meta", "array"):
+        shutil.copytree(data, tmp_path / "tiny")
+        args = ["--data", tmp_path / "tiny"]
+        (tmp_path / "tiny/meta.json").write_text("[]") if case == "meta" else os.truncate(
+            tmp_path / "tiny/test/x_f.npy", 1000)
     elif case == "no second run":
         args += ["--without", "nowhere"]
     elif case == "n":

@@ -90,6 +90,11 @@ def test_a_full_size_model_of_either_kind(tmp_path):
     (lambda c: c.update(kintree_table=c["kintree_table"][:, :22]), "found 22"),
     (lambda c: c.update(kintree_table=c["kintree_table"][:, ::-1]), "every joint after its parent"),
     (lambda c: c.update(f=c["f"] + 9999), "expected faces"),
+    (lambda c: c.update(f=np.zeros((4_000_000, 3), "u1")), "most 10000000, found uint8 .4000000"),
+    (lambda c: c.update(f=np.tile(c["f"], (2, 1))), "at most 164 of them"),
+    (lambda c: c.update(v_template=np.zeros((10_001, 3))), "at most 10000 vertices, found 10001"),
+    (lambda c: c.update({"\x1b[31m": 0}) or c.pop("f"), "it has no f$"),
+    (lambda c: c.update(weights=np.zeros((1 << 40, 0), "f4")), "the shape of one of its arrays"),
 ])  # fmt: skip
 def test_other_files_get_one_sentence(tmp_path, content, change, expected):
     bad = dict(content)

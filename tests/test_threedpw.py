@@ -329,6 +329,32 @@ def test_people_too_near_and_numbers_that_overflow_are_left_out(folder, tmp_path
     assert load(out, "test")[1]["splits"]["test"]["n"] == 5
 
 
+@pytest.mark.parametrize("change, said", [
+    (dict(poses=np.zeros((1 << 40, 0))), "the shape of one of its arrays is none"),
+    (dict(cam_poses=np.zeros((100_001, 4, 4), "i1")), "at most 100000 frames, found 100001"),
+    (dict(poses=np.zeros((10**7, 1), "i1")), "at most 100 people, found 10000000 in poses"),
+    (dict(genders=["\x1b[31m\n" + "m" * 10**6] * 2), r"genders m or f, found 10 and .x1b.31m.nm"),
+    (dict(genders=[10**400, "m"]), "genders m or f, found 10 and a number of more than 64 bits"),
+    (dict(cam_intrinsics=[10**400, 1.0]), "cam_intrinsics to be numbers"),
+    (dict(cam_poses=[np.zeros((300, 800), "i1")] * 31 + [1.5]), "cam_poses to be numbers"),
+])  # fmt: skip
+def test_sequences_that_want_much(tmp_path, change, said):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps(_SMALL | change, protocol=2))
+    with pytest.raises(ValueError, match=f"a.pkl.*{said}") as e:
+        threedpw.read_sequence(path)
+    assert str(e.value).isprintable() and len(str(e.value)) < 600
+
+
+def test_names_of_sequences_are_text_for_one_line(folder, tmp_path):
+    """A file may have any name, and the name of a sequence gets into tables and pictures."""
+    shutil.copytree(folder, tmp_path / "in")
+    path = tmp_path / "in/sequenceFiles/test/downtown_bar_00.pkl"
+    path.rename(path.with_name("a\nb\udcff.pkl"))
+    meta = load(threedpw.prepare(tmp_path / "in", tmp_path / "out", False), "test")[1]
+    assert "a\\nb\\udcff" in meta["actions"] and ["a\\nb\\udcff", 0] in meta["people"]
+
+
 KEYS = ["cam_intrinsics", "cam_poses", "poses", "betas", "trans", "poses2d", "campose_valid",
         "genders"]  # fmt: skip
 JUNK = [None, 3, "text", [], [[]], [[1.0], [1.0, 2.0]], {}, np.float64(2), np.zeros((2, 0)),

@@ -1,0 +1,127 @@
+"""Who is the same person from frame to frame, in 2D keypoints of a video.
+
+A file may say so, with an id for every person. Otherwise people are followed where images are
+frames of one sequence, which their names tell: one stem and numbers that rise in even steps. In
+such a sequence a person is linked to one of the frames before if the movement between them is one
+that a person can make.
+"""
+
+import re
+from collections import Counter, defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+GAP = 10  # frames in which a person may be missed
+CROWD = 50  # people of one frame; in a sequence that shows more, nobody is followed
+REMEMBERED = 100  # tracks at a time, the last seen first
+# What a person can change from one frame to the next, in diagonals of the box around the joints:
+# the pose, as the mean way of a joint within the person; the place of the whole person, since
+# cameras turn, too; and the size, as a factor. After a gap it may be up to three times as much.
+POSE, PLACE, SIZE = 0.12, 0.4, 1.3
+LONGEST_GAP = 3
+
+
+class Frame(NamedTuple):
+    """Which frame of which sequence an image is."""
+
+    sequence: str
+    number: int
+
+
+def frame_of(image: str) -> Frame | None:
+    """The frame that an image is by its name, as in "clip_0012.jpg", "10.png" or "a/b_3_keypoints";
+    None if there is no number in it."""
+    name = re.sub(r"\.[A-Za-z]\w{0,4}$", "", image)
+    found = re.fullmatch(r"(.*?)([0-9]{1,18})([^0-9/]*)", name, re.DOTALL)
+    return Frame(found[1] + found[3], int(found[2])) if found else None
+
+
+def follow(points: list[np.ndarray], frames: list[Frame | None], ids: list[str]) -> list[str]:
+    """For every person the name of a track, or "".
+
+    points [K, 3] px and score of each; their frames, those of a sequence in order; and the ids that
+    the file gives, or "".
+    """
+    track, sequences = [""] * len(points), defaultdict(list)
+    for i, frame in enumerate(frames):
+        if frame:
+            sequences[frame.sequence].append(i)
+    film = {s: rows for s, rows in sequences.items() if len({frames[i].number for i in rows}) > 1}
+    for sequence, rows in film.items():
+        numbers = [frames[i].number for i in rows]
+        if _told(numbers, [ids[i] for i in rows]):
+            names = [ids[i] for i in rows]
+        elif step := _even_step(numbers):
+            names = _linked([points[i] for i in rows], [n // step for n in numbers])
+        else:
+            continue
+        for i, name in zip(rows, names, strict=True):
+            track[i] = f"{sequence} {name}" if len(film) > 1 and name else name
+    return track
+
+
+def _told(numbers: list[int], ids: list[str]) -> bool:
+    """Whether ids tell people apart: each is there once a frame, and not all are 0, which AlphaPose
+    writes where it did not track."""
+    return (all(ids) and set(ids) != {"0"}
+            and len(set(zip(numbers, ids, strict=True))) == len(ids))
+
+
+def _even_step(numbers: list[int]) -> int:
+    """The step from frame to frame, if most steps are the same; otherwise 0. Photos have numbers,
+    too, but with gaps of any size."""
+    steps = Counter(np.diff(sorted(set(numbers))).tolist())
+    step, times = min(steps.items(), key=lambda item: (-item[1], item[0]))
+    return step if 2 * times >= sum(steps.values()) else 0
+
+
+def _linked(points: list[np.ndarray], times: list[int]) -> list[str]:
+    """The tracks of people by movement alone, "" for all if there are too many in a frame."""
+    if max(Counter(times).values()) > CROWD:
+        return [""] * len(points)
+    track, made, alive = [""] * len(points), 0, []  # alive: the last person of each track
+    frames = defaultdict(list)
+    for i, time in enumerate(times):
+        frames[time].append(i)
+    for time, rows in frames.items():
+        alive = [i for i in alive if time - times[i] <= GAP][-REMEMBERED:]
+        if alive:
+            here, before = (np.stack([points[i] for i in some]) for some in (rows, alive))
+            gaps = np.array([time - times[i] for i in alive])
+            effort = _effort(here, before, np.minimum(gaps, LONGEST_GAP))
+            # The easiest movement first, and each person and each track once.
+            pairs = np.argwhere(effort < 1)
+            for a, b in pairs[np.argsort(effort[tuple(pairs.T)], kind="stable")].tolist():
+                if not track[rows[a]] and alive[b] is not None:
+                    track[rows[a]], alive[b] = track[alive[b]], None
+        for i in rows:
+            if not track[i]:
+                track[i], made = str(made), made + 1
+        alive = [i for i in alive if i is not None] + rows
+    return track
+
+
+def _effort(here: np.ndarray, before: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """How hard it is to get from people `before` [m, K, 3] to people `here` [n, K, 3] in `gaps`
+    [m] frames -> [n, m]; 1 is the most that a person can do."""
+    both = (here[:, None, :, 2] > 0) & (before[None, :, :, 2] > 0)
+    count = both.sum(-1)
+    weight = both / np.maximum(count, 1)[..., None]
+    way = here[:, None, :, :2] - before[None, :, :, :2]
+    place = (way * weight[..., None]).sum(2)
+    pose = (np.linalg.norm(way - place[:, :, None], axis=-1) * weight).sum(-1)
+    size = np.sqrt(_diagonal(here)[:, None] * _diagonal(before)[None])
+    growth = np.abs(np.log(_diagonal(here)[:, None] / _diagonal(before)[None]))
+    effort = np.maximum(pose / size / POSE, np.linalg.norm(place, axis=-1) / size / PLACE)
+    effort = np.maximum(effort, np.where(count == both.shape[-1], growth / np.log(SIZE), 0))
+    return np.where(count >= 2, effort / gaps, np.inf)
+
+
+def _diagonal(people: np.ndarray) -> np.ndarray:
+    """The diagonal of the box around the visible joints of people [n, K, 3], at least 1 px."""
+    visible = people[..., 2:] > 0
+    low = np.where(visible, people[..., :2], np.inf).min(1)
+    high = np.where(visible, people[..., :2], -np.inf).max(1)
+    size = np.linalg.norm(high - low, axis=-1)
+    return np.maximum(np.where(np.isfinite(size), size, 1), 1)

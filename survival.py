@@ -1,0 +1,144 @@
+"""How a run survives full disks, signals and other processes, and says so in one sentence.
+
+    with alone_in(folder), watch.listening():       # no other process; Ctrl-C and SIGTERM are heard
+        watch.busy = True                           # from here on a signal waits ...
+        write(path, content)                        # a whole file, or the old one
+        watch.rest()                                # ... until here
+"""
+
+import errno
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from distributed import contact_lost, rank, world_size
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def stop(message: str, status: int = 2) -> NoReturn:
+    """Say in one sentence what the user can mend, and exit with that status."""
+    who = f"[process {rank()}] " if rank() else ""
+    tqdm.write(who + message, file=sys.stderr)  # print would be glued to an open progress bar
+    raise SystemExit(status)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file beside and rename it: a reader sees the old file or the new one. If that fails,
+    one sentence and exit status 1; the old file stays, and nothing beside it."""
+    content = content.encode() if isinstance(content, str) else content
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as e:
+        stop(f"{path} could not be written ({e.strerror}): make room for "
+             f"{megabytes(len(content))}, and go on with `{this_command()}`", 1)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """One sentence and exit status 1 if the disk of a folder has less room than `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        stop(f"{folder} needs about {megabytes(needed)} for this run, and {megabytes(free)} of its "
+             "disk are free: make room first", 1)
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes in words, rounded up."""
+    return f"{max(1, -(-size // 10**6))} MB"
+
+
+def this_command() -> str:
+    """The command that goes on where this process stops."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    words += ["--resume"] * (words[0] == "train.py" and "--resume" not in words)
+    return f"{launcher(world_size())} {shlex.join(words)}"
+
+
+def launcher(processes: int) -> str:
+    """The beginning of a command that runs a script in so many processes."""
+    return "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder if need be, and keep other processes out of it until the `with` block ends. Of
+    several processes that work together, the first holds it for all."""
+    if rank():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+    except OSError as e:
+        stop(f"{folder} cannot be written to ({e.strerror}): mend that, or work in another folder")
+    with lock:  # the system frees a lock when its process ends, in whatever way
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"{folder} is in use by another process: wait for that, or choose another --name")
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals
+
+
+class Watch:
+    """Ctrl-C (SIGINT) and what schedulers send (SIGTERM) end the process at once, in one sentence;
+    but while it is `busy`, only a second signal does, and a first one waits for `rest`."""
+
+    def __init__(self):
+        self.busy, self.signal = False, 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear signals until the `with` block ends, and let no full disk end in a traceback."""
+        before = {s: signal.signal(s, self._hear) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            stop(f"{e.filename or 'a file'} could not be written ({e.strerror}): make room, and go "
+                 f"on with `{this_command()}`", 1)
+        except RuntimeError as e:
+            if not contact_lost(e):
+                raise
+            stop("another process of this run has ended: its own words say why", 1)
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _hear(self, number: int, frame) -> None:
+        at_once, self.signal = self.signal or not self.busy, number
+        if at_once:
+            self.rest()
+
+    def rest(self) -> None:
+        """The process is no longer busy; if a signal has come, it ends here."""
+        self.busy = False
+        if self.signal:
+            stop(f"interrupted ({signal.Signals(self.signal).name}): go on with "
+                 f"`{this_command()}`", 128 + self.signal)

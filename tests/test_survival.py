@@ -1,0 +1,408 @@
+"""Interruptions: signals, full disks, second processes, replaced data, a GPU without memory.
+
+A run that is interrupted after any step and resumed must be the uninterrupted one, to the bit. The
+tiny set is read in three blocks an epoch here, the last of which is not full.
+"""
+
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import (
+    assert_same,
+    assert_same_run,
+    begin,
+    checkpoint,
+    log,
+    main,
+    one_sentence,
+    refused,
+    run_in,
+)
+
+import checkpoints
+import survival
+import train
+from hipart import HiPART
+from sources import dataset
+
+HERE = Path(__file__).parent
+SHORT = dict(batch_1=8, batch_2=8, batch_3=8, warmup_free=3, epochs_1=2, epochs_2=2, epochs_3=2,
+             epochs_r=1, lifter="mlp", turn_3=0.5, soft=True, epochs_soft=1)  # fmt: skip
+STEPS = 8  # of an epoch: blocks of 24, 24 and 16 samples in batches of 8
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data):
+    return f"{tiny_data}/tiny"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    set_small_blocks(monkeypatch)
+
+
+def set_small_blocks(m):
+    m.setattr(dataset, "BLOCK", 24)
+    m.setattr(train, "BLOCK", 24)
+    m.setattr(train, "INPUTS", {"generated": "the only one"})
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """All three stages, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as m:
+        set_small_blocks(m)
+        for stage in (1, 2, 3):
+            main(m, folder, "--data", data, "--stage", stage, **SHORT)
+    return folder
+
+
+class Stop(Exception):
+    """Pulls the plug."""
+
+
+def at_step(m, step, act, owner=checkpoints.Loop, name="update"):
+    """Call act() in the n-th call of Loop.update, counted from 1, or of another function."""
+    function, calls = getattr(owner, name), []
+
+    def counted(*args, **options):
+        calls.append(1)
+        if len(calls) == step:
+            act()
+        return function(*args, **options)
+
+    m.setattr(owner, name, counted)
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def interrupted(m, capsys, folder, *args, number=signal.SIGINT):
+    """The command must end with the status of that signal -> the command that it says goes on."""
+    status, said = refused(m, capsys, folder, *args, **SHORT)
+    assert status == 128 + number
+    said = re.fullmatch(r"interrupted \(SIG\w+\): go on with `python (.*)`", one_sentence(said))
+    return shlex.split(said[1])
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals
+
+
+STAGES = [(1, ()), (2, ("stage1",)), (3, ("stage1", "stage2", "regressor"))]
+EVERY = {1: 1, 2: 2, 3: 3}  # steps between interruptions: later stages begin more slowly
+NAMES = {1: "stage1", 2: "stage2", 3: "stage3_generated_0"}
+
+
+@pytest.mark.parametrize("stage, before", STAGES)
+def test_a_run_interrupted_again_and_again_is_bit_for_bit_the_uninterrupted_one(
+        whole, data, tmp_path, monkeypatch, capsys, stage, before):
+    """Ctrl-C in every step, or in every second or third, each in a process of its own."""
+    begin(whole, tmp_path, *before)
+    args = ("--data", data, "--stage", stage, *["--resume"] * (stage == 3))
+    for step in range(EVERY[stage], 2 * STEPS + 1, EVERY[stage]):
+        with monkeypatch.context() as m:
+            at_step(m, EVERY[stage], send(signal.SIGINT))
+            command = interrupted(m, capsys, tmp_path, *args)
+        assert command[0] == "train.py" and command.count("--resume") == 1
+        saved = checkpoint(tmp_path, NAMES[stage])
+        # After its last step an epoch is not finished: validation is to come.
+        assert (saved["step"], saved["epoch"]) == (step, (step - 1) // STEPS)
+        torch.manual_seed(step)  # whatever a new process starts with
+        args = (*args[:4], "--resume")
+    main(monkeypatch, tmp_path, *args, **SHORT)
+    assert_same_run(whole, tmp_path, NAMES[stage])
+
+
+@pytest.mark.parametrize("stage, report", [(1, "tokenizer_report"), (2, "densification_report")])
+def test_a_signal_in_validation_loses_no_step(
+        whole, data, tmp_path, monkeypatch, capsys, stage, report):
+    begin(whole, tmp_path, *["stage1"] * (stage == 2))
+    args = ("--data", data, "--stage", stage)
+    with monkeypatch.context() as m:
+        at_step(m, 2, send(signal.SIGTERM), train, report)
+        interrupted(m, capsys, tmp_path, *args, number=signal.SIGTERM)
+    saved = checkpoint(tmp_path, NAMES[stage])
+    assert (saved["step"], saved["epoch"]) == (2 * STEPS, 1)
+    main(monkeypatch, tmp_path, *args, "--resume", **SHORT)
+    assert_same_run(whole, tmp_path, NAMES[stage])
+
+
+def test_a_signal_while_an_epoch_is_logged_waits_for_its_checkpoint(
+        whole, data, tmp_path, monkeypatch, capsys):
+    args = ("--data", data, "--stage", 1)
+    with monkeypatch.context() as m:
+        at_step(m, 1, send(signal.SIGINT), checkpoints.Run, "log")
+        interrupted(m, capsys, tmp_path, *args)
+    assert checkpoint(tmp_path, "stage1")["epoch"] == 1
+    main(monkeypatch, tmp_path, *args, "--resume", **SHORT)
+    assert_same_run(whole, tmp_path, "stage1")
+
+
+def test_a_second_signal_ends_at_once(capsys):
+    watch, before = survival.Watch(), signal.getsignal(signal.SIGINT)
+    with watch.listening():
+        watch.busy = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch.signal == signal.SIGTERM and watch.busy
+        with pytest.raises(SystemExit) as e:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert e.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_checkpoints_come_by_time_as_well(whole, data, tmp_path, monkeypatch):
+    """With no time to wait, after every step; the plug is pulled in the middle of an epoch."""
+    begin(whole, tmp_path, "stage1")
+    args = ("--data", data, "--stage", 2)
+    for step in (3, 6):  # 2 steps are done, then 5 more
+        with monkeypatch.context() as m:
+            m.setattr(checkpoints, "SAVE_EVERY", -1)
+            at_step(m, step, lambda: (_ for _ in ()).throw(Stop))
+            with pytest.raises(Stop):
+                main(m, tmp_path, *args, **SHORT)
+        args = (*args[:4], "--resume")
+    saved = checkpoint(tmp_path, "stage2")
+    assert (saved["step"], saved["epoch"]) == (7, 0)
+    main(monkeypatch, tmp_path, *args, **SHORT)
+    assert_same_run(whole, tmp_path, "stage2")
+    assert checkpoints.SAVE_EVERY == 600  # s: what the README promises
+
+
+def test_generation_goes_on_where_it_was_interrupted(whole, data, tmp_path, monkeypatch):
+    """The generated training set: of 64 samples in files of 16, none is densified twice."""
+    for name in ("cut", "whole"):
+        begin(whole, tmp_path / name, "stage1", "stage2")
+    run, other = (run_in(tmp_path / name / "runs/tiny", data) for name in ("cut", "whole"))
+    model, split = train.load_hipart(run), run.split("train")
+    monkeypatch.setattr(train, "DRAWN", 8)
+    monkeypatch.setattr(train, "PER_FILE", 16)
+    train.densified_training_set(other, model, split, 0)
+    densify, made = train.lifter_input, []
+
+    def counted(name, block, *models):
+        made.append(len(block["conf"]))
+        if len(made) == 6:
+            raise Stop
+        return densify(name, block, *models)
+
+    monkeypatch.setattr(train, "lifter_input", counted)
+    with pytest.raises(Stop):
+        train.densified_training_set(run, model, split, 0)
+    read = train.densified_training_set(run, model, split, 0)
+    assert made == [8] * 10  # two files, the half that failed, and the other two files
+    names = [f"generated_0_64_{start}.npy" for start in (0, 16, 32, 48)]
+    assert sorted(p.name for p in run.path.glob("generated*")) == names
+    for name in names:
+        np.testing.assert_array_equal(*(np.load(r.path / name) for r in (run, other)))
+    rows = np.array([0, 15, 16, 63])
+    stored = np.concatenate([np.load(run.path / name) for name in names])[rows]
+    np.testing.assert_array_equal(read(rows)["x"].flatten(1), stored[:, :-17])
+    np.testing.assert_array_equal(read(rows)["conf"], stored[:, -17:])
+
+
+# --------------------------------------------------------------------------------------------------
+# Disks and folders
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(
+        whole, data, tmp_path, monkeypatch, capsys, epoch):
+    """In the first epoch and in the second; after that, --resume goes on."""
+    args, write_bytes = ("--data", data, "--stage", 1), Path.write_bytes
+
+    def writing(self, content):
+        write_bytes(self, content[:99])
+        if self.name == "stage1.pt.tmp" and (self.parent / "log.jsonl").exists() == bool(epoch):
+            full()
+        return write_bytes(self, content)
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "write_bytes", writing)
+        status, said = refused(m, capsys, tmp_path, *args, **SHORT)
+    assert status == 1
+    assert re.fullmatch(r"runs/tiny/stage1.pt could not be written \(No space left on device\): "
+                        r"make room for \d+ MB, and go on with `python train.py .* --resume`",
+                        one_sentence(said))
+    run = tmp_path / "runs/tiny"
+    assert {p.name for p in run.iterdir()} == {"lock", *["stage1.pt", "log.jsonl"] * epoch}
+    if epoch:
+        assert checkpoint(tmp_path, "stage1")["step"] == STEPS
+    main(monkeypatch, tmp_path, *args, "--resume", **SHORT)
+    assert_same_run(whole, tmp_path, "stage1")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_the_systems_own_word_for_a_full_disk_is_understood(tmp_path, capsys):
+    path = tmp_path / "stage1.pt"
+    survival.write(path, b"old")
+    (tmp_path / "stage1.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as e:
+        checkpoints.save_checkpoint(path, model=torch.zeros(600_000))
+    said = one_sentence(capsys.readouterr().err.strip())
+    assert e.value.code == 1 and "stage1.pt" in said and "for 3 MB" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["stage1.pt"] and path.read_bytes() == b"old"
+
+
+def test_a_full_disk_in_generation_is_said(whole, data, tmp_path, monkeypatch, capsys):
+    begin(whole, tmp_path, "stage1", "stage2", "regressor")
+    write_bytes = Path.write_bytes
+
+    def writing(self, content):
+        write_bytes(self, content[:99])
+        if self.name.startswith("generated"):
+            full()
+        return write_bytes(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", writing)
+    status, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 3, "--resume",
+                           **SHORT)
+    assert status == 1
+    assert re.match(r"runs/tiny/generated_0_64_0.npy could not be written", one_sentence(said))
+    assert not list((tmp_path / "runs/tiny").glob("*.tmp"))
+
+
+def test_any_other_file_on_a_full_disk_is_said(capsys):
+    with pytest.raises(SystemExit) as e, survival.Watch().listening():
+        full()
+    assert e.value.code == 1 and "No space left" in one_sentence(capsys.readouterr().err.strip())
+    with pytest.raises(OSError, match="other"), survival.Watch().listening():
+        raise OSError(errno.EIO, "other")
+
+
+def test_free_space_is_checked_before_a_run_begins(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3_000_000))
+    status, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 1, **SHORT)
+    assert status == 1 and re.fullmatch(
+        r"runs/tiny needs about \d+ MB for this run, and 3 MB of its disk are free: make room "
+        "first", one_sentence(said))
+    assert not list((tmp_path / "runs/tiny").glob("*.pt"))
+
+
+def test_the_space_that_is_asked_for_is_what_a_run_takes(data, tmp_path):
+    """The checkpoints of `quick`'s models, written here without training them."""
+    config, training = train.PRESETS["quick"]
+    run = checkpoints.Run(tmp_path, train.Config(**config), train.Training(**training),
+                          torch.device("cpu"), data=str(data))
+    hipart = HiPART(run.config)
+    models = dict(stage1=hipart.msst, stage2=hipart.hiarm, regressor=train.Regressor(1024),
+                  stage3_generated_0=train.new_lifter(run.training, "generated"))
+    asked = train.disk_needed(run, 1)
+    for name, model in models.items():
+        optimizer = checkpoints.adamw(model, 1e-3, 0.1)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        checkpoints.save_checkpoint(tmp_path / f"{name}.pt", model=model.state_dict(),
+                                    optimizer=optimizer.state_dict())
+    sizes = [p.stat().st_size for p in tmp_path.glob("*.pt")]
+    generated = run.training.draws_3 * 64 * 4 * train.VALUES
+    taken = sum(sizes) + max(sizes) + generated + train.SMALL_FILES
+    assert 0.9 * taken < asked < 1.3 * taken
+    assert train.disk_needed(run, 1) < asked - 0.9 * sum(sizes)  # what is there counts
+
+
+def test_a_folder_that_cannot_be_written_is_said(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    status, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 1, **SHORT)
+    assert status == 2 and "runs/tiny cannot be written to" in one_sentence(said)
+
+
+# --------------------------------------------------------------------------------------------------
+# Other processes
+
+
+@pytest.mark.skipif(not survival.fcntl, reason="Windows has no such locks")
+def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(
+        data, tmp_path, monkeypatch, capsys):
+    here = HERE.parent
+    code = (f"import sys; sys.path.insert(0, {str(here)!r})\n"
+            "from pathlib import Path\nfrom survival import alone_in\n"
+            "with alone_in(Path('runs/tiny')):\n    print('held', flush=True)\n    input()")
+    args = ("--data", data, "--stage", 1)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "held\n"
+        status, said = refused(monkeypatch, capsys, tmp_path, *args, **SHORT)
+        other.kill()
+    assert status == 2 and "runs/tiny is in use by another process" in one_sentence(said)
+    assert [p.name for p in (tmp_path / "runs/tiny").iterdir()] == ["lock"]
+    main(monkeypatch, tmp_path, *args, **SHORT)
+    assert checkpoint(tmp_path, "stage1")["epoch"] == 2
+
+
+def test_data_replaced_under_a_running_process_are_noticed(
+        whole, data, tmp_path, monkeypatch, capsys):
+    """After the first epoch another data set lies there. With the old one back, the run goes on to
+    the same end."""
+    ours, folder = tmp_path / "data/tiny", tmp_path / "run"
+    shutil.copytree(data, ours)
+
+    def replace():
+        shutil.move(ours, tmp_path / "kept")
+        shutil.copytree(tmp_path / "kept", ours)
+        meta = json.loads((ours / "meta.json").read_text())
+        (ours / "meta.json").write_text(json.dumps(meta | dict(seed=1)))
+
+    args = ("--data", ours, "--stage", 1)
+    with monkeypatch.context() as m:
+        at_step(m, 1, replace, train, "tokenizer_report")
+        status, said = refused(m, capsys, folder, *args, **SHORT)
+    assert status == 2 and f"{ours} was replaced while runs/tiny was at" in one_sentence(said)
+    status, said = refused(monkeypatch, capsys, folder, *args, "--resume", **SHORT)
+    assert status == 2 and "stage1.pt" in one_sentence(said)
+    shutil.rmtree(ours)
+    shutil.move(tmp_path / "kept", ours)
+    main(monkeypatch, folder, *args, "--resume", **SHORT)
+    assert_same(checkpoint(whole, "stage1")["model"], checkpoint(folder, "stage1")["model"])
+
+
+@pytest.mark.parametrize("stage, before", STAGES)
+def test_a_gpu_without_memory_names_the_batch_option(
+        whole, data, tmp_path, monkeypatch, capsys, stage, before):
+    begin(whole, tmp_path, *before)
+
+    def exhausted():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    at_step(monkeypatch, 2, exhausted)
+    status, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", stage,
+                           "--resume", **SHORT)
+    assert status == 2
+    assert one_sentence(said) == (
+        f"the GPU's memory is full: try a smaller --batch_{stage} than {SHORT[f'batch_{stage}']}")
+
+
+def test_no_line_of_the_log_is_ever_half_there(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole / "runs", tmp_path / "runs")
+    rows, run = log(tmp_path), run_in(tmp_path / "runs/tiny")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit):
+        run.log(model="stage1", epoch=3)
+    assert log(tmp_path) == rows
+
+
+def test_forty_kills_leave_no_mark(tmp_path):
+    """Over all scripts; kills.py says how."""
+    done = subprocess.run([sys.executable, str(HERE / "kills.py"), str(tmp_path)], text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+                          capture_output=True)
+    assert done.stdout == "40 kills\n" and done.returncode == 0, done.stdout + done.stderr

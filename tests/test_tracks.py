@@ -1,0 +1,110 @@
+"""sources/tracks.py: who is who in a video, and that photos are no video."""
+
+import numpy as np
+import pytest
+from conftest import person
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sources.tracks import CROWD, GAP, Frame, follow, frame_of
+
+
+def walk(steps, seed=0, x=200.0, speed=6.0, height=300.0):
+    """Somebody in some frames of a video: {frame: points}. All joints move, and a little apart."""
+    rng = np.random.default_rng(seed)
+    body = person("coco17", seed, height, (x, 240))
+    return {t: body + [speed * t, 0, 0] + rng.normal(0, 3, (17, 3)) * [1, 1, 0] for t in steps}
+
+
+def tracks_of(*people, ids=None, name="clip_{:03}.jpg"):
+    """Tracks of people by frame: [{frame: track}] as `people` are given."""
+    rows = sorted((t, i) for i, of in enumerate(people) for t in of)
+    found = follow([people[i][t] for t, i in rows], [frame_of(name.format(t)) for t, _ in rows],
+                   [ids[i] if ids else "" for _, i in rows])
+    return [{t: track for (t, j), track in zip(rows, found, strict=True) if i == j}
+            for i in range(len(people))]  # fmt: skip
+
+
+@pytest.mark.parametrize("image, frame", [
+    ("clip_0012.jpg", ("clip_", 12)), ("10.png", ("", 10)), ("a/b_3", ("a/b_", 3)),
+    ("2/000000.jpg", ("2/", 0)), ("frame 7", ("frame ", 7)), ("x12_rendered.png",
+                                                              ("x_rendered", 12)),
+])  # fmt: skip
+def test_frames_by_name(image, frame):
+    assert frame_of(image) == frame
+    assert frame_of("beach.jpg") is None
+
+
+@given(st.integers(0, 9), st.integers(1, GAP), st.integers(1, 7))
+def test_a_track_lives_through_a_gap_while_others_are_seen(seed, gap, step):
+    """Also where only every step-th image was kept."""
+    seen = [t * step for t in range(40)]
+    missed = range(15, 15 + gap - 1)
+    a = walk([t for i, t in enumerate(seen) if i not in missed], seed, 100, 6 / step)
+    b = walk(seen, seed + 1, 900, -4 / step)
+    found_a, found_b = tracks_of(a, b)
+    assert len(set(found_a.values())) == len(set(found_b.values())) == 1
+    assert set(found_a.values()) != set(found_b.values())
+
+
+def test_after_a_long_gap_or_a_leap_it_is_somebody_else():
+    later = walk([*range(5), *range(20, 25)], speed=0)
+    (found,) = tracks_of(later | {30: later[24]}, name="{}.jpg")
+    assert [found[4], found[20], found[24]] == ["0", "1", "1"]
+    leap = walk(range(5)) | {t: p + [2000, 0, 0] for t, p in walk(range(5, 9)).items()}
+    assert list(tracks_of(leap)[0].values()) == ["0"] * 5 + ["1"] * 4
+    shrunk = walk(range(5), speed=0) | walk(range(5, 9), speed=0, height=120)
+    assert set(tracks_of(shrunk)[0].values()) == {"0", "1"}
+
+
+def test_people_who_pass_one_another_keep_their_tracks():
+    a, b = walk(range(60), 0, 100, 12), walk(range(60), 1, 900, -12)
+    found = [set(of.values()) for of in tracks_of(a, b)]
+    assert [len(of) for of in found] == [1, 1] and found[0] != found[1]
+
+
+def test_photos_are_no_film():
+    body = walk(range(9), speed=0)
+    photos = ["beach_04.jpg", "kitchen_11.jpg", "park_02.jpg"]
+    found = follow(list(body.values())[:3], [frame_of(p) for p in photos], [""] * 3)
+    assert found == [""] * 3
+    numbers = dict(zip([139, 285, 632, 724, 776, 785, 802, 872, 885], body.values(), strict=True))
+    assert set(tracks_of(numbers, name="{:012}.jpg")[0].values()) == {""}  # one stem, uneven steps
+    assert follow([body[0]] * 2, [None] * 2, ["1", "2"]) == ["", ""]
+
+
+def test_ids_of_the_file_are_believed_if_they_tell_people_apart():
+    a, b = walk(range(4)), walk(range(4), 1, 900)
+    assert [set(of.values()) for of in tracks_of(a, b, ids=["7", "x"])] == [{"7"}, {"x"}]
+    assert [set(of.values()) for of in tracks_of(a, b, ids=["0", "0"])] == [{"0"}, {"1"}]
+    (one,) = tracks_of(a, ids=["0"])  # AlphaPose without tracking
+    assert set(one.values()) == {"0"}
+    far = walk(range(4), speed=900)
+    assert set(tracks_of(far, ids=["3"])[0].values()) == {"3"}
+
+
+def test_sequences_are_apart():
+    body = list(walk(range(4), speed=0).values())
+    frames = [Frame("a ", 1), Frame("a ", 2), Frame("b ", 1), Frame("b ", 2)]
+    assert follow(body, frames, [""] * 4) == ["a  0", "a  0", "b  0", "b  0"]
+    assert follow(body, frames, ["1"] * 4) == ["a  1", "a  1", "b  1", "b  1"]
+
+
+def test_crowds_are_not_followed():
+    rng = np.random.default_rng(0)
+    at = rng.uniform(0, 20_000, (CROWD + 1, 2))
+    crowd = [person("coco17", 0, 100, xy) for xy in at] * 2
+    frames = [Frame("", i // (CROWD + 1)) for i in range(len(crowd))]
+    assert set(follow(crowd, frames, [""] * len(crowd))) == {""}
+    fewer = [i for i in range(len(crowd)) if i % (CROWD + 1)]
+    found = follow([crowd[i] for i in fewer], [frames[i] for i in fewer], [""] * len(fewer))
+    assert found[:CROWD] == found[CROWD:] == [str(i) for i in range(CROWD)]
+
+
+def test_points_that_are_missing_are_not_compared():
+    body = walk(range(3), speed=0)
+    for t, joint in enumerate((0, 5, 9)):
+        body[t][joint] = 0
+    assert set(tracks_of(body)[0].values()) == {"0"}
+    nobody = {t: p * [1, 1, 0] for t, p in walk(range(3)).items()}
+    assert list(tracks_of(nobody)[0].values()) == ["0", "1", "2"]
