@@ -34,23 +34,20 @@ from tqdm import tqdm
 
 from baselines import MLPLifter, Regressor
 from checkpoints import (
-    Loop,
     Run,
-    adamw,
     build,
     choose_device,
-    every_4_epochs,
     is_finished,
     load_checkpoint,
     load_finished,
     restore,
-    warmup_cosine,
     write_array,
 )
 from distributed import data_parallel, from_first_, gather, mean, part, rank, sum_, wait, world_size
 from hipart import J_D, J_F, J_S, MSST, SCALE, Config, HiPART, J, SpatialLifter, detected_pelvis
 from sources.dataset import BLOCK, Split, in_model_frame
 from survival import alone_in, check_space, stop
+from training_loop import Loop, adamw, every_4_epochs, warmup_cosine
 
 
 @dataclass(frozen=True)

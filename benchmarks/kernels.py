@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 
 import hipart  # noqa: E402
 import kernels  # noqa: E402
-from checkpoints import adamw  # noqa: E402
 from kernels import reference  # noqa: E402
 from train import PRESETS, Training  # noqa: E402
+from training_loop import adamw  # noqa: E402
 
 COMMON_SIZES = [(2048, 2048, 128), (6144, 2048, 128), (65536, 2048, 128), (6144, 8192, 256)]
 SEARCH_SIZES = {"cpu": [*COMMON_SIZES, (6144, 512, 64)],

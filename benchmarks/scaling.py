@@ -29,6 +29,7 @@ from conftest import TINY_SIZES, write_tiny  # noqa: E402
 
 import checkpoints  # noqa: E402
 import train  # noqa: E402
+import training_loop  # noqa: E402
 from distributed import wait  # noqa: E402
 from hipart import HiPART  # noqa: E402
 
@@ -41,7 +42,7 @@ SAMPLES = 16_384
 # One process of a variant
 
 
-class Metered(checkpoints.Loop):
+class Metered(training_loop.Loop):
     """A training that waits for a number of steps on its standard input, and prints how many
     seconds they took. Its first epoch never ends, so that nothing is validated or written."""
 

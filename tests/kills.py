@@ -20,11 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import RUN_SIZES, TINY_SIZES, make_bodies, make_clips  # noqa: E402
 
-import checkpoints  # noqa: E402
 import evaluate  # noqa: E402
 import lift  # noqa: E402
 import prepare_data  # noqa: E402
 import train  # noqa: E402
+import training_loop  # noqa: E402
 from kernels import backend  # noqa: E402
 from sources import dataset  # noqa: E402
 
@@ -56,7 +56,7 @@ def in_child(folder, argv, main, die_at=0, save_every=600):
         os.chdir(folder)
         said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1), os.dup2(said, 2)
-        sys.argv, checkpoints.SAVE_EVERY = argv, save_every
+        sys.argv, training_loop.SAVE_EVERY = argv, save_every
         status, events = 1, count_events(die_at)
         try:
             main()
@@ -78,7 +78,7 @@ def in_child(folder, argv, main, die_at=0, save_every=600):
 def warm_up():
     """Let PyTorch import all that it imports late, or each child would."""
     model = torch.nn.Linear(2, 2)
-    optimizer = checkpoints.adamw(model, 1e-3, 0.1)
+    optimizer = training_loop.adamw(model, 1e-3, 0.1)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
 

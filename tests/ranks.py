@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import RUN_SIZES  # noqa: E402
 from kills import warm_up  # noqa: E402
 
-import checkpoints  # noqa: E402
 import distributed  # noqa: E402
 import evaluate  # noqa: E402
 import hipart  # noqa: E402
 import train  # noqa: E402
+import training_loop  # noqa: E402
 from baselines import Regressor  # noqa: E402
 from hipart import HiPART, Quantizer  # noqa: E402
 from kernels import backend  # noqa: E402
@@ -185,7 +185,7 @@ def sixty_steps(data, folder):
 
 def spoil_one_bit(data, folder):
     """Stage 1, in whose twelfth step the second process changes a bit of what makes its codes."""
-    calls, update = [], checkpoints.Loop.update
+    calls, update = [], training_loop.Loop.update
 
     def spoiling(self, loss, terms):
         update(self, loss, terms)
@@ -194,7 +194,7 @@ def spoil_one_bit(data, folder):
             self.model.Q_s.total.view(torch.int32)[3, 2] ^= 1
 
     def function():
-        checkpoints.Loop.update = spoiling
+        training_loop.Loop.update = spoiling
         run_stages(data, folder, 1)()
 
     return function
@@ -214,7 +214,7 @@ def full_disk(data, folder):
 
 def interrupted(data, folder, stage, step):
     """A stage whose second process alone gets a Ctrl-C in the given step."""
-    calls, update = [], checkpoints.Loop.update
+    calls, update = [], training_loop.Loop.update
 
     def stopping(self, loss, terms):
         calls.append(1)
@@ -223,7 +223,7 @@ def interrupted(data, folder, stage, step):
         update(self, loss, terms)
 
     def function():
-        checkpoints.Loop.update = stopping
+        training_loop.Loop.update = stopping
         run_stages(data, folder, stage, options=["--resume"])()
 
     return function

@@ -18,9 +18,10 @@ from conftest import RUN_SIZES
 
 import train
 from baselines import Regressor
-from checkpoints import Run, adamw, load_checkpoint, save_checkpoint, warmup_cosine
+from checkpoints import Run, load_checkpoint, save_checkpoint
 from hipart import MSST, Config, HiARM, HiPART
 from survival import write
+from training_loop import adamw, warmup_cosine
 
 
 class Stop(Exception):

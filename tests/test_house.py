@@ -11,13 +11,14 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train.py", "evaluate.py", "sample.py", "lift.py", "prepare_data.py"}
-MODULES = {"hipart.py", "baselines.py", "distributed.py", "survival.py", "checkpoints.py",
-           "tables.py"}
+MODULES = {"generation.py", "hipart.py", "baselines.py", "distributed.py", "survival.py",
+           "checkpoints.py", "training_loop.py", "tables.py"}
 FOLDERS = {"kernels", "sources", "tests", "benchmarks", "docs", "results", "examples"}
 MADE = {"data", "runs"}  # by the scripts; git ignores them
 # A room may import from those that stand before it.
-ORDER = ("kernels", "distributed", "hipart", "baselines", "sources", "survival", "checkpoints",
-         "train", "tables", "evaluate", "sample", "lift")  # fmt: skip
+ORDER = ("kernels", "distributed", "generation", "hipart", "baselines", "sources", "survival",
+         "checkpoints", "training_loop", "train", "tables", "evaluate", "sample",
+         "lift")  # fmt: skip
 MAY_IMPORT = {room: set(ORDER[:i]) for i, room in enumerate(ORDER)} | {
     "sources": {"hipart", "kernels", "distributed"},
     "prepare_data": {"hipart", "sources"},
@@ -27,9 +28,9 @@ MAY_IMPORT = {room: set(ORDER[:i]) for i, room in enumerate(ORDER)} | {
 LATE = {("sources/bodies.py", "anny"), ("kernels/__init__.py", "torch.utils"),
         ("kernels/__init__.py", "fcntl"), ("survival.py", "fcntl")}  # fmt: skip
 MOST_LINES = {
-    "distributed.py": 130, "hipart.py": 770, "baselines.py": 110, "survival.py": 145,
-    "checkpoints.py": 375, "train.py": 640, "tables.py": 330, "evaluate.py": 570,
-    "sample.py": 480, "lift.py": 310, "prepare_data.py": 300,
+    "distributed.py": 130, "generation.py": 115, "hipart.py": 780, "baselines.py": 110,
+    "survival.py": 145, "checkpoints.py": 240, "training_loop.py": 215, "train.py": 640,
+    "tables.py": 330, "evaluate.py": 570, "sample.py": 480, "lift.py": 310, "prepare_data.py": 300,
     "kernels/quantizer.cu": 260, "kernels/quantizer.cpp": 400, "kernels/quantizer_cuda.cpp": 100,
     "tests/cuda_emulator.h": 150,
 }  # fmt: skip

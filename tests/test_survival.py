@@ -34,6 +34,7 @@ from test_train import (
 import checkpoints
 import survival
 import train
+import training_loop
 from hipart import HiPART
 from sources import dataset
 
@@ -74,7 +75,7 @@ class Stop(Exception):
     """Pulls the plug."""
 
 
-def at_step(m, step, act, owner=checkpoints.Loop, name="update"):
+def at_step(m, step, act, owner=training_loop.Loop, name="update"):
     """Call act() in the n-th call of Loop.update, counted from 1, or of another function."""
     function, calls = getattr(owner, name), []
 
@@ -171,7 +172,7 @@ def test_checkpoints_come_by_time_as_well(whole, data, tmp_path, monkeypatch):
     args = ("--data", data, "--stage", 2)
     for step in (3, 6):  # 2 steps are done, then 5 more
         with monkeypatch.context() as m:
-            m.setattr(checkpoints, "SAVE_EVERY", -1)
+            m.setattr(training_loop, "SAVE_EVERY", -1)
             at_step(m, step, lambda: (_ for _ in ()).throw(Stop))
             with pytest.raises(Stop):
                 main(m, tmp_path, *args, **SHORT)
@@ -180,7 +181,7 @@ def test_checkpoints_come_by_time_as_well(whole, data, tmp_path, monkeypatch):
     assert (saved["step"], saved["epoch"]) == (7, 0)
     main(monkeypatch, tmp_path, *args, **SHORT)
     assert_same_run(whole, tmp_path, "stage2")
-    assert checkpoints.SAVE_EVERY == 600  # s: what the README promises
+    assert training_loop.SAVE_EVERY == 600  # s: what the README promises
 
 
 def test_generation_goes_on_where_it_was_interrupted(whole, data, tmp_path, monkeypatch):
@@ -307,7 +308,7 @@ def test_the_space_that_is_asked_for_is_what_a_run_takes(data, tmp_path):
                   stage3_generated_0=train.new_lifter(run.training, "generated"))
     asked = train.disk_needed(run, 1)
     for name, model in models.items():
-        optimizer = checkpoints.adamw(model, 1e-3, 0.1)
+        optimizer = training_loop.adamw(model, 1e-3, 0.1)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()
