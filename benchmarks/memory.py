@@ -1,4 +1,4 @@
-"""Memory of HiPART.densify for a million poses, and of ten thousand steps of every training (Linux).
+"""Memory of HiPART.densify for a million poses, and of ten thousand steps of every training.
 
     python benchmarks/memory.py                       # about ten minutes
     python benchmarks/memory.py --poses 10000 --steps 500
