@@ -86,8 +86,8 @@ class Run:
             lines = read_bytes(path).decode().splitlines() if path.exists() else []
             rows = [json.loads(line) for line in lines]
             kept = [r for r in rows if r["model"] != model or r["epoch"] <= epoch]
-        except (ValueError, TypeError, LookupError, RecursionError, OSError) as e:
-            stop(f"{path} is damaged ({type(e).__name__}): move it away and go on with --resume")
+        except (ValueError, TypeError, LookupError, RecursionError, OSError):
+            stop(f"{path} is damaged: move it away and go on with --resume")
         write(path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def split(self, name: str, has_mesh: bool = False) -> Split:

@@ -45,7 +45,7 @@ from checkpoints import (
 )
 from distributed import data_parallel, from_first_, gather, mean, part, rank, sum_, wait, world_size
 from hipart import J_D, J_F, J_S, MSST, SCALE, Config, HiPART, J, SpatialLifter, detected_pelvis
-from sources.dataset import BLOCK, Split, in_model_frame
+from sources.dataset import BLOCK, Split, in_model_frame, open_array
 from survival import alone_in, check_space, stop
 from training_loop import Loop, adamw, every_4_epochs, warmup_cosine
 
@@ -475,7 +475,11 @@ def densified_training_set(run: Run, model: HiPART, train: Split, draw: int) -> 
                 conf = [block["conf"] for block in some]
                 write_array(path, torch.cat([torch.cat(x), torch.cat(conf)], 1).cpu().numpy())
     wait()
-    stored = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+    try:
+        stored = [open_array(path, (min(PER_FILE, train.n - start), VALUES), "float32").array
+                  for path, start in zip(paths, starts, strict=True)]
+    except (ValueError, OSError) as e:
+        stop(f"{e}: delete that file and go on with --resume")
 
     def read(rows: np.ndarray) -> dict[str, Tensor]:
         """The stored samples of these rows, on the device."""
@@ -563,7 +567,7 @@ def disk_needed(run: Run, seeds: int) -> int:
     models = [hipart.msst, hipart.hiarm, Regressor(t.regressor_width), *lifters * seeds]
     sizes = [12 * sum(v.numel() for v in model.state_dict().values()) for model in models]
     n = run.split("train").n
-    there = sum(f.stat().st_size for f in run.path.glob("*.*"))
+    there = sum(f.stat().st_size for f in run.path.glob("*.*") if f.is_file())
     return max(0, sum(sizes) + t.draws_3 * n * 4 * VALUES - there) + max(sizes) + SMALL_FILES
 
 

@@ -58,7 +58,7 @@ FIT_ERROR = 25.0  # mm; a worse fit says nothing about the body (Pose2Mesh)
 WRONG = 100.0  # mm or px, in the median: the files do not belong together
 # v @ Z_UP turns SMPL's axes (y up, facing z) into those of the world (z up, facing -y).
 Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
-LARGEST = 8 << 30  # bytes of an .npz file, unpacked
+LARGEST = 1 << 30  # bytes of an .npz file, unpacked, of which the real ones have 0.3 GB
 MOST, MOST_AT_ONCE = 1_000_000, 20_000  # frames, of which Human3.6M has 0.5 million; of a sequence
 
 # Pose2Mesh numbers actions and sub-actions, and VideoPose3D has names. As a rule, sub-actions 1 and
@@ -345,7 +345,7 @@ def check_cameras(path: Path, subject: str) -> None:
             R, t = (np.array(content[str(k + 1)][key], np.float64) for key in ("R", "t"))
             own = camera(subject, k)
             off = max(np.abs(R - own["R"]).max() * 1000, np.abs(t.ravel() - own["t"]).max())
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(f"{name}: expected cameras 1 to 4 with R 3 x 3 and t") from None
         if not off < 1:  # NaN is off, too
             raise ValueError(f"{name}, camera {k + 1} is {off:.3g} mm off the one that is built "

@@ -22,7 +22,7 @@ from sources.geometry import quat_from_rotvec, quat_to_matrix
 from sources.safe_pickle import described, load_arrays, load_pickle
 
 N_JOINTS, N_SHAPE = 24, 10
-LARGEST = 2 << 30  # bytes: a model with 300 shapes unpacks to 0.2 GB
+LARGEST = 512 << 20  # bytes: a model with 300 shapes has 250 MB, if its numbers are text
 MOST = 10_000_000  # numbers of one of its arrays: 300 shapes have 6.2 million
 MOST_VERTICES = 10_000  # SMPL has 6890
 OTHER_MODELS = "smpl-?[hx]|mano"  # in the names of files that are not SMPL

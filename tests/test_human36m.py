@@ -596,6 +596,14 @@ def test_digits_of_other_alphabets_name_no_subject():
     assert H.recognise(Path("Human36M_subject\u0661_camera.json")) is None
 
 
+def test_cameras_of_numbers_that_no_camera_has(tmp_path):
+    path = tmp_path / "Human36M_subject1_camera.json"
+    for number in (10**400, "text", [[]]):
+        path.write_text(json.dumps({"1": dict(R=np.eye(3).tolist(), t=[0, 0, number])}))
+        with pytest.raises(ValueError, match="camera.json: expected cameras 1 to 4 with R 3 x 3"):
+            H.check_cameras(path, "S1")
+
+
 @pytest.mark.parametrize("content, message", [
     ({"\x1b[2J" + "2" * 10**6: {"1": {}}}, r"action .x1b.2J2+\.\.\., sub"),
     ({"2": {"1": {"\x07" * 10**6: 5}}}, r"frame .x07"),
