@@ -122,7 +122,7 @@ def read_header(f: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     shape, fortran, dtype = read(f, max_header_size=HEADER)
     if dtype.kind not in "biufSUO":
         raise Refused("its numbers are of a kind that is not read here")
-    return checked_shape(shape), fortran, dtype
+    return _checked_shape(shape), fortran, dtype
 
 
 def _npy(content: bytes, budget: Budget) -> np.ndarray:
@@ -130,14 +130,14 @@ def _npy(content: bytes, budget: Budget) -> np.ndarray:
     f = BytesIO(content)
     shape, fortran, dtype = read_header(f)
     if not dtype.hasobject:
-        return filled(shape, dtype, fortran, memoryview(content)[f.tell() :])
+        return _filled(shape, dtype, fortran, memoryview(content)[f.tell() :])
     found = _unpickled(f, budget)
     if not isinstance(found, np.ndarray):
         raise Refused(f"expected an array in its pickle, found {type(found).__name__}")
     return found
 
 
-def checked_shape(shape) -> tuple[int, ...]:
+def _checked_shape(shape) -> tuple[int, ...]:
     """Refuse what cannot be the shape of an array, without showing it: a short file can hold a list
     that is endless when it is written out."""
     good = isinstance(shape, tuple) and len(shape) <= 32 and all(
@@ -147,9 +147,9 @@ def checked_shape(shape) -> tuple[int, ...]:
     return shape
 
 
-def filled(shape, dtype: np.dtype, fortran: bool, raw: bytes | memoryview) -> np.ndarray:
+def _filled(shape, dtype: np.dtype, fortran: bool, raw: bytes | memoryview) -> np.ndarray:
     """An array of plain numbers or strings out of its bytes."""
-    if len(raw) != math.prod(checked_shape(shape)) * dtype.itemsize:
+    if len(raw) != math.prod(_checked_shape(shape)) * dtype.itemsize:
         raise Refused(f"the size of one of its arrays is not that of {shown(str(list(shape)))} "
                       f"times {dtype}")
     if dtype.kind == "U":
@@ -226,7 +226,7 @@ class _Array:
         out = np.empty(len(self.raw), object)
         for i, v in enumerate(self.raw):
             out[i] = make.real(v)
-        return out.reshape(checked_shape(self.shape), order="F" if self.fortran else "C")
+        return out.reshape(_checked_shape(self.shape), order="F" if self.fortran else "C")
 
 
 class _Chumpy:
@@ -245,7 +245,7 @@ class _Chumpy:
             raise Refused("its pickle holds an expression of chumpy, and only its arrays are read "
                           "here")
         a, idxs = make.numbers(state["a"]), make.numbers(state["idxs"])
-        shape = checked_shape(state.get("preferred_shape", idxs.shape))
+        shape = _checked_shape(state.get("preferred_shape", idxs.shape))
         make.budget.pay(a.nbytes + idxs.size * (8 + a.itemsize))
         return a.ravel()[idxs].reshape(shape)
 
@@ -264,7 +264,7 @@ class _Sparse:
         make.budget.pay(24 * (data.size + indices.size + starts.size))
         indices, starts = indices.astype(np.int64), starts.astype(np.int64)
         shape = make.real(self.state.get("_shape", self.state.get("shape")))
-        rows, columns = checked_shape(tuple(int(n) for n in shape))
+        rows, columns = _checked_shape(tuple(int(n) for n in shape))
         lines, cells = (columns, rows) if self.by_column else (rows, columns)
         consistent = (
             data.ndim == indices.ndim == starts.ndim == 1
@@ -329,7 +329,7 @@ class _Maker:
         raw = _Bytes(raw).real(self) if isinstance(raw, str) else self.real(raw)
         if not isinstance(kind, _Dtype) or not isinstance(raw, bytes):
             raise Refused("its pickle holds an array without a dtype or without numbers")
-        a = filled(shape, kind.dtype(), fortran, raw)
+        a = _filled(shape, kind.dtype(), fortran, raw)
         self.budget.pay(a.nbytes)
         return a
 
