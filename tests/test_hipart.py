@@ -1104,6 +1104,20 @@ def test_densify_has_no_dropout():
 # No step of a training waits for the device
 
 
+def test_codebooks_know_from_their_weights_whether_they_are_active():
+    """The buffer tells, and Python remembers: after k-means, and after a checkpoint is loaded."""
+    model, x_f = MSST(TINY), torch.randn(24, 96, 2)
+    assert not model.Q_s.is_active() and not model.Q_d.is_active()
+    inactive = MSST(TINY)
+    inactive.load_state_dict(model.state_dict())
+    assert not inactive.Q_s.is_active()
+    model.initialize_codebooks(x_f, 24)
+    assert model.Q_s.is_active() and model.Q_d.is_active()
+    loaded = MSST(TINY)
+    loaded.load_state_dict(model.state_dict())
+    assert loaded.Q_s.is_active() and loaded.Q_d.is_active()
+
+
 class NoReads(TorchDispatchMode):
     """Refuses operations that hand a value to Python, or a shape that depends on values: on a GPU,
     Python would wait for all that it has asked for so far."""
