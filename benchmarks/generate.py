@@ -1,6 +1,6 @@
 """How long HiPART.densify takes: poses per second, beside two plainer ways to the same poses.
 
-    python benchmarks/generate.py [--threads 1] [--seconds 20]
+    python benchmarks/generate.py [--device cuda] [--threads 1] [--seconds 20]
 
     plain loop   the teacher-forced HiARM.forward, asked again for every token on its own choices
     rollout      HiARM.rollout: 16 steps that keep their keys and values, as it stands in hipart.py
@@ -10,7 +10,7 @@ All three make the same poses, which is checked, and take turns in one process, 
 machine slows all of them. Weights are random, and every step hands on its likeliest code. Shown
 are medians, with half the distance of the quartiles as their spread, and the median over turns of
 how many times as long as densify the others take. The figures go to
-benchmarks/results/generate_cpu.json, with machine, versions, commit and date.
+benchmarks/results/generate_DEVICE.json, with machine, versions, commit and date.
 """
 
 import argparse
@@ -77,10 +77,11 @@ def densify(model, x_s, conf):
 VARIANTS = {"plain loop": plain_loop, "rollout": rollout, "densify": densify}
 
 
-def measure(model, batch, seconds) -> list[dict[str, float]]:
+def measure(model, batch, seconds, device) -> list[dict[str, float]]:
     """Seconds of the variants in every turn. Turns go on until the time is up, three at least; the
     plain loop sits out some, so that the others get half of the time."""
     x_s, conf = torch.rand(batch, J, 2) - 0.5, (torch.rand(batch, J) > 0.1).float()
+    x_s, conf = x_s.to(device), conf.to(device)
     made = {name: run(model, x_s, conf) for name, run in VARIANTS.items()}  # and warm up
     for name, poses in made.items():
         for got, expected in zip(poses, made["densify"], strict=True):
@@ -92,7 +93,7 @@ def measure(model, batch, seconds) -> list[dict[str, float]]:
             if name == "plain loop" and len(turns) > 2 and spent > passed / 2:
                 continue
             start = time.perf_counter()
-            run(model, x_s, conf)
+            run(model, x_s, conf)[0].sum().item()  # waits for a GPU, too
             turn[name] = time.perf_counter() - start
         turns.append(turn)
         spent += turn.get("plain loop", 0.0)
@@ -115,6 +116,7 @@ def summary(turns: list[dict[str, float]], batch: int) -> dict[str, dict[str, fl
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--preset", choices=("standard", "paper"), nargs="+",
                    default=("standard", "paper"))
     p.add_argument("--batch", type=int, nargs="+", default=(1, 8, 64, 512))
@@ -123,23 +125,23 @@ def main() -> None:
     p.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    report = dict(machine=machine(), sizes={})
+    report = dict(machine=machine(args.device), sizes={})
     print(json.dumps(report["machine"]))
     for preset in args.preset:
         torch.manual_seed(0)
-        model = HiPART(Config(**PRESETS[preset][0] | dict(soft=False))).eval()
+        model = HiPART(Config(**PRESETS[preset][0] | dict(soft=False))).eval().to(args.device)
         model.hiarm.set_codebooks(model.msst)
         report["sizes"][preset] = {}
         print(f"\n| {preset}, batch | variant | ms | +- | poses/s | times densify |\n"
               "| ---: | --- | ---: | ---: | ---: | ---: |")
         for batch in args.batch:
-            rows = summary(measure(model, batch, args.seconds), batch)
+            rows = summary(measure(model, batch, args.seconds, args.device), batch)
             report["sizes"][preset][str(batch)] = rows
             for name, r in rows.items():
                 print(f"| {batch} | {name} | {r['ms']:.4g} | {r['spread_ms']:.2g} | "
                       f"{r['poses_per_second']:.4g} | {r['times_densify']:.2f} |", flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / "generate_cpu.json"
+    path = args.results / f"generate_{args.device}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwritten: {path}")
 

@@ -1,4 +1,4 @@
-"""Memory of HiPART.densify for a million poses, and of ten thousand steps of every training.
+"""Memory of HiPART.densify for a million poses, and of ten thousand steps of a training (Linux).
 
     python benchmarks/memory.py                       # about ten minutes
     python benchmarks/memory.py --poses 10000 --steps 500
@@ -12,17 +12,14 @@ go to benchmarks/results/memory_cpu.json, with machine, versions, commit and dat
 import argparse
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-os.environ["TQDM_DISABLE"] = "1"
-
-import torch  # noqa: E402
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -46,7 +43,8 @@ def densify(poses: int, limit: int) -> None:
     model = HiPART(train.Config(**CONFIG)).eval()
     x_s, conf = torch.rand(poses, J, 2) - 0.5, torch.ones(poses, J)
     model.densify(x_s[:2], conf[:2])
-    before, began = memory("VmHWM"), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before, began = memory("VmRSS"), time.perf_counter()
     made = model.densify(x_s, conf, limit)
     seconds, output = time.perf_counter() - began, poses * (J_D + J_F) * 2 * 4 / 2**20
     assert all(bool(x.isfinite().all()) for x in (x[::1000] for x in made))
@@ -85,7 +83,7 @@ def trainings(steps: int, folder: Path) -> dict[str, list[float]]:
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--poses", type=int, default=10**6)
+    p.add_argument("--poses", type=int, nargs="+", default=(10**4, 10**5, 10**6))
     p.add_argument("--limit", type=int, default=64, help="MB that densify may take")
     p.add_argument("--steps", type=int, default=10_000)
     p.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
@@ -98,13 +96,14 @@ def main() -> None:
     print(f"{json.dumps(report['machine'])}\n\n"
           f"| poses | input, MB | output, MB | beside, MB (at most {args.limit}) | s |\n"
           "| ---: | ---: | ---: | ---: | ---: |")
-    for poses in (args.poses // 100, args.poses // 10, args.poses):
+    for poses in args.poses:
         command = [sys.executable, __file__, "--work", str(poses), "--limit", str(args.limit)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         report["densify"][poses] = r = json.loads(done.stdout)
         print(f"| {poses} | {r['input']:.0f} | {r['output']:.0f} | {r['beside']:.0f} | "
               f"{r['seconds']:.0f} |", flush=True)
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+    with (tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()),
+          redirect_stderr(io.StringIO())):
         report["trainings"] = trainings(args.steps, Path(folder))
     print(f"\n| {args.steps} steps | MB after each tenth |\n| --- | --- |")
     for name, noted in report["trainings"].items():
