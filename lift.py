@@ -32,6 +32,7 @@ from sample import PART_COLOURS, SIDE, bones, frame, solid
 from sources.files import safe_name, shown
 from sources.keypoints import Keypoints, read
 from sources.layouts import LAYOUTS
+from survival import Watch
 from train import lift, lifter_input, load_hipart, load_lifter, next_command
 
 FEWEST = 6  # joints of a person; who shows fewer is left out
@@ -301,4 +302,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with Watch().listening():
+        main()

@@ -51,6 +51,7 @@ from hipart import (
     to_pixels,
 )
 from sources.dataset import Split
+from survival import Watch
 from train import lift, lifter_input, load_hipart, load_lifter, load_msst
 
 matplotlib.use("Agg")  # draws into files, with or without a display
@@ -474,4 +475,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with Watch().listening():
+        main()

@@ -107,7 +107,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 class Watch:
     """Ctrl-C (SIGINT) and what schedulers send (SIGTERM) end the process at once, in one sentence;
-    but while it is `busy`, only a second signal does, and a first one waits for `rest`."""
+    but while it is `busy`, they wait for `rest`, unless Ctrl-C comes twice."""
 
     def __init__(self):
         self.busy, self.signal = False, 0
@@ -132,8 +132,9 @@ class Watch:
                 signal.signal(s, handler)
 
     def _hear(self, number: int, frame) -> None:
-        at_once, self.signal = self.signal or not self.busy, number
-        if at_once:
+        again = number == self.signal == signal.SIGINT  # SIGTERM may come twice: torchrun passes
+        self.signal = number  # it on, and the scheduler may have told all processes already
+        if again or not self.busy:
             self.rest()
 
     def rest(self) -> None:

@@ -61,7 +61,9 @@ class Loop:
                  "or choose another --name")
         try:
             self._restore(saved)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        except torch.OutOfMemoryError:
+            raise
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             stop(f"{self.path} is no checkpoint that this version of the project can go on from "
                  f"({type(e).__name__}): delete it and train again")
 

@@ -150,6 +150,12 @@ def test_ctrl_c_for_one_process_stops_all_and_resume_is_bit_for_bit(found, stage
     assert_same(one, other)
 
 
+@pytest.mark.parametrize("name", NAMES.values())
+def test_each_process_has_a_seed_of_its_own(found, name):
+    one, two = saved(found, "two", name)["ranks"]
+    assert not torch.equal(one["cpu"], two["cpu"])
+
+
 def test_generated_training_sets_are_shared_out(found):
     paths = sorted((found / "two/runs/tiny").glob("generated_0_64_*.npy"))
     assert sorted(np.load(path).shape for path in paths) == [(16, 339)] * 4

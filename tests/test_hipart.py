@@ -6,14 +6,21 @@ and explicit lists of what may be seen stand where the model has masks and batch
 
 import dataclasses
 import math
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from baselines import MLPLifter
+import hipart
+from baselines import MLPLifter, Regressor
+from generation import generate, lean_mode, poses_at_once
 from hipart import (
     JOINT_NAMES,
     LEFT,
@@ -37,7 +44,9 @@ from hipart import (
     to_pixels,
     visible_joints,
 )
+from kernels import backend
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = Config(
     D=6,
     K_s=11,
@@ -954,6 +963,266 @@ def test_densify_follows_the_person_through_the_image(config):
     shift = torch.tensor([0.25, -0.5])
     for got, here in zip(model.densify(x_s + shift, conf), (x_d, x_f), strict=True):
         torch.testing.assert_close(got, here + shift, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation for use: generation.py
+
+
+def masked(seed, B):
+    """Detections of B people, some of whose joints are missing."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(B, 17, 2, generator=g), (torch.rand(B, 17, generator=g) > 0.2).float()
+
+
+@pytest.mark.parametrize("config", FORMS, ids=form_name)
+@given(seed=st.integers(0, 2**31), B=st.integers(1, 5), with_conf=st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_generation_for_use_equals_the_rollout(config, seed, B, with_conf):
+    model, (x_s, conf) = randomize(HiARM(config), 0.3, seed).double().eval(), masked(seed, B)
+    x_s, conf = x_s.double(), conf.double() if with_conf else None
+    with torch.no_grad():
+        o = model.rollout(x_s, conf)
+    with lean_mode():
+        zh_s, zh_d = generate(model, x_s, conf)
+    assert_same(zh_s, o["zh_s"])
+    assert_same(zh_d, o["zh_d"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("soft", [False, True])
+def test_densify_at_the_papers_size_is_what_the_rollout_decodes(soft):
+    """In float32, a hundred times as many numbers: rounding must not change what is made."""
+    torch.manual_seed(0)
+    model, (x_s, conf) = HiPART(Config(soft=soft)).eval(), masked(0, 3)
+    pelvis = detected_pelvis(x_s, conf)
+    o = model.hiarm.rollout(to_model_frame(x_s, pelvis), conf)
+    made = model.msst.decode_embeddings(o["zh_s"], o["zh_d"])
+    for got, expected in zip(model.densify(x_s, conf), made, strict=True):
+        torch.testing.assert_close(
+            got, from_model_frame(expected, pelvis), rtol=0, atol=1e-5
+        )
+
+
+def python_calls(run):
+    """How many functions Python calls, its own and built-in ones."""
+    calls = []
+    sys.setprofile(lambda frame, event, arg: calls.append(event) if "call" in event else None)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+@torch.no_grad()
+def test_generation_for_use_makes_half_the_calls():
+    """What it is for, without a clock."""
+    model, x_s = HiARM(Config()).eval(), masked(0, 1)[0]
+    plain = python_calls(lambda: model.rollout(x_s))
+    with lean_mode():
+        lean = python_calls(lambda: generate(model, x_s, None))
+    assert 1000 < lean < plain / 2
+
+
+@pytest.fixture(scope="module")
+def densifier():
+    return randomize(HiPART(dataclasses.replace(TINY, soft=True)), 0.3).eval()
+
+
+@given(N=st.integers(0, 9), at_once=st.integers(1, 10), with_conf=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_chunks_do_not_change_what_is_made(densifier, N, at_once, with_conf):
+    x_s, conf = masked(N, N)
+    conf = conf if with_conf else None
+    memory = next(m for m in range(1, 100) if poses_at_once(TINY, m) > 9)
+    whole = densifier.densify(x_s, conf, memory)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(hipart, "poses_at_once", lambda config, memory: at_once)
+        pieces = densifier.densify(x_s, conf, memory)
+    for a, b, n in zip(whole, pieces, (48, 96), strict=True):
+        assert a.shape == b.shape == (N, n, 2)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@given(memory=st.integers(0, 4000), more=st.integers(1, 4), width=st.sampled_from([16, 128, 512]))
+@settings(max_examples=30, deadline=None)
+def test_more_memory_means_more_poses_at_once(memory, more, width):
+    small, large = Config(width=width), Config(width=width, gcsab_blocks=20)
+    n = poses_at_once(small, memory)
+    assert 1 <= poses_at_once(large, memory) <= n <= poses_at_once(small, memory * more)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_densify_keeps_to_its_memory():
+    """In a process of its own: beside input and output, what many poses add to the peak."""
+    code = """
+import torch
+from benchmarks.machine import memory
+from hipart import Config, HiPART
+
+torch.set_num_threads(1)
+model = HiPART(Config(gcsab_blocks=2, ph_blocks=1)).eval()
+x_s, conf = torch.rand(1000, 17, 2), torch.ones(1000, 17)
+model.densify(x_s[:2], conf[:2])
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+before = memory("VmRSS")
+model.densify(x_s, conf, memory=64)
+print(memory("VmHWM") - before - 1000 * 144 * 2 * 4 / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert 10 < float(done.stdout) < 64, done.stderr  # all at once it would be 450
+
+
+def test_densify_leaves_pytorch_as_it_was(densifier):
+    for enabled in (True, False):
+        torch.backends.mkldnn.enabled = enabled
+        try:
+            with pytest.raises(RuntimeError):
+                densifier.densify(torch.zeros(2, 16, 2))
+            densifier.densify(torch.zeros(2, 17, 2))
+            assert torch.backends.mkldnn.enabled == enabled and torch.is_grad_enabled()
+        finally:
+            torch.backends.mkldnn.enabled = True
+
+
+def test_what_densify_made_may_be_trained_on(densifier):
+    x_d, x_f = densifier.densify(torch.randn(2, 17, 2).requires_grad_())
+    assert not x_d.requires_grad and not x_f.is_inference()
+    layer = torch.nn.Linear(2, 2)
+    layer(torch.cat([x_d, x_f], 1)).sum().backward()  # an inference tensor would be refused
+    assert float(layer.weight.grad.abs().min()) > 0
+
+
+def test_densify_has_no_dropout():
+    model, x_s = randomize(HiPART(dataclasses.replace(TINY, dropout=0.5)), 0.3), masked(0, 2)[0]
+    trained = model.train().densify(x_s)
+    assert all(map(torch.equal, trained, model.eval().densify(x_s)))
+
+
+# --------------------------------------------------------------------------------------------------
+# No step of a training waits for the device
+
+
+def test_codebooks_know_from_their_weights_whether_they_are_active():
+    """The buffer tells, and Python remembers: after k-means, and after a checkpoint is loaded."""
+    model, x_f = MSST(TINY), torch.randn(24, 96, 2)
+    assert not model.Q_s.is_active() and not model.Q_d.is_active()
+    inactive = MSST(TINY)
+    inactive.load_state_dict(model.state_dict())
+    assert not inactive.Q_s.is_active()
+    model.initialize_codebooks(x_f, 24)
+    assert model.Q_s.is_active() and model.Q_d.is_active()
+    loaded = MSST(TINY)
+    loaded.load_state_dict(model.state_dict())
+    assert loaded.Q_s.is_active() and loaded.Q_d.is_active()
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses operations that hand a value to Python, or a shape that depends on values: on a GPU,
+    Python would wait for all that it has asked for so far."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        reads = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "lift_fresh")
+        assert not by_mask and name not in reads, f"{op} in a training step"
+        return op(*args, **(kwargs or {}))
+
+
+def stage_1_step(device):
+    model = HiPART(TINY).msst.to(device)
+    x_f = torch.randn(24, 96, 2, device=device)
+    model.initialize_codebooks(x_f, 24)
+    x_d, a = x_f[:, ::2].clone(), torch.zeros(24, dtype=torch.int64, device=device)
+
+    def loss():
+        loss, terms, o = model.loss(x_f, x_d, a)
+        return loss, terms, lambda: model.update_codebooks(o)
+
+    return model, loss
+
+
+def stage_2_step(device, on_rollout):
+    model = HiPART(dataclasses.replace(TINY, condition="every", soft=True)).to(device)
+    b = dict(x_s=masked(0, 4)[0], conf=masked(0, 4)[1], x_d=torch.randn(4, 48, 2),
+             x_f=torch.randn(4, 96, 2), q_s=torch.randint(TINY.K_s, (4, 16)),
+             q_d=torch.randint(TINY.K_d, (4, 48)))  # fmt: skip
+    b = {name: t.to(device) for name, t in b.items()}
+
+    def loss():
+        return *model.loss(**b, on_rollout=on_rollout)[:2], lambda: None
+
+    return model, loss
+
+
+def stage_3_step(device, kind, n_points):
+    model = (kind(n_points, 12, 2) if n_points else kind(32)).to(device)
+    x, y = torch.randn(4, n_points or 17, 2, device=device), torch.randn(4, 17, 3, device=device)
+    conf = masked(0, 4)[1].to(device)
+
+    def loss():
+        out = model(x, conf)
+        error = (out - y if n_points else out[1]).norm(dim=-1).mean()
+        return error, dict(error=error.detach()), lambda: None
+
+    return model, loss
+
+
+STEPS = dict(
+    stage_1=stage_1_step,
+    stage_2=lambda device: stage_2_step(device, False),
+    stage_2_on_rollout=lambda device: stage_2_step(device, True),
+    regressor=lambda device: stage_3_step(device, Regressor, 0),
+    spatial_17=lambda device: stage_3_step(device, SpatialLifter, 17),
+    spatial_161=lambda device: stage_3_step(device, SpatialLifter, 161),
+    mlp_17=lambda device: stage_3_step(device, MLPLifter, 17),
+    mlp_161=lambda device: stage_3_step(device, MLPLifter, 161),
+)
+
+
+def steps(name, device, guard):
+    """Three steps of a training, the last two under guard."""
+    model, loss_of = STEPS[name](device)
+    optimizer, sums = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), {}
+
+    def step():
+        loss, terms, after = loss_of()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        after()
+        for term, value in terms.items():
+            sums[term] = sums.get(term, 0.0) + value
+
+    step()  # makes the optimiser's state, and the codebooks' is read
+    with guard():
+        step()
+        step()
+    assert all(math.isfinite(value) for value in sums.values())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_no_step_hands_a_value_to_python(name):
+    if backend("cpu")[0] == "reference":
+        pytest.skip("the reference implementation looks for non-finite values")
+    steps(name, torch.device("cpu"), NoReads)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", STEPS)
+def test_no_step_waits_for_the_gpu(name):
+    @contextmanager
+    def guard():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    steps(name, torch.device("cuda"), guard)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import checkpoints
 import train
+import training_loop
 from baselines import Regressor
 from hipart import MSST, Config, HiPART, detected_pelvis
 from sources import dataset
@@ -164,14 +165,14 @@ class Stop(Exception):
 
 
 def pull_plug_after(m, prefix, epoch):
-    save = checkpoints.save_checkpoint
+    save = training_loop.save_checkpoint
 
     def saving(path, **content):
         save(path, **content)
         if path.stem.startswith(prefix) and content["epoch"] == epoch:
             raise Stop
 
-    m.setattr(checkpoints, "save_checkpoint", saving)
+    m.setattr(training_loop, "save_checkpoint", saving)
 
 
 def begin(run, folder, *names):
