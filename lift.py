@@ -57,8 +57,9 @@ def keep_confident(k: Keypoints, min_score: float) -> tuple[Keypoints, list[str]
     conf = np.where(k.conf < min_score, 0, k.conf)
     rows = np.flatnonzero((conf > 0).sum(1) >= FEWEST)
     if not len(rows):
-        raise ValueError(f"none of {len(k.name)} people has {FEWEST} visible joints" + (
-            f" with a score of at least {min_score:g}: lower --min-score" if min_score > 0 else ""))
+        could = ((k.conf > 0).sum(1) >= FEWEST).any()
+        raise ValueError(f"none of {len(k.name)} people has {FEWEST} joints that are seen" + (
+            f" with a score of at least {min_score:g}: lower --min-score" if could else ""))
     conf, said = conf[rows], list(k.said)
     if len(rows) < len(k.name):
         left_out = len(k.name) - len(rows)
@@ -71,15 +72,18 @@ def keep_confident(k: Keypoints, min_score: float) -> tuple[Keypoints, list[str]
 
 
 def standing_height(k: Keypoints) -> np.ndarray:
-    """Roughly how tall each person would stand, [N] px: what the second longest bone says, since
-    most bones are foreshortened and one may be wrong. In a track it is the median over the frames
-    around, so that a person may come nearer."""
+    """Roughly how tall each person would stand, [N] px, from the longest bones, since most bones
+    are foreshortened. A wrong joint makes two of them wrong, so it is the third longest that says
+    so, if six or more are seen, and the second of three or more. In a track it is the median over
+    the frames around, so that a person may come nearer."""
     estimates = []
     for (a, b), share in SHARES.items():
         visible = (k.conf[:, a] > 0) & (k.conf[:, b] > 0)
         length = np.linalg.norm(k.x_s[:, a] - k.x_s[:, b], axis=1)
         estimates.append(np.where(visible, length / share, 0.0))
-    height = np.sort(np.stack(estimates, 1), 1)[:, -2]
+    estimates = np.sort(np.stack(estimates, 1), 1)
+    seen = (estimates > 0).sum(1)
+    height = estimates[np.arange(len(seen)), -1 - (seen >= 3) - (seen >= 6)]
     box = np.stack([np.ptp(x[c > 0], 0).max() for x, c in zip(k.x_s, k.conf, strict=True)])
     height = np.maximum(np.where(height > 0, height, box), 1.0)
     for track, rows in rows_of_tracks(k).items():
@@ -273,7 +277,7 @@ def main() -> None:
         command = next_command(trained_on_own_data(run), stages + 1)
         stop(f"{run.path} has {stages} of the three stages that lifting needs: go on with "
              f"`{command}`")
-    path = Path(args.keypoints).resolve()
+    path = Path(args.keypoints).absolute()
     source = shown(path, 4096)
     try:
         k = read(path, args.layout, args.image_size)
@@ -285,8 +289,11 @@ def main() -> None:
     p = lift_keypoints(k, *square_around(k), hipart, lifter, run.device)
 
     parent = run.path / "keypoints"
-    parent.mkdir(exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".new.", dir=parent))
+    try:
+        parent.mkdir(exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".new.", dir=parent))
+    except OSError as e:
+        stop(f"{parent} cannot be written to ({e.strerror}): mend that, or use another run")
     made = temporary / "new"
     try:
         made.mkdir()

@@ -42,14 +42,14 @@ class Found(NamedTuple):
     people: list[Person]
     layout: str | None = None  # of the joints, as far as it is known
     assumed: bool = False  # the layout is only the usual one of this program
+    unknown: str = ""  # what to say if the joints have names, and no layout has these
 
 
-# What tells whose file it is: all of these keys are on the way to the first person, or its own. The
-# first that fits counts. With it the layout that files of this program usually have, by the number
+# What tells whose file it is: all of these keys are on the way to people, or their own. The first
+# that fits counts. With it the layout that files of this program usually have, by the number
 # of joints.
 COCO = {17: "coco17"}
 PROGRAMS = [
-    ({"instance_info"}, "MMPose 1.x", {}),
     ({"instances"}, "MMPose 1.x", {}),
     ({"keypoint_scores"}, "MMPose 1.x", {}),
     ({"skeleton", "pose"}, "ST-GCN", {}),
@@ -95,8 +95,7 @@ def read_people(path: Path) -> Found:
         content = [{"image_id": image.get("image_id"), "keypoints": _aic(points)}
                    for image in content for points in image["keypoint_annotations"].values()]
         return Found("AI Challenger", _listed(content, path.stem)[0], "aic14")
-    people, keys = _listed(content, path.stem)
-    return _recognised(people, keys, content)
+    return _recognised(*_listed(content, path.stem), content)
 
 
 def _is(x, *keys: str) -> bool:
@@ -106,19 +105,22 @@ def _is(x, *keys: str) -> bool:
 def _folder(path: Path) -> Found:
     """One file for every image: JSON of any program, or Ultralytics' labels."""
     files = [f for f in path.iterdir() if not f.name.startswith(".")]
-    chosen = [f for f in files if f.suffix == ".json"] or [f for f in files if f.suffix == ".txt"]
+    chosen = [f for f in files if f.suffix == ".json"] or [
+        f for f in files if f.suffix == ".txt" and f.name != "classes.txt"]
     if not chosen:
         raise ValueError("expected a folder with one .json or .txt file for every image, as "
                          "OpenPose or Ultralytics writes it, found none")
-    people, keys, contents = [], set(), []
+    people, keys, names, first = [], set(), None, None
     for f in sorted(chosen, key=lambda f: natural(f.name)):
         try:
             if f.suffix == ".txt":
                 some, k = _labels(f), set()
             else:
                 content = read_json(f)
-                contents = contents or [content]
-                some, k = _listed(content, re.sub(r"_keypoints$|\.predictions$", "", f.stem))
+                first = first or content
+                some, k, named = _listed(
+                    content, re.sub(r"_keypoints$|\.predictions$", "", f.stem))
+                names = names or named
         except Exception as e:
             raise ValueError(f"{shown(f.name)}: {reason(e)}") from e
         people.extend(some)
@@ -126,7 +128,7 @@ def _folder(path: Path) -> Found:
         _check_count(people)
     if chosen[0].suffix == ".txt":
         return Found(f"labels of Ultralytics, {len(chosen)} images", people, "coco17", True)
-    found = _recognised(people, keys, *contents)
+    found = _recognised(people, keys, names, first)
     return found._replace(program=f"{found.program}, {len(chosen)} files")
 
 
@@ -148,25 +150,25 @@ def reason(e: Exception) -> str:
 # JSON: people in images in lists
 
 
-def _recognised(people: list[Person], keys: set[str], content) -> Found:
-    """Whose file it is, and in which order its joints are."""
+def _recognised(people: list[Person], keys: set[str], names: list | None, content) -> Found:
+    """Whose file it is, and in which order its joints are. names: those that the points have."""
     if not keys and content not in ([], {}):
         raise ValueError(f"it is no keypoint file that is known here: expected {KNOWN}")
     program, usual = next(((name, usual) for needed, name, usual in PROGRAMS if needed <= keys),
                           ("no people", {}))
     if program == "COCO results" and people and people[0].frame:
         program = "AlphaPose"
-    if layout := _told_layout(content):
-        return Found(program, people, layout)
+    layout, unknown = _named(names) if names else _told_layout(content)
+    if layout or unknown:
+        return Found(program, people, layout, unknown=unknown)
     layout = usual.get(len(people[0].points)) if people else None
     return Found(program, people, layout, assumed=True)
 
 
-def _told_layout(content) -> str | None:
-    """The layout that a file names, by a data set or by its joints. ValueError if the joints have
-    names, and are in no order that is known."""
+def _told_layout(content) -> tuple[str | None, str]:
+    """The layout that a file names, by a data set or by its joints, and what `_named` says."""
     if not isinstance(content, dict):
-        return None
+        return None, ""
     meta = content.get("meta_info")
     for part in (content, meta, content.get("info")):
         if not isinstance(part, dict):
@@ -177,25 +179,31 @@ def _told_layout(content) -> str | None:
             if _are_names(names):
                 return _named(names)
     dataset = meta.get("dataset_name") if isinstance(meta, dict) else None
-    return DATASETS.get(dataset) if isinstance(dataset, str) else None
+    return DATASETS.get(dataset) if isinstance(dataset, str) else None, ""
 
 
 def _are_names(names) -> bool:
     return isinstance(names, list) and len(names) > 1 and all(isinstance(n, str) for n in names)
 
 
-def _named(names: list[str]) -> str:
+def _named(names: list[str]) -> tuple[str | None, str]:
+    """The layout whose joints have these names, or what to say if there is none."""
     layout = layout_of(names)
-    if layout is None:
-        listed = ", ".join(shown(name, 24) for name in names[:20]) + " ..." * (len(names) > 20)
-        raise ValueError(f"its {len(names)} joints are {listed}, and no layout that is known has "
-                         "these in this order: convert them to COCO's or Human3.6M's 17")
-    return layout
+    listed = ", ".join(shown(name, 24) for name in names[:20]) + " ..." * (len(names) > 20)
+    return layout, "" if layout else (
+        f"its {len(names)} joints are {listed}, and no layout that is known has these in this "
+        "order: say one with --layout if only the names differ, or convert them to COCO's 17")
 
 
-def _listed(content, image: str) -> tuple[list[Person], set[str]]:
-    """The people of a JSON file, those of a sequence in the order of its frames, and the keys on
-    the way to the first. image: the name for people who are in no other image."""
+def _in_time(people: list[Person]) -> list[Person]:
+    """People of sequences in the order of the frames; the others first, as they are."""
+    return sorted(people, key=lambda p: (natural(p.frame.sequence), p.frame.number) if p.frame
+                  else ([], 0))
+
+
+def _listed(content, image: str) -> tuple[list[Person], set[str], list[str] | None]:
+    """The people of a JSON file in time, the keys on the way to them, and the names of the joints,
+    if the points have them. image: the name for people who are in no other image."""
     people, search = [], _Search()
     for p, where, of in search.people(content, image):
         track = _id(p) if isinstance(p, dict) else ""
@@ -205,21 +213,19 @@ def _listed(content, image: str) -> tuple[list[Person], set[str]]:
             frame = None  # COCO counts photos, not frames
         people.append(Person(_points(p), _text(own), frame, track, of))
         _check_count(people)
-    if all(p.frame for p in people):
-        people.sort(key=lambda p: (natural(p.frame.sequence), p.frame.number))
-    seen = {}
+    people, seen = _in_time(people), {}
     for i, p in enumerate(people):
         seen[p.name] = seen.get(p.name, -1) + 1
         people[i] = p._replace(name=f"{p.name} #{seen[p.name]}")
-    return people, search.keys
+    return people, search.keys, search.names
 
 
 class _Search:
     """Finds people wherever they are in what a JSON file holds. `keys` are those on the way to
-    them, and their own."""
+    them, and their own; `names` those of the points, if they have any."""
 
     def __init__(self):
-        self.keys, self.visited = set(), 0
+        self.keys, self.names, self.visited = set(), None, 0
 
     def people(self, node, image, size=(0.0, 0.0), group="", depth=0) -> Iterator[tuple]:
         """Every person under `node`, with the name or number of the image and its size. group: the
@@ -230,9 +236,13 @@ class _Search:
         if _is_person(node):
             if isinstance(node, dict):
                 self.keys.update(k for k in node if len(k) < 40)
-            if not isinstance(node, dict) or _is_landmarks(_pose(node)):
+            pose = _pose(node) if isinstance(node, dict) else node
+            if _is_landmarks(pose):
                 self.keys.add("landmarks")
-            yield node, image, size
+                names = [p.get("name") for p in pose]
+                self.names = self.names or (names if _are_names(names) else None)
+            if pose if isinstance(pose, list) else pose.get("x") != []:  # somebody is there
+                yield node, image, size
         elif isinstance(node, list):
             # A list of lists is a video, unless the file says that it is a group of people.
             video = not group and any(isinstance(x, list) for x in node)
@@ -278,7 +288,7 @@ def _points(p) -> np.ndarray:
     """A person's keypoints in any of their forms -> [K, 3]. What has no score has 1."""
     pose = _pose(p) if isinstance(p, dict) else p
     if _is_landmarks(pose):
-        return _numbers([[q["x"], q["y"], q.get("visibility", 1)] for q in pose])
+        return _numbers([[q["x"], q["y"], q.get("visibility", q.get("score", 1))] for q in pose])
     scores = next((p[k] for k in ("keypoint_scores", "scores", "score", "kp_score")
                    if isinstance(p.get(k), list)), None)
     if isinstance(pose, dict):  # Ultralytics: lists of x and of y
@@ -286,7 +296,8 @@ def _points(p) -> np.ndarray:
         scores = pose.get("visible", pose.get("confidence", np.ones(len(x))))
         a = np.stack([x, y], 1) if len(x) == len(y) else np.zeros(0)
     else:
-        a = _numbers(pose)
+        width = max((len(p) for p in pose if isinstance(p, list)), default=0)
+        a = _numbers([p or [None] * width for p in pose] if width else pose)  # null: a missing one
         a = a[0] if a.ndim == 3 and len(a) == 1 else a
     if scores is not None:
         scores = _numbers(scores).ravel()
@@ -356,26 +367,27 @@ def _coco(content: dict) -> Found:
     """COCO's annotations, and those of other data sets in this form: the names of the joints in
     `categories` tell which."""
     images = {i["id"]: i for i in content.get("images") or ()}
-    layouts = {c.get("id"): _named(c["keypoints"]) for c in content.get("categories") or ()
-               if c.get("keypoints")}
+    names = {c.get("id"): c["keypoints"] for c in content.get("categories") or ()
+             if _are_names(c.get("keypoints"))}
     people, used = [], set()
     for a in content["annotations"]:
         if not any(a.get("keypoints") or ()):
             continue
         image, points = images.get(a["image_id"], {}), _points(dict(keypoints=a["keypoints"]))
         points[:, 2] = points[:, 2] > 0  # COCO's v: 1 hidden but annotated, 2 visible
-        used.add(layouts.get(a.get("category_id"), next(iter(layouts.values()), "coco17")))
+        used.add(tuple(names.get(a.get("category_id"), next(iter(names.values()), ()))))
         file, track = str(image.get("file_name", a["image_id"])), _id(a)
         frame = frame_of(file[-200:]) if track else None
         people.append(Person(points, f"{file[:LONGEST_NAME]} #{shown(a.get('id', len(people)))}",
                              frame, track, sized(image.get("width"), image.get("height"))))
         _check_count(people)
-    if len(used) > 1:
-        raise ValueError(f"its people have joints of several kinds, {', '.join(sorted(used))}: "
-                         "split it")
-    if people and all(p.frame for p in people):
-        people.sort(key=lambda p: (natural(p.frame.sequence), p.frame.number))
-    return Found("COCO annotations", people, next(iter(used), None), assumed=not layouts)
+    layouts = {_named(list(of)) for of in used if of}
+    if len(layouts) > 1:
+        raise ValueError(f"its people have joints of {len(layouts)} kinds: split it")
+    layout, unknown = next(iter(layouts), (None, ""))
+    if not layouts and people:
+        layout = COCO.get(len(people[0].points))
+    return Found("COCO annotations", _in_time(people), layout, not layouts, unknown)
 
 
 def _labels(path: Path) -> list[Person]:
@@ -383,12 +395,14 @@ def _labels(path: Path) -> list[Person]:
     people = []
     for i, line in enumerate(read_bytes(path, 16 << 20).decode("utf-8", "replace").splitlines()):
         numbers = _numbers(line.split(maxsplit=100))
-        columns = {39: 2, 40: 2, 56: 3, 57: 3, 58: 3}.get(len(numbers))
-        if columns is None:
-            raise ValueError("expected in every line a class, a box and 17 joints, 56 numbers and "
-                             f"perhaps a confidence and an id, found {len(numbers)} numbers")
+        columns = 2 if len(numbers) in (39, 40, 41) else 3
+        more = len(numbers) - 5 - 17 * columns  # a confidence, an id, or both
+        if more not in (0, 1, 2):
+            raise ValueError("expected in every line a class, a box and 17 joints, 39 or 56 "
+                             "numbers, and perhaps a confidence and an id, found "
+                             f"{len(numbers)} numbers")
         last = numbers[-1]
-        is_id = len(numbers) in (57, 58) and last >= 1 and last == int(last)
+        is_id = more > 0 and last >= 1 and last == int(last)
         points = np.ones((17, 3))
         points[:, :columns] = numbers[5 : 5 + 17 * columns].reshape(17, columns)
         people.append(Person(points, f"{path.stem[:LONGEST_NAME]} #{i}", frame_of(path.stem),
@@ -418,7 +432,9 @@ def _arrays(path: Path) -> Found:
                      name + f" {i}" * (len(tracks) > 1))
               for i, track in enumerate(tracks) for t, p in enumerate(track)]
     is_demo = key == "reconstruction"  # as the demos of lifting models write it
-    return Found("an array", people, "h36m17" if is_demo else None, assumed=is_demo)
+    if is_demo:
+        return Found("demos of lifting models", people, "h36m17", assumed=True)
+    return Found("an array", people)
 
 
 def _videopose(path: Path, content: dict) -> Found:

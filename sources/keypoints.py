@@ -57,7 +57,7 @@ def _understood(name: str, found: Found, layout: str, image_size) -> Keypoints:
     """What the numbers of a file mean."""
     people, program = found.people, found.program
     if not people:
-        raise ValueError(f"it ({program}) holds no person; expected at least one with keypoints")
+        raise ValueError("it holds no person; expected at least one with keypoints")
     chosen, assumed = _layout(found, layout)
     points = np.stack([p.points[: len(LAYOUTS[chosen])] for p in people])
     min_score, scale = _scores(points)
@@ -90,6 +90,8 @@ def _layout(found: Found, asked: str) -> tuple[str, bool]:
                          f"{shown(', '.join(map(str, counts)))} joints: expected one kind")
     n = counts[0]
     has = f"it ({found.program}) has {n} joints per person"
+    if asked == "auto" and found.unknown:
+        raise ValueError(found.unknown)
     known = found.layout if asked == "auto" else asked
     known = known or LARGER.get(n)
     possible = [layout for layout, names in LAYOUTS.items() if len(names) == n]
@@ -125,7 +127,7 @@ def _check_order(points: np.ndarray, layout: str, program: str) -> None:
 def _scores(points: np.ndarray) -> tuple[float, list[str]]:
     """The score that a joint needs to count as seen, by the scale of all scores, and what was
     assumed, in words. Scores that are COCO's v, 0, 1 or 2, keep their meaning: 0 is missing."""
-    there = ~is_missing(points * [1, 1, 0] + [0, 0, 1])
+    there = ~is_missing(np.concatenate([points[..., :2], np.ones_like(points[..., :1])], -1))
     score = points[..., 2][there]
     if len(score) and (score == 0).all():
         raise ValueError("all its scores are 0, so that every joint counts as missing: write 1 "
@@ -134,12 +136,13 @@ def _scores(points: np.ndarray) -> tuple[float, list[str]]:
         raise ValueError("many of its scores are below 0, so they are no scores: leave the third "
                          "column out")
     score = score[np.isfinite(score) & (score > 0)]
-    largest, median = (score.max(), np.median(score)) if len(score) else (1.0, 1.0)
-    if 0.5 <= largest <= 1.05 or np.isin(score, (1, 2)).all():
+    # One in ten may be odd.
+    large, median = np.quantile(score, (0.9, 0.5)) if len(score) else (1.0, 1.0)
+    if 0.5 <= large <= 1.05 or np.isin(score, (1, 2)).all():
         return PROBABLE, []
-    scale, least = ("percent", 100 * PROBABLE) if 20 < largest <= 100 else (
+    scale, least = ("percent", 100 * PROBABLE) if median > 10 and large <= 100 else (
         "heights of peaks in heat maps", float(median) / 10)
-    return least, [f"scores go up to {largest:.3g}, with a median of {median:.2g}, so they are "
+    return least, [f"scores go up to {score.max():.3g}, with a median of {median:.2g}, so they are "
                    f"taken as {scale}: joints below {least:.2g} count as missing"]
 
 
@@ -149,7 +152,7 @@ def _in_pixels(points: np.ndarray, sizes: np.ndarray, image_size) -> tuple[np.nd
     visible = [p[p[:, 2] > 0, :2] for p in points]
     extent = [np.ptp(xy, 0).max() for xy in visible if len(xy) > 1]
     if not extent or np.median(extent) >= SMALLEST:
-        return points, []
+        return points, ["the file has pixels: --image-size is not used"] * bool(image_size)
     middle = np.median(np.concatenate(visible), 0)
     if not ((middle > 0) & (middle < 1)).all():
         raise ValueError(f"it shows people {np.median(extent):.3g} px large round {middle[0]:.3g}, "

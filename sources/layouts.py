@@ -103,8 +103,9 @@ def layout_of(names: list[str]) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """left_shoulder, LShoulder, RIGHT-hip -> l shoulder, l shoulder, r hip."""
+    """left_shoulder, LShoulder, RIGHT-hip, Rknee -> l shoulder, l shoulder, r hip, r knee."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[LR])(?=[A-Z][a-z])", " ", name[:100]).lower()
+    words = re.sub(r"\b([lr])(?=(eye|ear|shoulder|elbow|wrist|hip|knee|ankle)\b)", r"\1 ", words)
     words = [{"left": "l", "right": "r"}.get(w, w) for w in re.findall("[a-z]+", words)]
     words.sort(key=lambda w: w not in ("l", "r"))  # the side first
     plain = " ".join(words)

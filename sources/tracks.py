@@ -50,10 +50,10 @@ def follow(points: list[np.ndarray], frames: list[Frame | None], ids: list[str])
     film = {s: rows for s, rows in sequences.items() if len({frames[i].number for i in rows}) > 1}
     for sequence, rows in film.items():
         numbers = [frames[i].number for i in rows]
-        if _told(numbers, [ids[i] for i in rows]):
-            names = [ids[i] for i in rows]
+        if {ids[i] for i in rows} - {"", "0"}:  # AlphaPose writes 0 for all where it did not track
+            names = _told(numbers, [ids[i] for i in rows])
         elif step := _even_step(numbers):
-            names = _linked([points[i] for i in rows], [n // step for n in numbers])
+            names = _linked([points[i] for i in rows], [round(n / step) for n in numbers])
         else:
             continue
         for i, name in zip(rows, names, strict=True):
@@ -61,11 +61,10 @@ def follow(points: list[np.ndarray], frames: list[Frame | None], ids: list[str])
     return track
 
 
-def _told(numbers: list[int], ids: list[str]) -> bool:
-    """Whether ids tell people apart: each is there once a frame, and not all are 0, which AlphaPose
-    writes where it did not track."""
-    return (all(ids) and set(ids) != {"0"}
-            and len(set(zip(numbers, ids, strict=True))) == len(ids))
+def _told(numbers: list[int], ids: list[str]) -> list[str]:
+    """The ids as tracks. Who has none, or one that another has in the same frame, has no track."""
+    once = Counter(zip(numbers, ids, strict=True))
+    return [of if once[number, of] == 1 else "" for number, of in zip(numbers, ids, strict=True)]
 
 
 def _even_step(numbers: list[int]) -> int:

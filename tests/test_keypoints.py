@@ -252,10 +252,15 @@ def test_ultralytics(tmp_path):
         assert k.track == [ids] * 2
         expect(k, [A, A])
     bare = [0, 0.5, 0.5, 0.1, 0.1, *share[:, :2].ravel()]
+    (folder / "classes.txt").write_text("person")
+    for end, ids in (([3], "3"), ([0.9, 3], "3"), ([0.9], "0")):
+        for t in (1, 2):
+            (folder / f"v_{t}.txt").write_text(" ".join(map(str, bare + end)))
+        assert read(folder, image_size=(640, 480)).track == [ids] * 2
     (tmp_path / "a.txt").write_text(" ".join(map(str, bare)))
     expect(read(tmp_path / "a.txt", image_size=(640, 480)), [A * [1, 1, 0] + [0, 0, 1]])
     (tmp_path / "a.txt").write_text("0 0.5 0.5 0.1 0.1")
-    with pytest.raises(ValueError, match="56 numbers .* found 5 numbers"):
+    with pytest.raises(ValueError, match="39 or 56 numbers, .* found 5 numbers"):
         read(tmp_path / "a.txt")
 
 
@@ -379,7 +384,8 @@ def test_plain_arrays(tmp_path, save):
 
 @pytest.mark.parametrize("scores, least", [
     ([0.1, 0.9], 0.3), ([1.0], 0.3), ([1, 2], 0.3), ([2.0, 4.5, 0.35], 0.2), ([30, 90.0], 30),
-    ([0.02, 0.04], 0.002),
+    ([0.02, 0.04], 0.002), ([0.05, 2.2, 4.5, 2.2, 3, 1, 2, 2, 2, 3, 2, 2, 20.5], 0.22),
+    ([0.9] * 16 + [25.0], 0.3),
 ])  # fmt: skip
 def test_the_least_score_fits_the_scale(tmp_path, scores, least):
     p = A.copy()
@@ -393,6 +399,46 @@ def test_scores_that_are_all_zero_are_said(tmp_path):
     for content in (results([A * [1, 1, 0]], [1]), annotations([A * [1, 1, 0]])):
         with pytest.raises(ValueError, match="all its scores are 0.*leave the scores out"):
             read(write(tmp_path / "a.json", content))
+
+
+def test_empty_people_and_null_joints_are_missing(tmp_path):
+    points = A.tolist()
+    points[9], points[3] = None, []
+    content = [dict(image_id=1, keypoints=k) for k in ([], None, points)]
+    k = read(write(tmp_path / "a.json", content))
+    expect(k, [np.where(np.isin(np.arange(17), (3, 9))[:, None], 0, A)])
+    for t, poses in enumerate(([flat(person("coco18"))], [[]], [])):
+        people = [dict(pose_keypoints_2d=p) for p in poses]
+        write(tmp_path / "out" / f"{t}_keypoints.json", dict(people=people))
+    assert len(read(tmp_path / "out").name) == 1
+
+
+def test_points_with_names_and_scores(tmp_path):
+    """As BlazePose and MoveNet write them in JavaScript."""
+    points = [dict(x=x, y=y, score=s, name=n) for (x, y, s), n in zip(A, COCO_NAMES, strict=True)]
+    expect(read(write(tmp_path / "a.json", [dict(keypoints=points)])), [A])
+    points[0]["name"] = "snout"
+    with pytest.raises(ValueError, match="joints are snout, left_eye"):
+        read(write(tmp_path / "a.json", [dict(keypoints=points)]))
+
+
+def test_a_layout_overrules_names_and_unused_categories_do_not_matter(tmp_path):
+    content = annotations([A * [1, 1, 0] + [0, 0, 1]], [str(i) for i in range(17)])
+    expect(read(write(tmp_path / "a.json", content), "coco17"), [A * [1, 1, 0] + [0, 0, 1]])
+    content = annotations([A])
+    content["categories"].append(dict(id=2, keypoints=["tail", "paw"]))
+    assert "joints coco17" in read(write(tmp_path / "a.json", content)).said[0]
+    whole = np.concatenate([person("halpe26"), np.ones((110, 3))])
+    k = read(write(tmp_path / "a.json", annotations([whole], None)))
+    assert "joints halpe26" in k.said[0]
+
+
+def test_one_image_without_a_number_leaves_a_video_in_time(tmp_path):
+    images = [f"{t}.jpg" for t in (0, 1, 10, 11, 2, 3)] + ["cover.jpg"]
+    k = read(write(tmp_path / "a.json", results([A] * 7, images)))
+    assert k.name == [f"{i} #0" for i in ("cover.jpg", "0.jpg", "1.jpg", "2.jpg", "3.jpg",
+                                          "10.jpg", "11.jpg")]  # fmt: skip
+    assert k.track == ["", *["0"] * 6]
 
 
 def test_depths_are_no_scores(tmp_path):
@@ -436,7 +482,7 @@ def test_shares_of_an_image_of_known_size(tmp_path):
     ("a.json", "[]", "no person"),
     ("a.json", "[1]", "no keypoint file"),
     ("a.json", '{"a": {"b": [1, 2]}}', "no keypoint file"),
-    ("a.json", '[{"image_id": 1, "keypoints": []}]', "x, y, score"),
+    ("a.json", '[{"image_id": 1, "keypoints": []}]', "no person"),
     ("a.json", '[{"image_id": 1, "keypoints": [1, 2]}]', "x, y, score"),
     ("a.json", '[{"keypoints": [1]}]', "x, y, score"),
     ("a.json", '[{"image_id": 1, "keypoints": "abc"}]', "no keypoint file"),

@@ -40,6 +40,8 @@ def test_layouts_are_recognised_by_the_names_of_all_joints():
         assert layout_of(["".join(w.title() for w in n.split("_")) for n in names]) == layout
         assert layout_of(names[::-1]) is None and layout_of(names[:-1]) is None
     assert layout_of(list(JOINT_NAMES)) == "h36m17"
+    short = [n.replace("left_", "L").replace("right_", "R") for n in _COCO]  # Lknee
+    assert layout_of(short) == "coco17"
     assert layout_of([*_COCO, *(f"face_{i}" for i in range(116))]) == "coco17"  # WholeBody
     assert layout_of([*_COCO, "left_big_toe"]) is None
 

@@ -181,6 +181,20 @@ def test_of_stage_3_one_lifter_is_enough(own_run, run_script):
     shutil.rmtree(partial)
 
 
+def test_links_and_folders_that_cannot_be_written(own_run, run_script, tmp_path):
+    loop, odd = tmp_path / "loop.json", tmp_path / "no_ending"
+    loop.symlink_to(loop)
+    assert run_script(loop)[0] == 2
+    write_people(odd, [person("coco17")], [0])
+    (tmp_path / "link.json").symlink_to(odd)
+    assert run_script(tmp_path / "link.json")[0] == 0 and (own_run / "keypoints/link").is_dir()
+    shutil.rmtree(own_run / "keypoints")
+    (own_run / "keypoints").write_text("")
+    status, out, err = run_script(tmp_path / "link.json")
+    (own_run / "keypoints").unlink()
+    assert status == 2 and "cannot be written to" in err and len(err.strip().split("\n")) == 1
+
+
 def test_a_run_that_is_not_there_names_those_that_are(run_script):
     status, out, err = run_script(EXAMPLE, name="standard")
     assert status == 2 and out == "" and len(err.strip().split("\n")) == 1
@@ -233,6 +247,19 @@ def test_a_track_may_come_nearer():
     jumpy[100] *= 3  # one wrong detection
     again = standing_height(keypoints_of([person("coco17", 0, h) for h in jumpy]))
     np.testing.assert_allclose(again, standing_height(k), rtol=0.02)
+
+
+@pytest.mark.parametrize("wrong", range(1, 17))
+def test_one_wrong_joint_does_not_change_the_size(wrong):
+    k = keypoints_of([person("coco17")])
+    k.x_s[0, wrong] += 400
+    np.testing.assert_allclose(standing_height(k), 300, rtol=0.25)
+
+
+def test_the_trunk_alone_tells_the_size():
+    k = keypoints_of([person("coco17")])
+    k.conf[0, [2, 3, 5, 6, 12, 13, 15, 16]] = 0
+    np.testing.assert_allclose(standing_height(k), 300, rtol=0.12)
 
 
 def test_standing_height_of_a_person_cut_at_the_hips():

@@ -83,6 +83,18 @@ def test_ids_of_the_file_are_believed_if_they_tell_people_apart():
     assert set(tracks_of(far, ids=["3"])[0].values()) == {"3"}
 
 
+def test_people_without_an_id_of_their_own_are_single():
+    body = list(walk(range(3), speed=0).values()) * 2
+    frames = [Frame("", t) for t in (0, 1, 2)] * 2
+    assert follow(body, frames, ["4", "4", "4", "7", "", "4"]) == ["4", "4", "", "7", "", ""]
+
+
+def test_steps_of_milliseconds():
+    body = walk(range(40), speed=0)
+    (found,) = tracks_of({round(t * 1000 / 24): p for t, p in body.items()}, name="{}.jpg")
+    assert set(found.values()) == {"0"}
+
+
 def test_sequences_are_apart():
     body = list(walk(range(4), speed=0).values())
     frames = [Frame("a ", 1), Frame("a ", 2), Frame("b ", 1), Frame("b ", 2)]
