@@ -165,8 +165,8 @@ def _check_content(saved: Any, run: Run) -> None:
         good.append(set(saved[kind]) == set(vars(own)))
         for option in fields(own):
             value, most = saved[kind][option.name], MOST_BLOCKS if "blocks" in option.name else MOST
-            good.append(type(value) is option.type or option.type is float and type(value) is int)
-            good.append(type(value) is str or abs(value) <= most)
+            plain = type(value) is option.type or option.type is float and type(value) is int
+            good.append(plain and (option.type is str or abs(value) <= most))
         type(own)(**saved[kind])
     good += [type(saved[key]) is int and 0 <= saved[key] < MOST for key in ("epoch", "epochs")]
     good += [type(saved["seconds"]) is float, type(of["seed"]) is int, type(of["samples"]) is str,

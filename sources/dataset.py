@@ -41,6 +41,7 @@ FORMAT_VERSION = 2  # 2: has_mesh and with_mesh, which version 1 called fit and 
 SOURCES = ("demo", "bvh", "amass", "h36m", "3dpw")  # choices of prepare_data.py --source
 SPLITS = ("train", "val", "test", "unseen")  # of the default data set
 META_BYTES = 64 << 20  # of meta.json
+FAR = 10_000_000  # px or mm: no array holds as much
 BLOCK = 8192  # samples that are read, detected and moved to the device at once
 
 # name: (shape after N, dtype). If the detector is simulated, x_s_det and conf are stored for every
@@ -295,7 +296,7 @@ def _open(folder, meta, name):
 
 
 def open_array(path, expected, dtype):
-    """A .npy file of finite numbers in the expected shape, memory-mapped -> `Stored`. Raises
+    """A .npy file of numbers below FAR in the expected shape, memory-mapped -> `Stored`. Raises
     FileNotFoundError or ValueError, with one sentence, on anything else."""
     where = shown(path, 4096)
     if not path.is_file():
@@ -314,8 +315,8 @@ def open_array(path, expected, dtype):
     stored = Stored(array, f)
     for i in range(0, len(array), 65536):
         stored.check()
-        if not np.isfinite(array[i : i + 65536]).all():
-            raise ValueError(f"{where} holds NaN or infinite values")
+        if not (np.abs(array[i : i + 65536]) < FAR).all():  # NaN is not, either
+            raise ValueError(f"{where} holds values that are NaN, infinite or above {FAR}")
     return stored
 
 

@@ -135,7 +135,8 @@ def set_nan(y):
      r"float32 \(32, 16, 3\), expected float32 \(32, 17, 3\)"),
     (replace_y(lambda y: y[:31]), ValueError, r"float32 \(31, 17, 3\), expected"),
     (replace_y(lambda y: y.astype(np.float64)), ValueError, "float64 .*, expected float32"),
-    (replace_y(set_nan), ValueError, "NaN or infinite"),
+    (replace_y(set_nan), ValueError, "y.npy holds values that are NaN, infinite or above 10000000"),
+    (replace_y(lambda y: y * 0 - 1e30), ValueError, "y.npy holds values that are NaN, infinite"),
     (replace_y(lambda y: y.astype(object)), ValueError, "holds object .*, expected float32"),
 ])  # fmt: skip
 def test_load_refuses_in_one_sentence(tiny_data, tmp_path, damage, error, message):
