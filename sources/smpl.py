@@ -188,7 +188,7 @@ def read_regressor(path: Path, model: SMPL) -> np.ndarray:
             order[right + left] = left + right
             swapped.append(limbs)
         elif not ((x[right] < 0).all() and (x[left] > 0).all()):
-            at = ", ".join(f"{v:.2f}" for v in x[right + left])
+            at = ", ".join(f"{v:.3g}" for v in x[right + left])
             raise ValueError(f"{name}: expected rows {right} and {left} on the two sides of the "
                              f"body ({limbs}), found them at x = {at} m")
     if swapped:
