@@ -210,7 +210,7 @@ def test_a_person_has_one_size_wherever_and_however_large(seed, height, x, y):
         k = keypoints_of([person("coco17", seed, h, at)])
         centre, side = square_around(k)
         seen.append((k.x_s - centre[:, None]) / side[:, None, None])
-        assert side[0] == standing_height(k)[0] / 0.36
+        assert side[0] == standing_height(k)[0] / lift.STANDING
     np.testing.assert_allclose(seen[0], seen[1], atol=2e-3)
 
 
