@@ -79,7 +79,7 @@ def highest(number: int) -> int:
 def mean(sums: dict, n: int) -> dict:
     """Sums over n things of this process -> the means over the things of all processes."""
     if world_size() == 1:
-        return {name: v / n for name, v in sums.items()}
+        return {name: float(v) / n for name, v in sums.items()}
     every = gather(({name: float(v) for name, v in sums.items()}, n))
     total = sum(n for _, n in every)
     return {name: sum(s.get(name, 0.0) for s, _ in every) / total for name in every[-1][0]}

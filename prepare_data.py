@@ -17,7 +17,6 @@ docs/data.md describes all sources and what is stored.
 
 import argparse
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -42,6 +41,7 @@ from sources.dataset import ARRAYS, SOURCES, SPLITS, base_meta, draw_samples, ne
 from sources.detector import NOISE, detect
 from sources.geometry import IMAGE_SIZE, make_cameras, project
 from sources.motion import CLIP_STANDING_HEIGHT, UNSEEN_CLIPS, Motion, augment, turn
+from survival import Watch
 
 SIZES = dict(zip(SPLITS, (40_000, 2_500, 5_000, 2_500), strict=True))  # samples
 CHUNK = 4096  # samples that are made at once
@@ -287,7 +287,6 @@ def prepare(args):
 
 def main():
     args, started = arguments().parse_args(), time.time()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it, too, leaves nothing
     try:
         folder = prepare(args)
     except (ValueError, OSError, RuntimeError) as error:
@@ -297,4 +296,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with Watch().listening():  # so that an interruption, too, leaves nothing
+        main()

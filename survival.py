@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +25,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+# A disk, a quota or a file that is full, and a disk that takes or keeps nothing
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def stop(message: str, status: int = 2) -> NoReturn:
@@ -45,12 +48,15 @@ def write(path: Path, content: str | bytes) -> None:
     beside = path.with_name(path.name + ".tmp")
     try:
         beside.write_bytes(content)
+        with open(beside, "r+b") as f:
+            os.fsync(f.fileno())  # a rename may reach the disk before the content does
         os.replace(beside, path)
     except OSError as e:
-        stop(f"{path} could not be written ({e.strerror}): make room for "
-             f"{megabytes(len(content))}, and go on with `{this_command()}`", 1)
+        stop(f"{path} could not be written ({e.strerror}): it needs {megabytes(len(content))}; "
+             f"mend that, and go on with `{this_command()}`", 1)
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -119,9 +125,9 @@ class Watch:
         try:
             yield
         except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if e.errno not in UNWRITABLE:
                 raise
-            stop(f"{e.filename or 'a file'} could not be written ({e.strerror}): make room, and go "
+            stop(f"{e.filename or 'a file'} could not be written ({e.strerror}): mend that, and go "
                  f"on with `{this_command()}`", 1)
         except RuntimeError as e:
             if not contact_lost(e):

@@ -107,7 +107,8 @@ class Loop:
         """
         if size % world_size() or split.n < world_size():
             stop(f"{world_size()} processes cannot share batches of {size} of {split.n} samples: "
-                 "take a batch size that is a multiple")
+                 f"choose a --batch that is a multiple of {world_size()}, and not more processes "
+                 "than samples")
         if rng is not None and rank():
             rng = rng.spawn(rank())[-1]  # detections of its own
         self.run.watch.busy, done = True, self.step - self.epoch * self.per_epoch

@@ -21,7 +21,7 @@ ORDER = ("kernels", "distributed", "generation", "hipart", "baselines", "sources
          "lift")  # fmt: skip
 MAY_IMPORT = {room: set(ORDER[:i]) for i, room in enumerate(ORDER)} | {
     "sources": {"hipart", "kernels", "distributed"},
-    "prepare_data": {"hipart", "sources"},
+    "prepare_data": {"hipart", "sources", "survival"},
 }
 # Imports that may fail or wait: Anny is never installed, PyTorch's builder of extensions looks for
 # compilers as soon as it is imported, and Windows has no fcntl.
@@ -29,7 +29,7 @@ LATE = {("sources/bodies.py", "anny"), ("kernels/__init__.py", "torch.utils"),
         ("kernels/__init__.py", "fcntl"), ("survival.py", "fcntl")}  # fmt: skip
 MOST_LINES = {
     "distributed.py": 130, "generation.py": 115, "hipart.py": 780, "baselines.py": 110,
-    "survival.py": 145, "checkpoints.py": 240, "training_loop.py": 220, "train.py": 640,
+    "survival.py": 155, "checkpoints.py": 240, "training_loop.py": 220, "train.py": 640,
     "tables.py": 330, "evaluate.py": 570, "sample.py": 480, "lift.py": 320, "prepare_data.py": 300,
     "kernels/quantizer.cu": 260, "kernels/quantizer.cpp": 400, "kernels/quantizer_cuda.cpp": 100,
     "tests/cuda_emulator.h": 150,

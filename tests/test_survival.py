@@ -243,7 +243,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(
         status, said = refused(m, capsys, tmp_path, *args, **SHORT)
     assert status == 1
     assert re.fullmatch(r"runs/tiny/stage1.pt could not be written \(No space left on device\): "
-                        r"make room for \d+ MB, and go on with `python train.py .* --resume`",
+                        r"it needs \d+ MB; mend that, and go on with `python train.py .* --resume`",
                         one_sentence(said))
     run = tmp_path / "runs/tiny"
     assert {p.name for p in run.iterdir()} == {"lock", *["stage1.pt", "log.jsonl"] * epoch}
@@ -261,7 +261,7 @@ def test_the_systems_own_word_for_a_full_disk_is_understood(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         checkpoints.save_checkpoint(path, model=torch.zeros(600_000))
     said = one_sentence(capsys.readouterr().err.strip())
-    assert e.value.code == 1 and "stage1.pt" in said and "for 3 MB" in said
+    assert e.value.code == 1 and "stage1.pt" in said and "needs 3 MB" in said
     assert [p.name for p in tmp_path.iterdir()] == ["stage1.pt"] and path.read_bytes() == b"old"
 
 
