@@ -55,6 +55,7 @@ KEPT = (0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27)  # of the 3
 IMAGE_SIZE = (1000, 1002)  # px, of cameras 0 and 3; the others' images end two rows earlier
 N_VAL = 2500  # samples for validation, about
 FIT_ERROR = 25.0  # mm; a worse fit says nothing about the body (Pose2Mesh)
+ROOM = 10_000  # m; no joint is so far away
 WRONG = 100.0  # mm or px, in the median: the files do not belong together
 # v @ Z_UP turns SMPL's axes (y up, facing z) into those of the world (z up, facing -y).
 Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
@@ -262,8 +263,8 @@ def read_joints(path: Path) -> dict[tuple[str, str], np.ndarray]:
             if not _is_float(x, 3) or x.shape[1:] != (32, 3) or not 0 < len(x) <= MOST_AT_ONCE:
                 raise ValueError(f"{where}: expected metres [T, 32, 3] with at most {MOST_AT_ONCE} "
                                  f"frames T, found {described(x)}")
-            if not np.isfinite(x).all() or action.split(" ")[0] not in ACTIONS:
-                raise ValueError(f"{where}: expected finite numbers, of one of "
+            if not (np.abs(x) < ROOM).all() or action.split(" ")[0] not in ACTIONS:
+                raise ValueError(f"{where}: expected finite numbers below {ROOM}, of one of "
                                  f"{', '.join(ACTIONS)}")
             joints[subject, action] = np.multiply(x[:, KEPT], 1000, dtype=np.float64)
             n += len(x)
