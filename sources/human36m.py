@@ -55,7 +55,7 @@ KEPT = (0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27)  # of the 3
 IMAGE_SIZE = (1000, 1002)  # px, of cameras 0 and 3; the others' images end two rows earlier
 N_VAL = 2500  # samples for validation, about
 FIT_ERROR = 25.0  # mm; a worse fit says nothing about the body (Pose2Mesh)
-ROOM = 10_000  # m; no joint is so far away
+ROOM = 1e6  # m; a joint that is farther away is a damaged number
 WRONG = 100.0  # mm or px, in the median: the files do not belong together
 # v @ Z_UP turns SMPL's axes (y up, facing z) into those of the world (z up, facing -y).
 Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
