@@ -50,6 +50,7 @@ def in_ranks(folder, name, function, n=2):
             try:
                 said = os.open(folder / f"{name}_{rank}.txt", os.O_WRONLY | os.O_CREAT)
                 os.dup2(said, 1), os.dup2(said, 2)
+                sys.stdout.reconfigure(line_buffering=True)  # in turn with what goes to stderr
                 if n > 1:
                     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank),
                                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
