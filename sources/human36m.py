@@ -55,7 +55,7 @@ KEPT = (0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 15, 17, 18, 19, 25, 26, 27)  # of the 3
 IMAGE_SIZE = (1000, 1002)  # px, of cameras 0 and 3; the others' images end two rows earlier
 N_VAL = 2500  # samples for validation, about
 FIT_ERROR = 25.0  # mm; a worse fit says nothing about the body (Pose2Mesh)
-ROOM = 1e6  # m; a joint that is farther away is a damaged number
+ROOM = 100_000  # mm; a joint that is farther away is a damaged number
 WRONG = 100.0  # mm or px, in the median: the files do not belong together
 # v @ Z_UP turns SMPL's axes (y up, facing z) into those of the world (z up, facing -y).
 Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
@@ -263,8 +263,8 @@ def read_joints(path: Path) -> dict[tuple[str, str], np.ndarray]:
             if not _is_float(x, 3) or x.shape[1:] != (32, 3) or not 0 < len(x) <= MOST_AT_ONCE:
                 raise ValueError(f"{where}: expected metres [T, 32, 3] with at most {MOST_AT_ONCE} "
                                  f"frames T, found {described(x)}")
-            if not (np.abs(x) < ROOM).all() or action.split(" ")[0] not in ACTIONS:
-                raise ValueError(f"{where}: expected finite numbers below {ROOM}, of one of "
+            if not np.isfinite(x).all() or action.split(" ")[0] not in ACTIONS:
+                raise ValueError(f"{where}: expected finite numbers, of one of "
                                  f"{', '.join(ACTIONS)}")
             joints[subject, action] = np.multiply(x[:, KEPT], 1000, dtype=np.float64)
             n += len(x)
@@ -275,6 +275,9 @@ def read_joints(path: Path) -> dict[tuple[str, str], np.ndarray]:
     if not 100 < largest < 20_000:
         raise ValueError(f"{name}: the pelvis is up to {largest / 1000:.3g} m away from the middle "
                          "of the room: expected metres in the world's frame")
+    if not all((np.abs(x) < ROOM).all() for x in joints.values()):
+        raise ValueError(f"{name}: expected joints less than {ROOM // 1000} m away from the middle "
+                         "of the room, found some that are farther")
     return joints
 
 

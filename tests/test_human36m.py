@@ -462,6 +462,7 @@ MODEL = "basicModel_neutral_lbs_10_207_0_v1.0.0.pkl"
      r"S1 Eating: expected metres \[T, 32, 3\]"),
     (edit_3d(lambda p: [v.__imul__(1000) for a in p.values() for v in a.values()]),
      "expected metres in the world's frame"),
+    (edit_3d(lambda p: p["S1"]["Eating"].__setitem__((0, 3, 0), 1e5)), "joints less than 100 m"),
     (edit_3d(lambda p: p["S9"].update(Dancing=p["S9"]["Eating"])),
      "S9 Dancing: expected .* of one of"),
     (edit_3d(lambda p: p["S9"]["Eating"].__setitem__((0, 0, 0), np.nan)),
