@@ -77,18 +77,22 @@ class Run:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         write(path, before + json.dumps({k: _rounded(v) for k, v in row.items()}) + "\n")
 
-    def forget(self, model: str, epoch: int) -> None:
-        """Drop the log lines of epochs that never reached a checkpoint: they will come again."""
-        if rank():
-            return
+    def logged(self) -> list[dict]:
+        """The lines of log.jsonl: a dict for every epoch of every training."""
         path = self.path / "log.jsonl"
         try:
             lines = read_bytes(path).decode().splitlines() if path.exists() else []
             rows = [json.loads(line) for line in lines]
-            kept = [r for r in rows if r["model"] != model or r["epoch"] <= epoch]
+            return [r | dict(model=str(r["model"]), epoch=int(r["epoch"])) for r in rows]
         except (ValueError, TypeError, LookupError, RecursionError, OSError):
             stop(f"{path} is damaged: move it away and go on with --resume")
-        write(path, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def forget(self, model: str, epoch: int) -> None:
+        """Drop the log lines of epochs that never reached a checkpoint: they will come again."""
+        if rank():
+            return
+        kept = [r for r in self.logged() if r["model"] != model or r["epoch"] <= epoch]
+        write(self.path / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
 
     def split(self, name: str, has_mesh: bool = False) -> Split:
         """A split of the data, and of the training split as many samples as Training.limit says."""

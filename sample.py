@@ -11,7 +11,8 @@ that it has been trained for:
               similarity.png       cosine similarity of codes, and of parts           Fig. 7, 14
               swap.png             what moves when one token is swapped               Fig. 8
     stage 2   densified.png        random samples: detected, dense and fine points
-    stage 3   overview.png         one occluded person, from the detection to 3D
+    stage 3   curves.png           errors against training time, and against samples seen
+              overview.png         one occluded person, from the detection to 3D
               poses_random.png     random samples, and in poses_worst.png those with the
                                    largest 3D error                                   Fig. 2, 13, 15
 
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints import Run, stop
+from curves import learning_curves
 from evaluate import alignment, left_out, mpjpe, open_run, part_cosines
 from hipart import (
     J_D,
@@ -463,6 +465,8 @@ def main() -> None:
     if stages >= 2:
         draw_densified(figures / "densified.png", p, few, actions)
     if stages >= 3:
+        if (run.path / "log.jsonl").exists():
+            save(learning_curves(run), figures / "curves.png")
         worst = p["mm"].argsort()[::-1][: args.n]
         draw_overview(figures / "overview.png", p, typical_occlusion(p))
         draw_poses(figures / "poses_random.png", p, few, actions,

@@ -33,7 +33,7 @@ SCRIPT = Path(sample.__file__)
 FIGURES = {
     1: ["reconstruction.png", "similarity.png", "swap.png"],
     2: ["densified.png"],
-    3: ["overview.png", "poses_random.png", "poses_worst.png"],
+    3: ["curves.png", "overview.png", "poses_random.png", "poses_worst.png"],
 }
 
 
