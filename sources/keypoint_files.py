@@ -7,6 +7,7 @@ arrays go through an unpickler that builds arrays only (safe_pickle.py).
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from sources.files import read_bytes, read_json, shown
 from sources.layouts import layout_of
 from sources.safe_pickle import load_arrays
-from sources.tracks import Frame, frame_of
+from sources.tracks import Frame, frames_of
 
 MOST = 200_000  # people of a file
 MOST_NUMBERS = 15_000_000  # of all of them
@@ -30,7 +31,7 @@ class Person(NamedTuple):
 
     points: np.ndarray  # [K, 3]: x, y and score
     name: str
-    frame: Frame | None = None
+    frame: Frame | str | None = None  # or the name of the image, which may tell
     id: str = ""  # of a track, if the file has one
     size: tuple[float, float] = (0.0, 0.0)  # px, width and height of the image; 0: unknown
 
@@ -84,7 +85,7 @@ def read_people(path: Path) -> Found:
     if suffix in (".npy", ".npz"):
         return _arrays(path)
     if suffix == ".txt":
-        return Found("labels of Ultralytics", _labels(path), "coco17", assumed=True)
+        return Found("labels of Ultralytics", _in_time(_labels(path)), "coco17", assumed=True)
     if suffix != ".json":
         raise ValueError(f"expected a file that ends in .json, .npz, .npy or .txt, or a folder of "
                          f".json or .txt files, found the ending {shown(suffix)!r}")
@@ -94,7 +95,7 @@ def read_people(path: Path) -> Found:
     if isinstance(content, list) and content and _is(content[0], "keypoint_annotations"):
         content = [{"image_id": image.get("image_id"), "keypoints": _aic(points)}
                    for image in content for points in image["keypoint_annotations"].values()]
-        return Found("AI Challenger", _listed(content, path.stem)[0], "aic14")
+        return Found("AI Challenger", _in_time(_listed(content, path.stem)[0]), "aic14")
     return _recognised(*_listed(content, path.stem), content)
 
 
@@ -127,7 +128,8 @@ def _folder(path: Path) -> Found:
         keys |= k
         _check_count(people)
     if chosen[0].suffix == ".txt":
-        return Found(f"labels of Ultralytics, {len(chosen)} images", people, "coco17", True)
+        program = f"labels of Ultralytics, {len(chosen)} images"
+        return Found(program, _in_time(people), "coco17", True)
     found = _recognised(people, keys, names, first)
     return found._replace(program=f"{found.program}, {len(chosen)} files")
 
@@ -154,6 +156,7 @@ def _recognised(people: list[Person], keys: set[str], names: list | None, conten
     """Whose file it is, and in which order its joints are. names: those that the points have."""
     if not keys and content not in ([], {}):
         raise ValueError(f"it is no keypoint file that is known here: expected {KNOWN}")
+    people = _in_time(people)
     program, usual = next(((name, usual) for needed, name, usual in PROGRAMS if needed <= keys),
                           ("no people", {}))
     if program == "COCO results" and people and people[0].frame:
@@ -196,27 +199,30 @@ def _named(names: list[str]) -> tuple[str | None, str]:
 
 
 def _in_time(people: list[Person]) -> list[Person]:
-    """People of sequences in the order of the frames; the others first, as they are."""
+    """People with the frames that their images' names tell, those of sequences in the order of the
+    frames; the others first, as they are."""
+    frames = frames_of({p.frame for p in people if isinstance(p.frame, str)})
+    people = [p._replace(frame=frames.get(p.frame, p.frame)) for p in people]
     return sorted(people, key=lambda p: (natural(p.frame.sequence), p.frame.number) if p.frame
                   else ([], 0))
 
 
 def _listed(content, image: str) -> tuple[list[Person], set[str], list[str] | None]:
-    """The people of a JSON file in time, the keys on the way to them, and the names of the joints,
+    """The people of a JSON file, the keys on the way to them, and the names of the joints,
     if the points have them. image: the name for people who are in no other image."""
     people, search = [], _Search()
     for p, where, of in search.people(content, image):
         track = _id(p) if isinstance(p, dict) else ""
         own = _image(p, where)
-        frame = frame_of(own[-200:]) if isinstance(own, str) else Frame("", _whole(own))
+        frame = own[-200:] if isinstance(own, str) else Frame("", _whole(own))
         if isinstance(own, int) and isinstance(p, dict) and "image_id" in p and not track:
             frame = None  # COCO counts photos, not frames
         people.append(Person(_points(p), _text(own), frame, track, of))
         _check_count(people)
-    people, seen = _in_time(people), {}
+    seen = Counter()
     for i, p in enumerate(people):
-        seen[p.name] = seen.get(p.name, -1) + 1
         people[i] = p._replace(name=f"{p.name} #{seen[p.name]}")
+        seen[p.name] += 1
     return people, search.keys, search.names
 
 
@@ -377,7 +383,7 @@ def _coco(content: dict) -> Found:
         points[:, 2] = points[:, 2] > 0  # COCO's v: 1 hidden but annotated, 2 visible
         used.add(tuple(names.get(a.get("category_id"), next(iter(names.values()), ()))))
         file, track = str(image.get("file_name", a["image_id"])), _id(a)
-        frame = frame_of(file[-200:]) if track else None
+        frame = file[-200:] if track else None
         people.append(Person(points, f"{file[:LONGEST_NAME]} #{shown(a.get('id', len(people)))}",
                              frame, track, sized(image.get("width"), image.get("height"))))
         _check_count(people)
@@ -405,7 +411,7 @@ def _labels(path: Path) -> list[Person]:
         is_id = more > 0 and last >= 1 and last == int(last)
         points = np.ones((17, 3))
         points[:, :columns] = numbers[5 : 5 + 17 * columns].reshape(17, columns)
-        people.append(Person(points, f"{path.stem[:LONGEST_NAME]} #{i}", frame_of(path.stem),
+        people.append(Person(points, f"{path.stem[:LONGEST_NAME]} #{i}", path.stem[-200:],
                              f"{last:g}" if is_id else ""))
         _check_count(people)
     return people

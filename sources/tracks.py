@@ -8,6 +8,7 @@ that a person can make.
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 GAP = 10  # frames in which a person may be missed
 CROWD = 50  # people of one frame; in a sequence that shows more, nobody is followed
 REMEMBERED = 100  # tracks at a time, the last seen first
+LARGEST = 1 << 62  # number of a frame
 # What a person can change from one frame to the next, in diagonals of the box around the joints:
 # the pose, as the mean way of a joint within the person; the place of the whole person, since
 # cameras turn, too; and the size, as a factor. After a gap it may be up to three times as much.
@@ -29,12 +31,29 @@ class Frame(NamedTuple):
     number: int
 
 
-def frame_of(image: str) -> Frame | None:
-    """The frame that an image is by its name, as in "clip_0012.jpg", "10.png" or "a/b_3_keypoints";
-    None if there is no number in it."""
-    name = re.sub(r"\.[A-Za-z]\w{0,4}$", "", image)
-    found = re.fullmatch(r"(.*?)([0-9]{1,18})([^0-9/]*)", name, re.DOTALL)
-    return Frame(found[1] + found[3], int(found[2])) if found else None
+def frames_of(images: Collection[str]) -> dict[str, Frame | None]:
+    """Which frame each image is by its name, as in "clip_0012.jpg" or "a/b_3_keypoints"; None if
+    the name, without its folder, has no number.
+
+    Among names that differ in their numbers only, the last number that is not always the same
+    counts the frames: in clip_0_1080p.jpg, clip_1_1080p.jpg it is the first.
+    """
+    kinds, frames = defaultdict(dict), dict.fromkeys(images)
+    for image in frames:
+        folder, slash, name = re.sub(r"\.[A-Za-z]\w{0,4}$", "", image).rpartition("/")
+        parts = re.split("([0-9]+)", name)
+        kinds[folder + slash, *parts[::2]][image] = parts[1::2]
+    for (folder, *texts), named in kinds.items():
+        columns = list(zip(*named.values(), strict=True))
+        rising = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+        if not columns:
+            continue
+        at = (rising or [len(columns) - 1])[-1]
+        for image, numbers in named.items():
+            others = [*numbers[:at], "", *numbers[at + 1 :], ""]
+            rest = "".join(text + n for text, n in zip(texts, others, strict=True))
+            frames[image] = Frame(folder + rest, min(int(numbers[at]), LARGEST))
+    return frames
 
 
 def follow(points: list[np.ndarray], frames: list[Frame | None], ids: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ from conftest import person
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sources.tracks import CROWD, GAP, Frame, follow, frame_of
+from sources.tracks import CROWD, GAP, Frame, follow, frames_of
 
 
 def walk(steps, seed=0, x=200.0, speed=6.0, height=300.0):
@@ -19,7 +19,8 @@ def walk(steps, seed=0, x=200.0, speed=6.0, height=300.0):
 def tracks_of(*people, ids=None, name="clip_{:03}.jpg"):
     """Tracks of people by frame: [{frame: track}] as `people` are given."""
     rows = sorted((t, i) for i, of in enumerate(people) for t in of)
-    found = follow([people[i][t] for t, i in rows], [frame_of(name.format(t)) for t, _ in rows],
+    frames = frames_of({name.format(t) for t, _ in rows})
+    found = follow([people[i][t] for t, i in rows], [frames[name.format(t)] for t, _ in rows],
                    [ids[i] if ids else "" for _, i in rows])
     return [{t: track for (t, j), track in zip(rows, found, strict=True) if i == j}
             for i in range(len(people))]  # fmt: skip
@@ -31,8 +32,26 @@ def tracks_of(*people, ids=None, name="clip_{:03}.jpg"):
                                                               ("x_rendered", 12)),
 ])  # fmt: skip
 def test_frames_by_name(image, frame):
-    assert frame_of(image) == frame
-    assert frame_of("beach.jpg") is None
+    assert frames_of([image, "beach.jpg", "2024/beach"]) == {
+        image: frame, "beach.jpg": None, "2024/beach": None}
+
+
+@pytest.mark.parametrize("name", ["clip_{}_1080p.jpg", "a9/clip-{:04}.30fps.mp4_2.png",
+                                  "{}_{}_0", "cam2_{}_x264"])  # fmt: skip
+def test_the_number_that_rises_counts_frames(name):
+    """What follows it is the same in all names."""
+    images = [name.format(t, 7) for t in range(3)]
+    frames = [frames_of(images)[image] for image in images]
+    assert [frame.number for frame in frames] == [0, 1, 2]
+    assert len({frame.sequence for frame in frames}) == 1
+    assert set(tracks_of(walk(range(5)), name=name.replace("{}_{}", "{}_7"))[0].values()) == {"0"}
+
+
+def test_the_last_number_that_rises_counts_frames():
+    images = [f"cam{cam}_{t}_1080p.jpg" for cam in (1, 2) for t in (7, 8)]
+    assert list(frames_of(images).values()) == [
+        Frame(f"cam{cam}__1080p", t) for cam in (1, 2) for t in (7, 8)]
+    assert frames_of([digits := "9" * 150])[digits].number == 1 << 62
 
 
 @given(st.integers(0, 9), st.integers(1, GAP), st.integers(1, 7))
@@ -66,7 +85,7 @@ def test_people_who_pass_one_another_keep_their_tracks():
 def test_photos_are_no_film():
     body = walk(range(9), speed=0)
     photos = ["beach_04.jpg", "kitchen_11.jpg", "park_02.jpg"]
-    found = follow(list(body.values())[:3], [frame_of(p) for p in photos], [""] * 3)
+    found = follow(list(body.values())[:3], list(frames_of(photos).values()), [""] * 3)
     assert found == [""] * 3
     numbers = dict(zip([139, 285, 632, 724, 776, 785, 802, 872, 885], body.values(), strict=True))
     assert set(tracks_of(numbers, name="{:012}.jpg")[0].values()) == {""}  # one stem, uneven steps
