@@ -299,7 +299,7 @@ def _points(p) -> np.ndarray:
                    if isinstance(p.get(k), list)), None)
     if isinstance(pose, dict):  # Ultralytics: lists of x and of y
         x, y = (_numbers(pose[k]).ravel() for k in "xy")
-        scores = pose.get("visible", pose.get("confidence", np.ones(len(x))))
+        scores = pose.get("visible", pose.get("confidence"))
         a = np.stack([x, y], 1) if len(x) == len(y) else np.zeros(0)
     else:
         width = max((len(p) for p in pose if isinstance(p, list)), default=0)
@@ -309,12 +309,16 @@ def _points(p) -> np.ndarray:
         scores = _numbers(scores).ravel()
         if a.ndim == 1 and a.size == 2 * scores.size or a.ndim == 2 and a.shape[1:] == (2,):
             a = a.reshape(-1, 2)
-            if len(a) == len(scores):
-                a = np.concatenate([a, scores[:, None]], 1)
-    if a.size == 0 or a.size % 3 or a.ndim not in (1, 2) or (a.ndim == 2 and a.shape[1] != 3):
+            if len(a) != len(scores):
+                raise ValueError("expected one score for each joint, beside its x and y, found "
+                                 f"{len(scores)} for {len(a)} joints")
+            return np.concatenate([a, scores[:, None]], 1)
+    if a.ndim == 1 and a.size % 3 == 0:
+        a = a.reshape(-1, 4 if a.size == 4 * 33 else 3)
+    if a.size == 0 or a.ndim != 2 or a.shape[1] not in _columns(a):
         raise ValueError("expected keypoints as x, y, score for each joint, "
                          f"found an array {list(a.shape)}")
-    return a.reshape(-1, 3)
+    return _with_score(a)
 
 
 def _numbers(x) -> np.ndarray:
@@ -477,15 +481,9 @@ def videopose_layout(path: Path, metadata: dict) -> str | None:
 
 
 def _scored(a) -> np.ndarray:
-    """[P, T, K, 2 or 3], [T, K, 2 or 3] or [K, 2 or 3] -> [P, T, K, 3]. What has no score has 1.
-
-    MediaPipe's 33 landmarks may have four columns, x, y, z and visibility, or three, of which the
-    last is z if it is not between 0 and 1.
-    """
+    """[P, T, K, 2 or 3], [T, K, 2 or 3] or [K, 2 or 3] -> [P, T, K, 3]."""
     is_numbers = isinstance(a, np.ndarray) and a.dtype.kind in "fiu"
-    columns = a.shape[-1] if is_numbers and a.ndim in (2, 3, 4) else 0
-    mediapipe = is_numbers and a.ndim > 1 and a.shape[-2] == 33
-    if columns not in ((2, 3, 4) if mediapipe else (2, 3)) or a.size == 0:
+    if not is_numbers or a.ndim not in (2, 3, 4) or a.shape[-1] not in _columns(a) or a.size == 0:
         found = f"{a.dtype} {list(a.shape)}" if isinstance(a, np.ndarray) else type(a).__name__
         raise ValueError(f"expected numbers [N, joints, 2 or 3], found {shown(found)}")
     if a.size > MOST_NUMBERS or a.size // a.shape[-1] // a.shape[-2] > MOST:
@@ -493,8 +491,17 @@ def _scored(a) -> np.ndarray:
                          f"{MOST_NUMBERS} numbers; split it")
     a = a.reshape(*(1,) * (4 - a.ndim), *a.shape).astype(np.float64)
     a = a.swapaxes(0, 1) if a.shape[1] == 1 else a  # one person, [T, 1, joints, 2 or 3]
-    if mediapipe and columns == 4:
-        return a[..., [0, 1, 3]]
-    if columns == 2 or mediapipe and not ((a[..., 2] >= 0) & (a[..., 2] <= 1)).all():
-        return np.concatenate([a[..., :2], np.ones_like(a[..., :1])], -1)
-    return a
+    return _with_score(a)
+
+
+def _columns(a: np.ndarray) -> dict[int, list[int]]:
+    """For each number of columns that points [..., K, columns] may have: x, y and, if it is there,
+    the score. MediaPipe's 33 landmarks are x, y, z and visibility, so a third number is z."""
+    mediapipe = a.ndim > 1 and a.shape[-2] == 33
+    return {2: [0, 1], 3: [0, 1], 4: [0, 1, 3]} if mediapipe else {2: [0, 1], 3: [0, 1, 2]}
+
+
+def _with_score(a: np.ndarray) -> np.ndarray:
+    """Points [..., K, columns] -> [..., K, 3]. What has no score has 1."""
+    a = a[..., _columns(a)[a.shape[-1]]]
+    return a if a.shape[-1] == 3 else np.concatenate([a, np.ones_like(a[..., :1])], -1)

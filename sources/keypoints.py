@@ -75,6 +75,9 @@ def _understood(name: str, found: Found, layout: str, image_size) -> Keypoints:
         said.append(f"joints brought from {chosen} to Human3.6M's order; means of others: "
                     f"{', '.join(made)}; these and the hips and the head sit a little elsewhere "
                     "than Human3.6M's, which costs accuracy")
+    if chosen == "mediapipe33":
+        said.append("of more than two numbers for each landmark, the third is taken as z, which is "
+                    "not used, and the fourth as the visibility")
     return Keypoints(x_s, conf, [shown(p.name) for p in people], track, min_score, said)
 
 

@@ -289,7 +289,6 @@ def landmarks(p):
 def test_mediapipe_needs_the_size_of_the_image(tmp_path):
     p = person("mediapipe33")
     share, path = p / [640, 480, 1], tmp_path / "a.json"
-    z = np.random.default_rng(0).normal(0, 0.3, 33)
     forms = [dict(pose_landmarks=[landmarks(share)], pose_world_landmarks=[landmarks(p)]),
              dict(landmark=landmarks(share)), landmarks(share), [landmarks(share)],
              dict(frames=[dict(frame=1, landmarks=landmarks(share))])]  # fmt: skip
@@ -301,13 +300,25 @@ def test_mediapipe_needs_the_size_of_the_image(tmp_path):
         expect(k, [p], "mediapipe33")
     video = [landmarks(share + [t / 640, 0, 0]) for t in range(3)]
     assert read(write(path, video), image_size=(640, 480)).track == ["0"] * 3
-    for columns in (share, np.c_[share[:, :2], z, share[:, 2]]):
-        np.save(tmp_path / "a.npy", columns[None])
-        expect(read(tmp_path / "a.npy", image_size=(640, 480)), [p], "mediapipe33")
-    for columns in (share[:, :2], np.c_[share[:, :2], z]):
-        np.save(tmp_path / "a.npy", columns[None])
-        expect(read(tmp_path / "a.npy", image_size=(640, 480)), [p * [1, 1, 0] + [0, 0, 1]],
-               "mediapipe33")
+
+
+def test_the_third_column_of_mediapipe_is_z(tmp_path):
+    """Also where it lies between 0 and 1, in arrays and in lists. Others have the score there."""
+    p = person("mediapipe33")
+    share, path, rng = p / [640, 480, 1], tmp_path / "a.json", np.random.default_rng(0)
+    for z in (rng.normal(0, 0.3, 33), rng.uniform(0, 1, 33), np.zeros(33)):
+        for columns, seen in ((share[:, :2], 1), (np.c_[share[:, :2], z], 1),
+                              (np.c_[share[:, :2], z, share[:, 2]], p[:, 2:])):  # fmt: skip
+            np.save(tmp_path / "a.npy", np.stack([columns] * 2))
+            write(path, [dict(keypoints=x) for x in (columns.tolist(), flat(columns))][
+                : 1 + (columns.shape[1] > 2)])  # fmt: skip
+            for k in (read(file, image_size=(640, 480)) for file in (tmp_path / "a.npy", path)):
+                expect(k, [p * [1, 1, 0] + seen * np.array([0, 0, 1])] * len(k.name), "mediapipe33")
+                assert any("third is taken as z" in line for line in k.said)
+    wrong = np.stack([share[:, [0, 1, 2, 2, 2]]])
+    np.save(tmp_path / "a.npy", wrong)
+    with pytest.raises(ValueError, match="expected numbers .N, joints, 2 or 3"):
+        read(tmp_path / "a.npy", image_size=(640, 480))
 
 
 def test_lifting_demos(tmp_path):
@@ -489,7 +500,8 @@ def test_shares_of_an_image_of_known_size(tmp_path):
     ("a.json", '[{"image_id": 1, "keypoints": {"a": 1}}]', "the key 'x' is missing"),
     ("a.json", '[{"image_id": 1, "keypoints": {"x": [1], "y": [1, 2]}}]', "x, y, score"),
     ("a.json", '[{"image_id": 1, "keypoints": [1, 2, 3]}]', "has 1 joints"),
-    ("a.json", '[{"image_id": 1, "keypoints": [[1, 2], [3, 4], [5, 6]]}]', "x, y, score"),
+    ("a.json", '[{"image_id": 1, "keypoints": [[1, 2], [3, 4], [5, 6]]}]', "has 3 joints"),
+    ("a.json", '[{"image_id": 1, "keypoints": [[1, 2, 3, 4], [3, 4, 5, 6]]}]', "x, y, score"),
     ("a.json", '[{"image_id": 1, "keypoints": ["secret", 1, 2]}]', "expected lists of numbers"),
     ("a.json", '[{"image_id": 1, "keypoints": [1e999, {}, 2]}]', "expected lists of numbers"),
     ("a.txt", "0 0.5 secret", "expected lists of numbers"),
@@ -500,7 +512,7 @@ def test_shares_of_an_image_of_known_size(tmp_path):
     ("a.json", '{"people": [3]}', "no person"),
     ("a.json", '{"instance_info": [{}]}', "no person"),
     ("a.json", '{"instance_info": [{"keypoints": [[1, 2]], "keypoint_scores": []}]}',
-     "x, y, score"),
+     "found 0 for 1 joints"),
     ("a.npy", "no array", "not a NumPy file"),
     ("a.npz", "no zip", "not a NumPy file"),
     ("a.csv", "", "ends in .json"),
