@@ -42,7 +42,7 @@ def frames_of(images: Collection[str]) -> dict[str, Frame | None]:
     for image in frames:
         folder, slash, name = re.sub(r"\.[A-Za-z]\w{0,4}$", "", image).rpartition("/")
         parts = re.split("([0-9]+)", name)
-        kinds[folder + slash, *parts[::2]][image] = parts[1::2]
+        kinds[(folder + slash, *parts[::2])][image] = parts[1::2]
     for (folder, *texts), named in kinds.items():
         columns = list(zip(*named.values(), strict=True))
         rising = [i for i, column in enumerate(columns) if len(set(column)) > 1]
@@ -72,7 +72,7 @@ def follow(points: list[np.ndarray], frames: list[Frame | None], ids: list[str])
         if {ids[i] for i in rows} - {"", "0"}:  # AlphaPose writes 0 for all where it did not track
             names = _told(numbers, [ids[i] for i in rows])
         elif step := _even_step(numbers):
-            names = _linked([points[i] for i in rows], [round(n / step) for n in numbers])
+            names = _linked(np.stack([points[i] for i in rows]), [round(n / step) for n in numbers])
         else:
             continue
         for i, name in zip(rows, names, strict=True):
@@ -94,10 +94,12 @@ def _even_step(numbers: list[int]) -> int:
     return step if 2 * times >= sum(steps.values()) else 0
 
 
-def _linked(points: list[np.ndarray], times: list[int]) -> list[str]:
+def _linked(points: np.ndarray, times: list[int]) -> list[str]:
     """The tracks of people by movement alone, "" for all if there are too many in a frame."""
     if max(Counter(times).values()) > CROWD:
         return [""] * len(points)
+    visible, sizes = points[..., 2] > 0, _diagonal(points)
+    at = np.where(visible, points[..., 0] + 1j * points[..., 1], 0)
     track, made, alive = [""] * len(points), 0, []  # alive: the last person of each track
     frames = defaultdict(list)
     for i, time in enumerate(times):
@@ -105,14 +107,13 @@ def _linked(points: list[np.ndarray], times: list[int]) -> list[str]:
     for time, rows in frames.items():
         alive = [i for i in alive if time - times[i] <= GAP][-REMEMBERED:]
         if alive:
-            here, before = (np.stack([points[i] for i in some]) for some in (rows, alive))
-            gaps = np.array([time - times[i] for i in alive])
-            effort = _effort(here, before, np.minimum(gaps, LONGEST_GAP))
+            gaps = np.minimum([time - times[i] for i in alive], LONGEST_GAP)
+            a, b, effort = _efforts(*((x[rows], x[alive]) for x in (at, visible, sizes)), gaps)
             # The easiest movement first, and each person and each track once.
-            pairs = np.argwhere(effort < 1)
-            for a, b in pairs[np.argsort(effort[tuple(pairs.T)], kind="stable")].tolist():
-                if not track[rows[a]] and alive[b] is not None:
-                    track[rows[a]], alive[b] = track[alive[b]], None
+            easiest = np.argsort(effort, kind="stable")
+            for person, last in zip(a[easiest].tolist(), b[easiest].tolist(), strict=True):
+                if not track[rows[person]] and alive[last] is not None:
+                    track[rows[person]], alive[last] = track[alive[last]], None
         for i in rows:
             if not track[i]:
                 track[i], made = str(made), made + 1
@@ -120,20 +121,26 @@ def _linked(points: list[np.ndarray], times: list[int]) -> list[str]:
     return track
 
 
-def _effort(here: np.ndarray, before: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """How hard it is to get from people `before` [m, K, 3] to people `here` [n, K, 3] in `gaps`
-    [m] frames -> [n, m]; 1 is the most that a person can do."""
-    both = (here[:, None, :, 2] > 0) & (before[None, :, :, 2] > 0)
-    count = both.sum(-1)
-    weight = both / np.maximum(count, 1)[..., None]
-    way = here[:, None, :, :2] - before[None, :, :, :2]
-    place = (way * weight[..., None]).sum(2)
-    pose = (np.linalg.norm(way - place[:, :, None], axis=-1) * weight).sum(-1)
-    size = np.sqrt(_diagonal(here)[:, None] * _diagonal(before)[None])
-    growth = np.abs(np.log(_diagonal(here)[:, None] / _diagonal(before)[None]))
-    effort = np.maximum(pose / size / POSE, np.linalg.norm(place, axis=-1) / size / PLACE)
-    effort = np.maximum(effort, np.where(count == both.shape[-1], growth / np.log(SIZE), 0))
-    return np.where(count >= 2, effort / gaps, np.inf)
+def _efforts(at, visible, sizes, gaps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How hard it is to get from people of earlier frames to people of this one: the pairs that a
+    person can do, as places among the latter and the former, and the effort, below 1.
+
+    Each of at [n, K] (x + iy px), visible [n, K] and sizes [n] px is a pair, (here, before). gaps
+    [m]: how many frames lie between. The place of the whole costs little and is compared for all
+    pairs, the pose only for those that are near.
+    """
+    here, before = (x.astype(np.float64) for x in visible)
+    count = here @ before.T
+    place = (at[0] @ before.T - here @ at[1].T) / np.maximum(count, 1)
+    size = np.sqrt(np.multiply.outer(*sizes))
+    growth = np.abs(np.subtract.outer(*map(np.log, sizes))) * (count == here.shape[1])
+    effort = np.maximum(np.abs(place) / size / PLACE, growth / np.log(SIZE)) / gaps
+    a, b = np.nonzero((count >= 2) & (effort < 1))
+    way = at[0][a] - at[1][b] - place[a, b, None]
+    way = np.sqrt(way.real**2 + way.imag**2) * (visible[0][a] & visible[1][b])
+    pose = way.sum(1) / count[a, b] / size[a, b] / POSE / gaps[b]
+    able = pose < 1
+    return a[able], b[able], np.maximum(effort[a, b], pose)[able]
 
 
 def _diagonal(people: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from conftest import person
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sources.tracks import CROWD, GAP, Frame, follow, frames_of
+from sources.tracks import CROWD, GAP, PLACE, POSE, SIZE, Frame, follow, frames_of
 
 
 def walk(steps, seed=0, x=200.0, speed=6.0, height=300.0):
@@ -139,3 +139,27 @@ def test_points_that_are_missing_are_not_compared():
     assert set(tracks_of(body)[0].values()) == {"0"}
     nobody = {t: p * [1, 1, 0] for t, p in walk(range(3)).items()}
     assert list(tracks_of(nobody)[0].values()) == ["0", "1", "2"]
+
+
+@given(st.integers(0, 99), st.floats(0, 0.2), st.integers(1, 5))
+def test_a_link_is_made_if_the_movement_can_be(seed, missing, gap):
+    """Two people, a gap apart, against a plain reading of what sources/tracks.py promises."""
+    rng = np.random.default_rng(seed)
+    a = person("coco17", seed)
+    b = a + np.c_[rng.normal(0, rng.uniform(0, 50), (17, 2)) + rng.uniform(-200, 200, 2),
+                  np.zeros(17)]  # fmt: skip
+    b = (b - [320, 240, 0]) * [*[rng.choice([0.7, 1, 1.4])] * 2, 1] + [320, 240, 0]
+    for x in (a, b):
+        x[rng.random(17) < missing] = 0
+    joints = [j for j in range(17) if a[j, 2] > 0 and b[j, 2] > 0]
+    ways = [b[j, :2] - a[j, :2] for j in joints]
+    place = sum(ways) / len(ways)
+    boxes = [np.linalg.norm(np.ptp(x[x[:, 2] > 0, :2], axis=0)) for x in (a, b)]
+    size, pose = np.sqrt(boxes[0] * boxes[1]), np.mean([np.linalg.norm(w - place) for w in ways])
+    efforts = [pose / size / POSE, np.linalg.norm(place) / size / PLACE]
+    if len(joints) == 17:
+        efforts.append(abs(np.log(boxes[0] / boxes[1])) / np.log(SIZE))
+    far = person("coco17", 0, at=(9000, 240))  # somebody else, so that steps are of one frame
+    times = [0, *range(gap), gap]
+    found = follow([a, *[far] * gap, b], [Frame("", t) for t in times], [""] * (gap + 2))
+    assert (found[0] == found[-1]) == (max(efforts) < min(gap, 3))
