@@ -81,14 +81,17 @@ class Config:
     lambda_p: float = 3.0  # ours: weight of the pose error when training on generation itself
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            most = 1 if name.endswith(("dropout", "ema_decay", "restart_below")) else 1e99
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+            if type(value) is float and not 0 <= value <= most:
+                raise ValueError(f"{name} must be from 0 to {most:g}, found {value}")
         if self.condition not in ("sos", "every"):
             raise ValueError(f"condition must be one of sos, every, found {self.condition!r}")
         if self.width % self.heads:
             raise ValueError(
                 f"width must be a multiple of heads, found {self.width} and {self.heads}")
-        for name, value in vars(self).items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"{name} must be at least 1, found {value}")
 
 
 # --------------------------------------------------------------------------------------------------

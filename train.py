@@ -94,6 +94,8 @@ class Training:
             least = 0 if name.startswith(("limit", "warmup", "epochs_soft")) else 1
             if type(value) is int and value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
+            if type(value) is float and not 0 <= value <= 1e99:
+                raise ValueError(f"{name} must be from 0 to 1e+99, found {value}")
 
 
 # A preset is a pair of overrides, of Config and of Training. The three stages are the same in all.

@@ -36,6 +36,7 @@ from sources.motion import (
     ROOT,
     parse_clip,
 )
+from sources.safe_pickle import load_arrays
 
 N_BODIES = (45, 5, 10)  # for training, validation and testing; the unseen split shows test bodies
 
@@ -66,6 +67,7 @@ SEGMENTS = [  # Anny's bone that starts it, parent segment, clip bones a and b, 
 # The segment that carries each of Human3.6M's 17 joints.
 JOINT_SEGMENT = np.array([0, 9, 10, 11, 12, 13, 14, 4, 6, 8, 8, 17, 18, 18, 15, 16, 16])
 CLIP_TO_BODY = np.array([[0.0, 0, -1], [-1, 0, 0], [0, 1, 0]])  # the clips' axes -> the bodies'
+ARRAYS = {"vertices", "faces", "weights", "heads", "joints", "stature"}  # of bodies
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,6 +217,8 @@ def fetch_wheel(requirement, wheels, cache, sha256=None, extra=()):
     if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise ValueError(f"{path} is not the expected file, whose sha256 is {sha256}: "
                          "delete it and try again.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no wheel: delete it and try again.")
     return path
 
 
@@ -264,8 +268,13 @@ def get_bodies(cache, seed, wheels=None, counts=N_BODIES):
         temporary = path.with_suffix(".tmp.npz")
         np.savez(temporary, **arrays)
         os.replace(temporary, path)
-    with np.load(path, allow_pickle=False) as stored:
-        return {**{k: stored[k] for k in stored.files}, "split_sizes": counts}
+    try:
+        bodies = load_arrays(path)
+        if missing := ARRAYS - set(bodies):
+            raise ValueError(f"{', '.join(sorted(missing))} are missing")
+    except ValueError as e:
+        raise ValueError(f"{path} holds damaged bodies: delete it and try again.") from e
+    return bodies | {"split_sizes": counts}
 
 
 def _build_bodies(rng, n):

@@ -86,3 +86,27 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=message) as caught:
         B.get_clips(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_damaged_bodies_are_said_in_one_sentence(tmp_path, bodies):
+    path = tmp_path / "bodies_v1_anny-0.6.2_8_0.npz"
+    arrays = {k: v for k, v in bodies.items() if k != "split_sizes"}
+    np.savez(path, **arrays)
+    whole = path.read_bytes()
+    found = B.get_bodies(tmp_path, 0, counts=(4, 2, 2))
+    assert found.keys() == bodies.keys()
+    np.testing.assert_array_equal(found["vertices"], bodies["vertices"])
+    half, other = len(whole) // 2, bytes(9)
+    for damaged in (b"", whole[:half], whole[:half] + other + whole[half + 9 :], b"no archive"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="holds damaged bodies: delete it and try"):
+            B.get_bodies(tmp_path, 0, counts=(4, 2, 2))
+    np.savez(path, **{k: v for k, v in arrays.items() if k != "stature"})
+    with pytest.raises(ValueError, match="holds damaged bodies: delete it"):
+        B.get_bodies(tmp_path, 0, counts=(4, 2, 2))
+
+
+def test_a_damaged_wheel_is_said_in_one_sentence(tmp_path):
+    (tmp_path / "roma-1.8.0-py3-none-any.whl").write_bytes(b"PK and nothing else")
+    with pytest.raises(ValueError, match="roma-1.8.0.* is no wheel: delete it and try again"):
+        B.fetch_wheel("roma==1.8.0", tmp_path, tmp_path)

@@ -889,6 +889,18 @@ def test_settings_that_cannot_work_are_said_in_one_sentence(
     one_sentence(said)
 
 
+@pytest.mark.parametrize("option, value, expected", [
+    ("dropout", 5.0, "0 to 1,"), ("ema_decay", 1.5, "0 to 1,"), ("restart_below", -0.1, "0 to 1,"),
+    ("dropout", math.nan, "0 to 1,"), ("tau", -1.0, "from 0"), ("beta", math.inf, "from 0"),
+    ("lr_1", -1.0, "from 0"), ("weight_decay_2", math.nan, "from 0"),
+    ("turn_3", math.inf, "from 0"), ("heads", 0, "at least 1"), ("lifter_width", -6, "at least 1"),
+])  # fmt: skip
+def test_numbers_that_no_option_can_have_are_refused(tmp_path, monkeypatch, capsys, option, value,
+                                                     expected):
+    _, said = refused(monkeypatch, capsys, tmp_path, **{option: value})
+    assert expected in one_sentence(said) and option in said
+
+
 def test_a_diverged_stage_2_is_refused_and_not_saved(run, data, tmp_path, monkeypatch, capsys):
     begin(run, tmp_path, "stage1")
     _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 2, lr_2=1e20)
