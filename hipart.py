@@ -78,7 +78,9 @@ class Config:
     lambda_d: float = 1.5  # weight of the dense tokens, Eq. 12
     condition: str = "sos"  # "sos": x_s is g^0 alone; "every" (ours): it reaches every position
     soft: bool = False  # ours: True hands on expected embeddings instead of the likeliest code
-    lambda_p: float = 3.0  # ours: weight of the pose error when training on generation itself
+    soft_targets: float = 0.0  # ours: how far the target of Eq. 12 spreads over near codes
+    history_dropout: float = 0.0  # ours: share of g^1..g^15 that is 0 in training
+    lambda_p: float = 100.0  # ours: weight of the pose error when training on generation itself
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -477,10 +479,12 @@ class HiARM(nn.Module):
     no mask, since its caches hold the past alone. Both are made of the same four steps:
     `begin`, `summarize`, `remember` and `predict`.
 
-    Two switches of Config change the paper's method. condition="every": one SOS token is a narrow
+    Three switches of Config change the paper's method. condition="every": one SOS token is a narrow
     door for a whole pose, so an MLP of x_s also adds to every position. soft=True: a step hands on
     the *expected* embedding, softmax(logits) @ C, instead of the likeliest code. As that is
-    differentiable, it can be trained through (`HiPART.loss`, on_rollout).
+    differentiable, it can be trained through (`HiPART.loss`, on_rollout). history_dropout: training
+    forgets some parts of the past, so that the model learns to see them in x_s as well, and
+    `one_pass` can do without any.
     """
 
     def __init__(self, config: Config):
@@ -489,6 +493,9 @@ class HiARM(nn.Module):
         self.config = c
         self.register_buffer("C_s", torch.randn(c.K_s, c.D))
         self.register_buffer("C_d", torch.randn(c.K_d, c.D))
+        # The mean squared distances of the tokenizer's embeddings to their own codes.
+        self.register_buffer("m_s", torch.ones(()))
+        self.register_buffer("m_d", torch.ones(()))
         self.P_c = nn.Linear(J * 2, W)  # the SOS token
         # Column j is the learned token that stands in for a missing joint j, as in PCT.
         self.missing = nn.Linear(J, W, bias=False)
@@ -516,10 +523,15 @@ class HiARM(nn.Module):
         mask_h = torch.ones(J_S, J_S, dtype=torch.bool).tril()
         self.register_buffer("mask_h", mask_h, persistent=False)
 
-    def set_codebooks(self, msst: MSST) -> None:
-        """Copy the codebooks of a trained tokenizer."""
+    @torch.no_grad()
+    def set_codebooks(self, msst: MSST, x_f: Tensor) -> None:
+        """Copy the codebooks of a trained tokenizer, and measure how far embeddings of the poses
+        x_f [N, 96, 2] lie from their codes."""
         self.C_s.copy_(msst.Q_s.codebook)
         self.C_d.copy_(msst.Q_d.codebook)
+        o = msst.tokenize(x_f)
+        self.m_s.copy_((o["z_s"] - o["zh_s"]).pow(2).sum(-1).mean())
+        self.m_d.copy_((o["zp_d"] - o["zh_d"]).pow(2).sum(-1).mean())
 
     def begin(self, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor, Tensor]:
         """x_s [B, 17, 2] -> the SOS token g^0 = P_c(x_s) [B, 1, W], and what is added at every
@@ -536,7 +548,8 @@ class HiARM(nn.Module):
         n parts at once: zh_s [B, n, D], zh_d [B, n, R, D] -> g [B, n, W]."""
         x = torch.cat([self.in_s(zh_s)[:, :, None], self.in_d(zh_d)], 2) + self.slot_l
         x = run_blocks(self.LSAB, x.flatten(0, 1))  # [B n, 1 + R, W]
-        return x.mean(1).unflatten(0, zh_s.shape[:2])
+        g, p = x.mean(1).unflatten(0, zh_s.shape[:2]), self.config.history_dropout
+        return g * (torch.rand_like(g[..., :1]) >= p) if p and self.training else g
 
     def remember(self, g: Tensor, mask: Tensor | None = None, caches=None) -> Tensor:
         """Eq. 10: h^0..h^i = GCSAB(g^0..g^i), all that has been generated so far, as seen from
@@ -585,6 +598,18 @@ class HiARM(nn.Module):
             steps.append(dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s, zh_d=zh_d))
         return {name: torch.cat([step[name] for step in steps], 1) for name in steps[0]}
 
+    def one_pass(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """zh_s [B, 16, D] and zh_d [B, 48, D] of all parts at once, with no past: g^1..g^15 are 0.
+        This is the "classification" of the paper's Table 4, as PCT does it."""
+        g_0, position = self.begin(x_s, conf)
+        h = self.remember(F.pad(g_0, (0, 0, 0, J_S - 1)) + position, self.mask_h)  # [B, 16, W]
+        here = [[] for _ in self.PH]  # keys and values of the sparse slots
+        slots = self.predict(h.reshape(-1, 1, h.shape[-1]) + self.slot_p[:1], caches=here)
+        zh_s = self.pick(self.head_s(slots), self.C_s)  # [B 16, 1, D]
+        slots = self.predict(self.in_s(zh_s) + self.slot_p[1:], caches=here)  # [B 16, R, W]
+        zh_d = self.pick(self.head_d(slots), self.C_d)
+        return zh_s.view(len(x_s), J_S, -1), zh_d.view(len(x_s), J_D, -1)
+
     def pick(self, logits: Tensor, C: Tensor) -> Tensor:
         """What a step hands on: logits [B, n, K], codebook C [K, D] -> [B, n, D]."""
         return logits.softmax(-1) @ C if self.config.soft else C[logits.argmax(-1)]
@@ -598,27 +623,29 @@ class HiPART(nn.Module):
         self.config = config
         self.msst, self.hiarm = MSST(config), HiARM(config)
 
-    def loss(self, x_s: Tensor, conf: Tensor | None, x_d: Tensor, x_f: Tensor, q_s: Tensor,
-             q_d: Tensor, on_rollout: bool = False) -> tuple[Tensor, dict, dict]:
+    def loss(self, x_s: Tensor, conf: Tensor | None, x_d: Tensor, x_f: Tensor, z_s: Tensor,
+             zp_d: Tensor, q_s: Tensor, q_d: Tensor, on_rollout: bool = False
+             ) -> tuple[Tensor, dict, dict]:
         """L_2 (Eq. 12) for the tokens q_s [B, 16] and q_d [B, 48] of the true poses x_d [B, 48, 2]
         and x_f [B, 96, 2], given x_s [B, 17, 2], all in the model frame -> the loss, its terms and
         the accuracies of both kinds of token (detached, unweighted), and what HiARM put out.
+        z_s [B, 16, D] and zp_d [B, 48, D] are the embeddings that the tokens stand for.
 
         on_rollout (ours): the same on free-running generation, so that the model learns to live
         with its own history, plus lambda_p times the error of the poses that the frozen tokenizer
         decodes from it. config.soft is what makes that differentiable.
         """
-        c = self.config
+        c, hiarm = self.config, self.hiarm
         if on_rollout:
-            o = self.hiarm.rollout(x_s, conf)
+            o = hiarm.rollout(x_s, conf)
             xh_d, xh_f = self.msst.decode_embeddings(o["zh_s"], o["zh_d"])
             pose = dict(pose=(xh_d - x_d).norm(dim=-1).mean() + (xh_f - x_f).norm(dim=-1).mean())
         else:
-            logits_s, logits_d = self.hiarm(x_s, q_s, q_d, conf)
+            logits_s, logits_d = hiarm(x_s, q_s, q_d, conf)
             o, pose = dict(logits_s=logits_s, logits_d=logits_d), {}
         terms = pose | dict(
-            sparse=F.cross_entropy(o["logits_s"].flatten(0, 1), q_s.flatten()),
-            dense=F.cross_entropy(o["logits_d"].flatten(0, 1), q_d.flatten()),
+            sparse=token_loss(o["logits_s"], q_s, z_s, hiarm.C_s, hiarm.m_s, c.soft_targets),
+            dense=token_loss(o["logits_d"], q_d, zp_d, hiarm.C_d, hiarm.m_d, c.soft_targets),
             acc_s=(o["logits_s"].argmax(-1) == q_s).float().mean(),
             acc_d=(o["logits_d"].argmax(-1) == q_d).float().mean(),
         )
@@ -627,21 +654,38 @@ class HiPART(nn.Module):
             loss = loss + c.lambda_p * terms["pose"]
         return loss, {name: t.detach() for name, t in terms.items()}, o
 
-    def densify(self, x_s: Tensor, conf: Tensor | None = None, memory: int = 512
-                ) -> tuple[Tensor, Tensor]:
+    def densify(self, x_s: Tensor, conf: Tensor | None = None, memory: int = 512,
+                history: bool = True) -> tuple[Tensor, Tensor]:
         """x_s [N, 17, 2] and conf [N, 17] (0: missing; None: all visible) -> x_d [N, 48, 2] and
         x_f [N, 96, 2] (Alg. 1), all in normalised image coordinates, without dropout. N may be any
-        number: poses are made in chunks, in `memory` MB at most beside input and output."""
+        number: poses are made in chunks, in `memory` MB at most beside input and output. Without
+        history, all tokens come from `HiARM.one_pass`."""
         x_d, x_f = x_s.new_empty(len(x_s), J_D, 2), x_s.new_empty(len(x_s), J_F, 2)
         n = poses_at_once(self.config, memory)
         with lean_mode():
             for rows in (slice(i, i + n) for i in range(0, len(x_s), n)):
                 x, c = x_s[rows], None if conf is None else conf[rows]
                 pelvis = detected_pelvis(x, c)
-                zh_s, zh_d = generate(self.hiarm, to_model_frame(x, pelvis), c)
-                made = self.msst.decode_embeddings(zh_s, zh_d)
+                x = to_model_frame(x, pelvis)
+                made = generate(self.hiarm, x, c) if history else self.hiarm.one_pass(x, c)
+                made = self.msst.decode_embeddings(*made)
                 x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
         return x_d, x_f
+
+
+def token_loss(logits: Tensor, q: Tensor, z: Tensor, C: Tensor, m: Tensor, spread: float
+               ) -> Tensor:
+    """A cross-entropy of Eq. 12: logits [B, n, K] for tokens q [B, n] of embeddings z [B, n, D].
+
+    With a spread (ours), the target is not the nearest code alone, but every code k in proportion
+    to exp(-|z - C_k|^2 / (spread m)): an embedding lies between codes, and those near it are nearly
+    as right. m is the mean squared distance of embeddings to their own codes.
+    """
+    if not spread:
+        return F.cross_entropy(logits.flatten(0, 1), q.flatten())
+    # |z|^2 is the same for all codes, and drops out.
+    targets = ((2 * z @ C.T - C.pow(2).sum(-1)) / (spread * m)).softmax(-1)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
 
 
 # --------------------------------------------------------------------------------------------------

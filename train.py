@@ -47,7 +47,7 @@ from distributed import data_parallel, from_first_, gather, mean, part, rank, su
 from hipart import J_D, J_F, J_S, MSST, SCALE, Config, HiPART, J, SpatialLifter, detected_pelvis
 from sources.dataset import BLOCK, Split, in_model_frame, open_array
 from survival import alone_in, check_space, stop
-from training_loop import Loop, adamw, every_4_epochs, warmup_cosine
+from training_loop import Loop, adamw, every_4_epochs, in_two_phases, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class Training:
 SMALL_MODEL = dict(
     D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64, ema_decay=0.98,
     width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, condition="every", soft=True,
+    soft_targets=2.0, history_dropout=0.5,
 )  # fmt: skip
 SMALL_TRAINING = dict(
     lr_1=2e-3, lr_2=1e-3, epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2,
@@ -302,19 +303,20 @@ def stage_2(run: Run) -> None:
     torch.manual_seed(run.seed)
     model = HiPART(c).to(run.device)
     restore(model.msst, load_finished(run, "stage1", same_data=True))
-    model.hiarm.set_codebooks(model.msst)
+    some = train.read(slice(0, 1024), run.rng(2, 10**6))
+    model.hiarm.set_codebooks(model.msst, in_model_frame(some)["x_f"])
     optimizer = adamw(model.hiarm, t.lr_2, t.weight_decay_2)
-    loop = Loop(run, "stage2", model.hiarm, optimizer, t.epochs_2, train.steps(t.batch_2),
-                warmup_cosine(t.warmup_2))
+    per_epoch, forced = train.steps(t.batch_2), t.epochs_2 - t.epochs_soft
+    loop = Loop(run, "stage2", model.hiarm, optimizer, t.epochs_2, per_epoch,
+                in_two_phases(warmup_cosine(t.warmup_2), forced * per_epoch))
     loss_of = data_parallel(model, "loss")
 
     def prepare(block, rows):
         return with_tokens(model.msst, block)
 
     for epoch in loop.epochs():
-        on_rollout = epoch >= t.epochs_2 - t.epochs_soft
         for b in loop.steps(train, t.batch_2, run.rng(2, epoch), prepare=prepare):
-            loss, terms, _ = loss_of(**b, on_rollout=on_rollout)
+            loss, terms, _ = loss_of(**b, on_rollout=epoch >= forced)
             loop.update(loss, terms | dict(loss=loss.detach()))
         loop.finish_epoch(densification_report(model, val))
 
@@ -323,9 +325,9 @@ def stage_2(run: Run) -> None:
 def with_tokens(msst: MSST, block: dict[str, Tensor]) -> dict[str, Tensor]:
     """What `HiPART.loss` takes: a block in the model frame, with the tokens of its true poses."""
     b = in_model_frame(block)
-    tokens = [msst.encode(some) for some in b["x_f"].split(1024)]
-    q_s, q_d = (torch.cat(q) for q in zip(*tokens, strict=True))
-    return {name: b[name] for name in ("x_s", "conf", "x_d", "x_f")} | dict(q_s=q_s, q_d=q_d)
+    tokens = [msst.tokenize(some) for some in b["x_f"].split(1024)]
+    of_pose = {name: torch.cat([t[name] for t in tokens]) for name in ("z_s", "zp_d", "q_s", "q_d")}
+    return {name: b[name] for name in ("x_s", "conf", "x_d", "x_f")} | of_pose
 
 
 @torch.no_grad()

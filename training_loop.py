@@ -198,6 +198,15 @@ def warmup_cosine(warmup: int) -> Callable[[int, int], float]:
     return factor
 
 
+def in_two_phases(schedule: Callable, first: int) -> Callable[[int, int], float]:
+    """A schedule for the `first` steps, and then once more for those that are left."""
+
+    def factor(step: int, steps: int) -> float:
+        return schedule(step, first) if step < first else schedule(step - first, steps - first)
+
+    return factor
+
+
 def every_4_epochs(per_epoch: int) -> Callable[[int, int], float]:
     """The paper's schedule of the lifter: times 0.96 every 4 epochs."""
 

@@ -37,7 +37,9 @@ from sources.detector import NOISE, detect, drop_joints
 from sources.files import open_regular, read_json, safe_name, shown
 from sources.safe_pickle import read_header
 
-FORMAT_VERSION = 2  # 2: has_mesh and with_mesh, which version 1 called fit and fits
+# 2: has_mesh and with_mesh, which version 1 called fit and fits. 3: in the default data, validation
+# and test motion come from stretches of their own.
+FORMAT_VERSION = 3
 SOURCES = ("demo", "bvh", "amass", "h36m", "3dpw")  # choices of prepare_data.py --source
 SPLITS = ("train", "val", "test", "unseen")  # of the default data set
 META_BYTES = 64 << 20  # of meta.json

@@ -54,20 +54,20 @@ def parse_clip(text):
     }
 
 
-def split_frames(clip, stretch=0.2, every=1.2, gap=0.1):
+def split_frames(clip, every=1.2, gap=0.1):
     """Frames of a clip for training, validation and testing: {split: sorted frame indices}.
 
-    Every 1.2 s, a stretch of 0.2 s is held out. Its first third is for validation, the rest for
-    testing. Frames within `gap` seconds of a held-out frame (around the seam too, if the clip
-    loops) belong to no split, since they look almost like it.
+    About every 1.2 s, a stretch of 0.2 s (at most a tenth of the clip) is held out, in turn for
+    testing and for validation; every clip has both. Frames within `gap` seconds of a held-out frame
+    (around the seam too, if the clip loops) belong to no split, since they look almost like it.
     """
     time = clip["time"]
     duration = clip["period"] or time[-1]
-    n = max(1, round(duration / every))
+    n, stretch = max(2, round(duration / every)), min(0.2, duration / 10)
     start = (np.arange(n) + 0.5) * duration / n - stretch / 2
-    into = (time[:, None] - start) / stretch  # [T, n], between 0 and 1 inside a stretch
-    held = (into >= 0) & (into < 1)
-    val, test = (held & (into < 1 / 3)).any(1), (held & (into >= 1 / 3)).any(1)
+    into = time[:, None] - start  # [T, n] s
+    held = (into >= 0) & (into < stretch)
+    test, val = held[:, ::2].any(1), held[:, 1::2].any(1)
     away = np.abs(time[:, None] - time[held.any(1)])  # [T, held-out frames]
     if clip["period"]:
         away = np.minimum(away, clip["period"] - away)

@@ -127,7 +127,7 @@ def set_nan(y):
     (shutil.rmtree, FileNotFoundError, "No data set in .*prepare_data.py --name tiny"),
     (lambda f: (f / "test" / "x_f.npy").unlink(), FileNotFoundError,
      "x_f.npy is missing: make it again"),
-    (damage_version, ValueError, "format version 99, expected 2"),
+    (damage_version, ValueError, "format version 99, expected 3"),
     (damage_json, ValueError, "meta.json is not a JSON file that can be read"),
     (truncate(2000), ValueError, "cannot be read, it is truncated"),
     (truncate(0), ValueError, "cannot be read, it is truncated"),
@@ -173,13 +173,13 @@ SPLIT, NAN = dict(n=32), float("nan")
 
 
 @pytest.mark.parametrize("damage, message", [
-    *[(write_meta(text), "has format version None, expected 2")
+    *[(write_meta(text), "has format version None, expected 3")
       for text in ("[]", "3", '"text"', "null", "{}")],
     (write_meta("[" * 10**6), "not a JSON file that can be read: "),
     (write_meta("[" + "[]," * 20_000_000 + "[]]"), "not a JSON file that can be read: it "),
     (write_meta("\x1b[31mred\n"), "not a JSON file that can be read: "),
-    (change_meta(format_version=[1]), "has format version list, expected 2"),
-    (change_meta(format_version="\x1b[31m" + "x" * 10**6), r"version .x1b.31mx+\.\.\., expected 2"),
+    (change_meta(format_version=[1]), "has format version list, expected 3"),
+    (change_meta(format_version="\x1b[31m" + "x" * 10**6), r"version .x1b.31mx+\.\.\., expected 3"),
     *[(without(key), f"expected `{key}` of meta.json")
       for key in ("source", "actions", "image_size", "noise", "splits")],
     (change_meta(source="\x1b[31m; rm -r ~"), "expected `source` of meta.json to be one of demo"),
@@ -296,7 +296,7 @@ def test_load_names_the_source_that_makes_the_set_again(tiny_data, tmp_path):
     meta = json.loads((tmp_path / "tiny/meta.json").read_text())
     meta |= {"source": "h36m", "format_version": 1}  # of before has_mesh had its name
     (tmp_path / "tiny/meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="format version 1, expected 2: .*--source h36m --folder"):
+    with pytest.raises(ValueError, match="format version 1, expected 3: .*--source h36m --folder"):
         load(tmp_path / "tiny", "test")
 
 

@@ -741,9 +741,9 @@ def test_stage_2_loss_equals_eq_12_in_numpy(config, on_rollout):
         torch.ones(2, 17),
     )
     conf[1, 4] = 0
-    loss, terms, o = model.loss(
-        x_s=x_s, conf=conf, x_d=x_d, x_f=x_f, q_s=q_s, q_d=q_d, on_rollout=on_rollout
-    )
+    z_s, zp_d = torch.randn(2, 16, config.D).double(), torch.randn(2, 48, config.D).double()
+    loss, terms, o = model.loss(x_s=x_s, conf=conf, x_d=x_d, x_f=x_f, z_s=z_s, zp_d=zp_d, q_s=q_s,
+                                q_d=q_d, on_rollout=on_rollout)
     ce_s, ce_d, right_s, right_d, error_d, error_f = [], [], [], [], [], []
     w = weights(model)
     own = {k.removeprefix("hiarm."): v for k, v in w.items()}
@@ -928,12 +928,58 @@ def test_generate_equals_repeated_forward(with_conf):
         )  # samples do not mix
 
 
+def test_token_loss_is_the_cross_entropy_with_all_near_codes():
+    """Soft targets, read from their definition in float64; with no spread, they are one-hot."""
+    torch.manual_seed(0)
+    logits, z, C = (torch.randn(*shape).double() for shape in ((2, 3, 7), (2, 3, 5), (7, 5)))
+    q = torch.cdist(z, C[None]).argmin(-1)
+    m, spread = torch.tensor(1.7).double(), 2.0
+    for t, sharp in ((spread, False), (1e-4, True), (0.0, True)):
+        expected = []
+        for b, i in np.ndindex(2, 3):
+            distances = ((z[b, i].numpy() - C.numpy()) ** 2).sum(-1)
+            near = np.exp(-(distances - distances.min()) / (spread * 1.7))
+            near = np.eye(7)[q[b, i]] if sharp else near / near.sum()
+            expected.append(-near @ log_softmax(logits[b, i].numpy()[None])[0])
+        loss = hipart.token_loss(logits, q, z, C, m, t)
+        assert float(loss) == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+def test_training_forgets_a_share_of_the_history_and_evaluation_none():
+    model = HiPART(dataclasses.replace(TINY, history_dropout=0.25, dropout=0.0)).hiarm
+    zh_s, zh_d = torch.randn(400, 3, TINY.D), torch.randn(400, 3, 3, TINY.D)
+    kept = (model.summarize(zh_s, zh_d) != 0).float().mean(-1)  # [400, 3], 1 or 0
+    assert set(kept.flatten().tolist()) == {0.0, 1.0}
+    assert float(kept.mean()) == pytest.approx(0.75, abs=0.05)
+    assert (model.eval().summarize(zh_s, zh_d) != 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", FORMS, ids=form_name)
+def test_one_pass_is_the_rollout_of_a_model_that_remembers_nothing(config, monkeypatch):
+    model, x_s, _, _ = transformer(3, B=4, config=config)
+    conf = masked(0, 4)[1].double()
+    zh_s, zh_d = model.one_pass(x_s, conf)
+    with_history = model.rollout(x_s, conf)["zh_d"]
+    monkeypatch.setattr(model, "summarize", lambda zh_s, zh_d: zh_s.new_zeros(4, 1, config.width))
+    o = model.rollout(x_s, conf)
+    assert torch.allclose(zh_s, o["zh_s"], atol=1e-10)
+    assert torch.allclose(zh_d, o["zh_d"], atol=1e-10)
+    assert not torch.allclose(zh_d, with_history, atol=1e-3)
+
+
 def test_hiarm_keeps_its_own_frozen_copy_of_the_codebooks():
     model = HiPART(TINY)
     assert not [n for n, _ in model.hiarm.named_parameters() if n.startswith("C_")]
-    model.hiarm.set_codebooks(model.msst)
+    model.msst.Q_s.active.fill_(True), model.msst.Q_d.active.fill_(True)
+    x_f = torch.randn(5, 96, 2)
+    model.hiarm.set_codebooks(model.msst, x_f)
     assert torch.equal(model.hiarm.C_s, model.msst.Q_s.codebook)
     assert torch.equal(model.hiarm.C_d, model.msst.Q_d.codebook)
+    for z, C, m in (("z_s", model.hiarm.C_s, model.hiarm.m_s),
+                    ("zp_d", model.hiarm.C_d, model.hiarm.m_d)):
+        z = model.msst.tokenize(x_f)[z].detach().double().flatten(0, 1)
+        assert float(m) == pytest.approx(float(torch.cdist(z, C.double()).amin(1).pow(2).mean()))
     model.msst.Q_s.codebook.add_(1)
     assert not torch.equal(model.hiarm.C_s, model.msst.Q_s.codebook)  # a copy: MSST may move on
 
@@ -945,7 +991,7 @@ def test_densify_follows_the_person_through_the_image(config):
     much."""
     torch.manual_seed(0)
     model = randomize(HiPART(config), 0.3).eval()
-    model.hiarm.set_codebooks(model.msst)
+    model.hiarm.set_codebooks(model.msst, torch.randn(3, 96, 2))
     x_s = torch.randn(3, 17, 2) * 0.125
     conf = torch.ones(3, 17)
     conf[1, [0, 4, 7]] = 0
@@ -1148,9 +1194,11 @@ def stage_1_step(device):
 
 
 def stage_2_step(device, on_rollout):
-    model = HiPART(dataclasses.replace(TINY, condition="every", soft=True)).to(device)
+    model = HiPART(dataclasses.replace(TINY, condition="every", soft=True, soft_targets=2.0,
+                                       history_dropout=0.5)).to(device)
     b = dict(x_s=masked(0, 4)[0], conf=masked(0, 4)[1], x_d=torch.randn(4, 48, 2),
-             x_f=torch.randn(4, 96, 2), q_s=torch.randint(TINY.K_s, (4, 16)),
+             x_f=torch.randn(4, 96, 2), z_s=torch.randn(4, 16, TINY.D),
+             zp_d=torch.randn(4, 48, TINY.D), q_s=torch.randint(TINY.K_s, (4, 16)),
              q_d=torch.randint(TINY.K_d, (4, 48)))  # fmt: skip
     b = {name: t.to(device) for name, t in b.items()}
 
