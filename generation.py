@@ -78,9 +78,12 @@ class LeanBlock:
         return self.mlp_2(x, F.gelu(self.mlp_1(self.norm2(x))))
 
 
-def generate(hiarm: nn.Module, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor, Tensor]:
+def generate(hiarm: nn.Module, x_s: Tensor, conf: Tensor | None, pick: Callable | None = None
+             ) -> tuple[Tensor, Tensor]:
     """The embeddings zh_s [B, 16, D] and zh_d [B, 48, D] of `HiARM.rollout`, from x_s [B, 17, 2] in
-    the model frame and conf [B, 17] or None. Call it in `lean_mode`."""
+    the model frame and conf [B, 17] or None. `pick` may stand in for `HiARM.pick`; it gets logits
+    [B, K_s] and [B R, K_d] in turns. Call it in `lean_mode`."""
+    pick = pick or hiarm.pick
     LSAB, GCSAB, PH = ([LeanBlock(block) for block in blocks]
                        for blocks in (hiarm.LSAB, hiarm.GCSAB, hiarm.PH))
     norm_h, norm_p = norm(hiarm.norm_h), norm(hiarm.norm_p)
@@ -98,12 +101,12 @@ def generate(hiarm: nn.Module, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor
         slots, here = norm_h(h) + slot_s, [[] for _ in PH]
         for block, tokens in zip(PH, here, strict=True):  # Eq. 11, the sparse slot [B, W]
             slots = block(slots, 1, tokens)
-        zh_s = hiarm.pick(head_s(norm_p(slots)), C_s)  # [B, D]
+        zh_s = pick(head_s(norm_p(slots)), C_s)  # [B, D]
         e_s = in_s(zh_s)[:, None]  # [B, 1, W]
         slots = (e_s + slot_d).view(-1, W)
         for block, tokens in zip(PH, here, strict=True):  # Eq. 11, the dense slots [B R, W]
             slots = block(slots, R, tokens)
-        zh_d = hiarm.pick(head_d(norm_p(slots)), C_d)  # [B R, D]
+        zh_d = pick(head_d(norm_p(slots)), C_d)  # [B R, D]
         made_s.append(zh_s)
         made_d.append(zh_d.view(len(x_s), R, -1))
         if len(made_s) == position.shape[1]:

@@ -577,6 +577,13 @@ class HiARM(nn.Module):
         p = self.predict(slots.flatten(0, 1), self.mask_p).unflatten(0, (-1, J_S))
         return self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
 
+    def log_prob(self, x_s: Tensor, q_s: Tensor, q_d: Tensor, conf: Tensor | None = None) -> Tensor:
+        """log P(q_s, q_d | x_s) [B], the natural logarithm, summed over the 64 tokens (Eq. 7, 8).
+        The R dense tokens of a part are drawn side by side: given its sparse token and the past,
+        they do not depend on one another."""
+        logits = self(x_s, q_s, q_d, conf)
+        return sum(token_log_prob(of, q).sum(1) for of, q in zip(logits, (q_s, q_d), strict=True))
+
     def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
         """Free-running generation (Alg. 1), in 16 steps that keep their keys and values.
 
@@ -613,6 +620,11 @@ class HiARM(nn.Module):
     def pick(self, logits: Tensor, C: Tensor) -> Tensor:
         """What a step hands on: logits [B, n, K], codebook C [K, D] -> [B, n, D]."""
         return logits.softmax(-1) @ C if self.config.soft else C[logits.argmax(-1)]
+
+
+def token_log_prob(logits: Tensor, q: Tensor) -> Tensor:
+    """logits [..., K] and tokens q [...] -> log P(q) [...]."""
+    return logits.log_softmax(-1).gather(-1, q[..., None]).squeeze(-1)
 
 
 class HiPART(nn.Module):
@@ -671,6 +683,50 @@ class HiPART(nn.Module):
                 made = self.msst.decode_embeddings(*made)
                 x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
         return x_d, x_f
+
+    def sample(self, x_s: Tensor, conf: Tensor | None, n: int, temperature: float = 1.0,
+               top_k: int | None = None, generator: torch.Generator | None = None,
+               memory: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+        """n hypotheses of each pose, drawn token by token from P(q_d, q_s | x_s): coordinates and
+        `memory` as in `densify`, x_s [B, 17, 2] -> x_d [B, n, 48, 2], x_f [B, n, 96, 2] and
+        log_prob [B, n]. What a step hands on is the code that was drawn, also if config.soft.
+
+        Tokens are drawn at a temperature, from the top_k likeliest codes (None: from all), with a
+        generator on the device of x_s. log_prob is always that of `HiARM.log_prob`: what the model
+        itself, at temperature 1 and with all codes, thinks of the tokens. ValueError for options
+        that mean nothing.
+        """
+        K = min(self.config.K_s, self.config.K_d)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, found {temperature}")
+        if n < 1 or (top_k is not None and not 1 <= top_k <= K):
+            raise ValueError(f"n must be at least 1 and top_k from 1 to {K}, found {n} and {top_k}")
+        N = len(x_s) * n
+        x_d, x_f, log_prob = (x_s.new_empty(N, *of) for of in ((J_D, 2), (J_F, 2), ()))
+
+        def draw(logits: Tensor, C: Tensor) -> Tensor:
+            scores = logits / temperature
+            if top_k is not None:
+                scores[scores < scores.topk(top_k).values[:, -1:]] = -torch.inf
+            # By the cumulated probabilities, as torch.multinomial takes long. In float64, a number
+            # below 1 times their sum stays below it, so that no code of probability 0 is drawn.
+            cdf = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+            at = torch.rand(len(cdf), 1, generator=generator, device=cdf.device) * cdf[:, -1:]
+            q = torch.searchsorted(cdf, at, right=True).squeeze(-1)
+            log_prob[rows] += token_log_prob(logits, q).view(len(x), -1).sum(1)
+            return C[q]
+
+        at_once = poses_at_once(self.config, memory)
+        with lean_mode():
+            log_prob.zero_()
+            for i in range(0, N, at_once):
+                rows = torch.arange(i, min(i + at_once, N), device=x_s.device)
+                x, c = x_s[rows // n], None if conf is None else conf[rows // n]
+                pelvis = detected_pelvis(x, c)
+                made = generate(self.hiarm, to_model_frame(x, pelvis), c, draw)
+                made = self.msst.decode_embeddings(*made)
+                x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
+        return tuple(y.unflatten(0, (-1, n)) for y in (x_d, x_f, log_prob))
 
 
 def token_loss(logits: Tensor, q: Tensor, z: Tensor, C: Tensor, m: Tensor, spread: float

@@ -6,6 +6,7 @@ and explicit lists of what may be seen stand where the model has masks and batch
 
 import copy
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from hipart import (
     normalize_screen,
     to_model_frame,
     to_pixels,
+    token_log_prob,
     visible_joints,
 )
 from kernels import backend
@@ -1146,6 +1148,170 @@ def test_densify_has_no_dropout():
     model, x_s = randomize(HiPART(dataclasses.replace(TINY, dropout=0.5)), 0.3), masked(0, 2)[0]
     trained = model.train().densify(x_s)
     assert all(map(torch.equal, trained, model.eval().densify(x_s)))
+
+
+# --------------------------------------------------------------------------------------------------
+# HiARM as a distribution: log_prob, sample
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_conf", [False, True])
+@pytest.mark.parametrize("config", FORMS[1:3], ids=form_name)
+def test_log_prob_equals_numpy(config, with_conf):
+    """Eq. 7 and 8: the product of what every token has, given the past."""
+    model, x_s, q_s, q_d = transformer(config=config)
+    conf = (torch.rand(2, 17) > 0.3).double() if with_conf else None
+    got = model.log_prob(x_s, q_s, q_d, conf)
+    assert got.shape == (2,) and got.dtype == torch.float64
+    for b in range(2):
+        own = None if conf is None else conf[b].numpy()
+        tokens_b = q_s[b].numpy(), q_d[b].numpy()
+        reference = hiarm_reference(weights(model), config, x_s[b].numpy(), *tokens_b, own)
+        total = sum(log_softmax(logits[k])[q] for logits, of in zip(reference[:2], tokens_b,
+                    strict=True) for k, q in enumerate(of))  # fmt: skip
+        assert float(got[b]) == pytest.approx(total, abs=1e-9)
+
+
+@torch.no_grad()
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=5, deadline=None)
+def test_probabilities_of_all_token_sequences_sum_to_one(seed):
+    """A body of two parts has 3^2 2^6 = 576 of them. If a token saw itself, or one that is drawn
+    later or beside it, this would fail."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(hipart, "J_S", 2)
+        model = randomize(HiARM(dataclasses.replace(TINY, K_s=3, K_d=2)), 0.6, seed).double().eval()
+        q = torch.tensor(list(itertools.product(*[range(3)] * 2, *[range(2)] * 6)))
+        x_s = torch.randn(1, 17, 2, dtype=torch.float64).expand(len(q), -1, -1)
+        p = model.log_prob(x_s, q[:, :2], q[:, 2:]).exp()
+    assert len(q) == 576 and float(p.max()) > 2 / 576
+    assert float(p.sum()) == pytest.approx(1, abs=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("i", [0, 7, 15])
+def test_probabilities_of_a_part_sum_to_one_whatever_came_before(i):
+    """The tokens of part i, all others held: what stands behind it cancels out only in the parts
+    up to it, so the last factors are left out by hand."""
+    config = dataclasses.replace(TINY, K_s=3, K_d=2)
+    model, x_s, q_s, q_d = transformer(i, B=1, config=config)
+    own = torch.tensor(list(itertools.product(range(3), *[range(2)] * 3)))
+    for _ in range(3):
+        q_s, q_d = torch.randint(3, (len(own), 16)), torch.randint(2, (len(own), 48))
+        q_s[:], q_d[:] = q_s[:1].clone(), q_d[:1].clone()  # one past for all
+        q_s[:, i], q_d[:, 3 * i : 3 * i + 3] = own[:, 0], own[:, 1:]
+        logits_s, logits_d = model(x_s.expand(len(own), -1, -1), q_s, q_d)
+        p = token_log_prob(logits_s, q_s)[:, i].exp()
+        p = p * token_log_prob(logits_d, q_d)[:, 3 * i : 3 * i + 3].sum(1).exp()
+        assert float(p.sum()) == pytest.approx(1, abs=1e-12)
+
+
+def generative(config=TINY, seed=0):
+    """A model in float64 whose codes can be told from its embeddings, and four detections."""
+    model, (x_s, conf) = randomize(HiPART(config), 0.3, seed).double().eval(), masked(seed, 4)
+    model.hiarm.set_codebooks(model.msst, torch.randn(2, 96, 2, dtype=torch.float64))
+    return model, x_s.double() * SCALE, conf.double()
+
+
+def drawn_by(model, x_s, conf, *args, **options):
+    """What `sample` returns, and the tokens q_s [B n, 16] and q_d [B n, 48] that were decoded."""
+    seen, decode = [], model.msst.decode_embeddings
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(model.msst, "decode_embeddings", lambda *z: (seen.append(z), decode(*z))[1])
+        made = model.sample(x_s, conf, *args, **options)
+    q = [torch.cdist(torch.cat(z), C).argmin(-1) for z, C in zip(
+        zip(*seen, strict=True), (model.hiarm.C_s, model.hiarm.C_d), strict=True)]  # fmt: skip
+    return made, q
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.4), dict(temperature=2.0, top_k=3)])
+@pytest.mark.parametrize("config", FORMS[1:3], ids=form_name)
+def test_samples_are_the_tokens_drawn_and_log_prob_is_the_models_own(config, options):
+    model, x_s, conf = generative(config)
+    for c in (conf, None):
+        g = torch.Generator().manual_seed(5)
+        (x_d, x_f, log_prob), (q_s, q_d) = drawn_by(model, x_s, c, 3, generator=g, **options)
+        assert x_d.shape == (4, 3, 48, 2) and x_f.shape == (4, 3, 96, 2)
+        many = [None if a is None else a.repeat_interleave(3, 0) for a in (x_s, c)]
+        pelvis = detected_pelvis(*many)
+        expected = model.hiarm.log_prob(to_model_frame(many[0], pelvis), q_s, q_d, many[1])
+        torch.testing.assert_close(log_prob.flatten(), expected, rtol=0, atol=1e-6)
+        for got, y in zip((x_d, x_f), model.msst.decode(q_s, q_d), strict=True):
+            assert_same(got.flatten(0, 1), from_model_frame(y, pelvis))
+        assert len(torch.unique(torch.cat([q_s, q_d], 1), dim=0)) == 12  # no two are alike
+        g.manual_seed(5)
+        assert all(map(torch.equal, model.sample(x_s, c, 3, generator=g, **options),
+                       (x_d, x_f, log_prob)))  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [dict(temperature=1e-4), dict(top_k=1), dict(temperature=1e-9)])
+def test_cold_samples_are_the_likeliest_chain(options):
+    model, x_s, conf = generative()  # not soft: `densify` hands on the likeliest code
+    made = model.densify(x_s, conf)
+    for got, expected in zip(model.sample(x_s, conf, 2, **options), made, strict=False):
+        assert_same(got, expected[:, None].expand(-1, 2, -1, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, None), (1.5, 4)])
+def test_first_tokens_are_as_frequent_as_the_softmax_says(temperature, top_k):
+    """Chi-square of 4,000 draws of the first sparse token, against a reading in NumPy."""
+    model, x_s, conf = generative()
+    g, n = torch.Generator().manual_seed(1), 4000
+    with pytest.MonkeyPatch.context() as m:  # one part is enough, and 16 times as fast
+        m.setattr(hipart, "generate", lambda hiarm, x, c, draw: first_part(hiarm, x, c, draw, seen))
+        seen = []
+        model.sample(x_s[:1], conf[:1], n, temperature, top_k, g)
+    count = torch.bincount(torch.cat(seen), minlength=TINY.K_s).numpy()
+    pelvis = detected_pelvis(x_s[:1], conf[:1])
+    w = {k.removeprefix("hiarm."): v for k, v in weights(model).items()}
+    x = to_model_frame(x_s[:1], pelvis)[0].numpy()
+    logits = hiarm_reference(w, TINY, x, conf=conf[0].numpy())[0][0]
+    p = np.exp(log_softmax(logits / temperature))
+    p[np.argsort(-p)[top_k or len(p) :]] = 0
+    p /= p.sum()
+    assert count[p == 0].sum() == 0
+    expected = n * p[p > 0]
+    chi_square = ((count[p > 0] - expected) ** 2 / expected).sum()
+    assert chi_square < 40  # p below 1e-4 for 10 degrees of freedom or fewer
+
+
+def first_part(hiarm, x_s, conf, draw, seen):
+    """The sparse token of part 0 of many times one pose, drawn from teacher-forced logits; all
+    other tokens are code 0."""
+    n = len(x_s)
+    nothing = torch.zeros(n, 16, dtype=torch.int64), torch.zeros(n, 48, dtype=torch.int64)
+    one = hiarm(x_s[:1], nothing[0][:1], nothing[1][:1], conf[:1])[0]  # [1, 16, K_s]
+    z = draw(one[:, 0].expand(n, -1), hiarm.C_s)
+    seen.append(torch.cdist(z, hiarm.C_s).argmin(-1))
+    return hiarm.C_s[nothing[0]], hiarm.C_d[nothing[1]]
+
+
+@torch.no_grad()
+def test_samples_come_in_chunks_without_mixing_inputs():
+    """One pose at a time, cold: each hypothesis belongs to its own detection."""
+    model, x_s, conf = generative()
+    whole = model.sample(x_s, conf, 3, top_k=1)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(hipart, "poses_at_once", lambda config, memory: 5)
+        pieces = model.sample(x_s, conf, 3, top_k=1)
+    for a, b in zip(whole, pieces, strict=True):
+        assert_same(a, b)
+        assert not a.is_inference()
+    assert [tuple(y.shape) for y in model.sample(x_s[:0], conf[:0], 3)] == [
+        (0, 3, 48, 2), (0, 3, 96, 2), (0, 3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(n=0), "n must be at least 1"), (dict(temperature=0.0), "temperature must be positive"),
+    (dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"),
+    (dict(top_k=0), "top_k from 1 to 11"), (dict(top_k=12), "top_k from 1 to 11"),
+])  # fmt: skip
+def test_sample_refuses_options_that_mean_nothing(densifier, options, said):
+    with pytest.raises(ValueError, match=said):
+        densifier.sample(torch.zeros(1, 17, 2), None, **dict(n=1) | options)
 
 
 # --------------------------------------------------------------------------------------------------
