@@ -182,6 +182,34 @@ def _y_up(x):
     return x[..., [0, 2, 1]] * [1, 1, -1]
 
 
+def upright(rest: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Up [3] in a rest pose [3] in which somebody stands, with trunk and legs along one axis; None
+    in others, where bones may lie in any way."""
+    trunk = unit(rest["neck"] - rest["hips"])
+    k = np.abs(trunk).argmax()
+    up = np.eye(3)[k] * np.sign(trunk[k])
+    legs = [rest[f"{s} {a}"] - rest[f"{s} {b}"] for s in "lr" for a, b in pairwise(LEG[:3])]
+    return up if min(up @ unit(v) for v in (trunk, *legs)) > np.cos(np.radians(25)) else None
+
+
+def up_axis(p: dict[str, np.ndarray], rest: dict[str, np.ndarray]) -> int:
+    """Which axis of posed joints p [T, 3] points up, 1 or 2; rest: those of the rest pose [3].
+
+    It is the one along which head and feet are mostly farthest apart: people stand. But somebody
+    who stands in the rest pose along another axis, and whose lowest joint along that one is on a
+    floor at 0, while it is far from 0 along the former, is lying down.
+    """
+    standing = np.median(p["head"] - (p["l ankle"] + p["r ankle"]) / 2, 0)
+    axis, up = int(np.abs(standing).argmax()), upright(rest)
+    lowest = np.min([x.min(0) for x in p.values()], 0) / max(np.linalg.norm(standing), 1e-12)
+    other = axis if up is None else int(np.abs(up).argmax())
+    if other != axis and -0.03 < lowest[other] < 0.15 and abs(lowest[axis]) > 0.25:
+        axis = other
+    if axis == 0:
+        raise ValueError("expected a person who stands up along y or z, found one along x")
+    return axis
+
+
 def foot_pitch(p: dict[str, np.ndarray], rest: dict[str, np.ndarray]) -> float:
     """How far the lines from ankles to toes point below the soles, in radians; 0 without toes.
 
@@ -201,12 +229,9 @@ def foot_pitch(p: dict[str, np.ndarray], rest: dict[str, np.ndarray]) -> float:
         return [unit(np.stack([of[f"{s} {b}"] - of[f"{s} {a}"] for s in sides]))
                 for a, b in pairwise(LEG)]
 
-    trunk = unit(rest["neck"] - rest["hips"])
-    k = np.abs(trunk).argmax()  # up is the axis that the trunk is nearest to
-    up = np.eye(3)[k] * np.sign(trunk[k])
-    thigh, shin, foot = leg(rest)
-    upright, dip = min(trunk @ up, *(-thigh @ up), *(-shin @ up)), np.arcsin(-foot @ up)
-    if upright > np.cos(np.radians(25)) and (np.abs(dip - np.radians(25)) < np.radians(35)).all():
+    up = upright(rest)
+    dip = np.arcsin(-leg(rest)[2] @ up) if up is not None else np.array(np.nan)
+    if (np.abs(dip - np.radians(25)) < np.radians(35)).all():
         return float(dip.mean())
     thigh, shin, foot = leg(p)
     straight, dip = (thigh * shin).sum(-1), np.arcsin(np.clip((shin * foot).sum(-1), -1, 1))
@@ -228,10 +253,8 @@ def _clip(p: dict[str, np.ndarray], rest: dict[str, np.ndarray], fps: float) -> 
 
 
 def read_bvh(path: Path) -> dict:
-    """One BVH file -> a clip; its "taken" says what each of our joints is called in the file.
-
-    Up is the axis along which head and feet are mostly farthest apart. Raises ValueError, with one
-    sentence, on anything that is not understood.
+    """One BVH file -> a clip; its "taken" says what each of our joints is called in the file, and
+    which axis points up. Raises ValueError, with one sentence, on anything that is not understood.
     """
     with _reading(path, "BVH file"), open_regular(path, LARGEST) as f:
         bvh = parse_bvh(f)
@@ -250,14 +273,12 @@ def read_bvh(path: Path) -> dict:
         parts = [values[i : i + CHUNK] for i in range(0, len(values), CHUNK)]
         x = np.concatenate([positions(bvh, part, wanted) for part in parts])
         p = dict(zip(joints, np.moveaxis(x, 1, 0), strict=True))
-        standing = np.median(p["head"] - (p["l ankle"] + p["r ankle"]) / 2, 0)
-        axis = int(np.abs(standing).argmax())
-        if axis == 0:
-            raise ValueError("expected a person who stands up along y or z, found one along x")
-        if axis == 2:
-            p = {key: _y_up(v) for key, v in p.items()}
-        clip = _clip(p, dict(zip(joints, rest, strict=True)), bvh.fps / step)
-        return clip | {"taken": {key: bvh.names[j] for key, j in joints.items()}}
+        rest = dict(zip(joints, rest, strict=True))
+        up = up_axis(p, rest)
+        p = {key: _y_up(v) for key, v in p.items()} if up == 2 else p
+        clip = _clip(p, rest, bvh.fps / step)
+        taken = {key: bvh.names[j] for key, j in joints.items()}
+        return clip | {"taken": taken | {"up": "xyz"[up]}}
 
 
 def read_amass(path: Path, model: smpl.SMPL) -> dict:
@@ -325,8 +346,8 @@ def _recognise(path: Path, kind: str) -> str | None:
 
 
 def _in_a_line(taken: dict[str, str]) -> str:
-    """What our joints were taken from; left and right stand together."""
-    cells = [f"{key} {shown(taken[key])}" for key in ("hips", "chest", "neck", "head")]
+    """The axis that points up, and what our joints were taken from, left and right together."""
+    cells = [f"{key} {shown(taken[key])}" for key in ("up", "hips", "chest", "neck", "head")]
     for limb in LIMBS:
         names = [shown(taken.get(f"{side} {limb}", "NOT FOUND")) for side in "lr"]
         cells.append(f"{limb} {', '.join(names)}")

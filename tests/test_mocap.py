@@ -104,6 +104,29 @@ def test_z_up_files_are_turned_upright(tmp_path):
     np.testing.assert_allclose(z_up["hinges"], y_up["hinges"], atol=1e-5)
 
 
+@pytest.mark.parametrize("turn, head", [
+    ((0, -90, 0), 2), ((0, 90, 0), 2), ((90, 0, 90), 0), ((90, 0, -90), 0),
+])  # fmt: skip
+def test_somebody_who_lies_on_the_floor_all_the_time(tmp_path, turn, head):
+    """y is up: the rest pose stands along it, and the lowest joint stays on the floor."""
+    angles = moving(20) * 0.2
+    angles[:, 0] = turn
+    clip = clip_of(tmp_path, angles, positions=np.zeros((20, 3)) + [0, 22, 0])
+    assert clip["taken"]["up"] == "y"
+    trunk = directions(clip)["root"]  # the clip's axes are the file's
+    assert (np.abs(trunk[:, 1]) < 0.3).all() and (np.abs(trunk[:, head]) > 0.8).all()
+    assert clip["height"].max() < 0.5 * CLIP_STANDING_HEIGHT
+
+
+@pytest.mark.parametrize("position", [(0, 0, 90), (0, 0, 0), (30, 50, 90)])
+def test_somebody_who_stands_along_z_with_a_rest_pose_along_y(tmp_path, position):
+    """As files made of SMPL's poses are: the root turns the person upright."""
+    angles = moving(20) * 0.2
+    angles[:, 0] = 0, 90, 0
+    clip = clip_of(tmp_path, angles, positions=np.zeros((20, 3)) + position)
+    assert clip["taken"]["up"] == "z" and (directions(clip)["root"][:, 1] > 0.9).all()
+
+
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
 def test_quaternions_of_matrices(seed):
@@ -406,11 +429,11 @@ def test_a_folder_of_bvh_files(tmp_path, capsys):
     # One line for every skeleton, not for every file
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  joints of ")]
     assert lines[0] == (
-        "  joints of 01/01_02 and 1 more: hips Hips | chest Spine1 | neck Neck | head Head"
+        "  joints of 01/01_02 and 1 more: up y | hips Hips | chest Spine1 | neck Neck | head Head"
         " | hip LeftUpLeg, RightUpLeg | knee LeftLeg, RightLeg | ankle LeftFoot, RightFoot"
         " | toe LeftToeBase, RightToeBase | shoulder LeftArm, RightArm"
         " | elbow LeftForeArm, RightForeArm | wrist LeftHand, RightHand")
-    assert len(lines) == 2 and "other: hips mixamorig:Hips | chest mixamorig:Spine1 |" in lines[1]
+    assert len(lines) == 2 and "other: up y | hips mixamorig:Hips | chest" in lines[1]
 
 
 def test_toes_that_are_not_found_are_said(tmp_path, capsys):
