@@ -1208,9 +1208,9 @@ def test_probabilities_of_a_part_sum_to_one_whatever_came_before(i):
 
 def generative(config=TINY, seed=0):
     """A model in float64 whose codes can be told from its embeddings, and four detections."""
-    model, (x_s, conf) = randomize(HiPART(config), 0.3, seed).double().eval(), masked(seed, 4)
-    model.hiarm.set_codebooks(model.msst, torch.randn(2, 96, 2, dtype=torch.float64))
-    return model, x_s.double() * SCALE, conf.double()
+    model, (x_s, conf) = randomize(HiPART(config), 0.3, seed).eval(), masked(seed, 4)
+    model.hiarm.set_codebooks(model.msst, torch.randn(2, 96, 2))
+    return model.double(), x_s.double() * SCALE, conf.double()
 
 
 def drawn_by(model, x_s, conf, *args, **options):
