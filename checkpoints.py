@@ -134,13 +134,6 @@ def save_checkpoint(path: Path, **content) -> None:
     write(path, buffer.getvalue())
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
-    """np.save, beside and renamed."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write(path, buffer.getvalue())
-
-
 def load_checkpoint(run: Run, name: str) -> dict:
     """The checkpoint `name` of a run, or one sentence and exit status 2 if it is not there, is
     damaged, or is not of this version of the project."""

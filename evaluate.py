@@ -2,6 +2,7 @@
 
     python evaluate.py                          # runs/standard on data/demo
     python evaluate.py --name quick --seeds 3   # mean and spread over the lifters of three seeds
+    python evaluate.py --name quick quick_1     # the same over runs that have been evaluated
     python evaluate.py --occlusion              # joints hidden on purpose: like 3DPW-AdvOcc
     torchrun --nproc_per_node=2 evaluate.py     # samples shared out over two processes
 
@@ -47,8 +48,9 @@ from hipart import (
     to_model_frame,
 )
 from sources.dataset import Split, in_model_frame
+from sources.files import read_json
 from survival import Watch, stop, write
-from tables import LOW_CONF, describe, report, summarize, table
+from tables import LOW_CONF, describe, report, short_table, summarize, table
 from train import (
     INPUTS,
     Training,
@@ -159,8 +161,8 @@ def measure(split: Split, models: Models, rng=None) -> dict[str, np.ndarray]:
     mpjpe_14/INPUT/SEED      mm, over the data's joints_14 if it names them, with the predicted
                              pelvis moved onto the true one; pa_mpjpe_14/INPUT/SEED alike
     visible/INPUT/SEED       mm, mean over the joints that the detector gave; missing/INPUT/SEED
-                             over those that it missed. INPUT is also "sparse interpolated" and
-                             "generated interpolated"
+                             over those that it missed. INPUT is also "sparse_long interpolated"
+                             and "generated interpolated"
 
     What needs true dense and fine points is NaN for samples without.
     """
@@ -280,10 +282,10 @@ def rows_3d(name: str, seed: int, y: Tensor, block: dict[str, Tensor],
 
 def rows_of_missing_joints(name: str, seed: int, y: Tensor, block: dict[str, Tensor],
                            models: Models) -> dict[str, np.ndarray]:
-    """3D errors of visible and of missing joints apart. The lifters of (a) and (b) are also tried
-    with missing joints interpolated, as if none were missing."""
+    """3D errors of visible and of missing joints apart. The lifters of (b) and of (a) with as much
+    time are also tried with missing joints interpolated, as if none were missing."""
     tried = {name: y}
-    if name in ("sparse", "generated"):
+    if name in ("sparse_long", "generated"):
         x_s, conf = block["x_s"], block["conf"]
         rows = (conf == 0).any(1)  # nothing changes for the others
         whole = dict(x_s=interpolate_missing(x_s, conf)[rows], conf=torch.ones_like(conf[rows]))
@@ -327,7 +329,7 @@ def interpolate_missing(x_s: Tensor, conf: Tensor) -> Tensor:
 # cover go missing, and the others keep what was detected. So these are stand-ins, called
 # keypoint-*, and their numbers are not those of the published protocols.
 
-HIDDEN_INPUTS = ("sparse", "generated", "regressor")
+HIDDEN_INPUTS = ("sparse_long", "generated", "regressor")
 MASKS, CROPS, PATCHES = (0.0, 0.2, 0.4, 0.6, 0.8), (0.1, 0.2, 0.3, 0.4), (40, 80)
 FEW = slice(0, None, 10)  # of the samples: there are hundreds of places for a patch
 CROP_PX, STRIDE = 224, 10  # px of the person's box in which PATCHES and their stride are stated
@@ -462,6 +464,12 @@ def trained_on_own_data(run: Run) -> Run:
     return replace(run, data=load_finished(run, "stage1")["run"]["data"])
 
 
+def of_data(run: Run) -> str:
+    """What the names of a run's tables end with: "", or the name of other data than its own."""
+    own = Path(trained_on_own_data(run).data).name
+    return "" if own == Path(run.data).name else f"_{Path(run.data).name}"
+
+
 def left_out(run: Run, stages: int, contents: dict[int, str], seeds: int = 1) -> str:
     """One sentence: what the stages that are not trained would add, and the command to go on."""
     missing = [f"{what} (stage {stage})" for stage, what in contents.items() if stage > stages]
@@ -471,13 +479,13 @@ def left_out(run: Run, stages: int, contents: dict[int, str], seeds: int = 1) ->
 
 def load_models(run: Run, stages: int, seeds: int) -> tuple[Models, dict[str, dict]]:
     """The models of the finished stages, and what their checkpoints say: {name: {config, training,
-    seconds}}."""
-    names = [name for stage in range(1, stages + 1) for name in checkpoints_of(stage, seeds)]
-    keys = ("config", "training", "seconds")
+    seconds, samples}}; samples: how many were seen, each epoch anew."""
     about = {}
-    for name in names:
-        saved = load_finished(run, name)
-        about[name] = {key: saved[key] for key in keys}
+    for stage in range(1, stages + 1):
+        for name in checkpoints_of(stage, seeds):
+            saved = load_finished(run, name)
+            about[name] = {key: saved[key] for key in ("config", "training", "seconds")}
+            about[name]["samples"] = saved["step"] * saved["training"][f"batch_{stage}"]
     if stages == 1:
         return Models(load_msst(run)), about
     hipart = load_hipart(run)
@@ -489,10 +497,11 @@ def load_models(run: Run, stages: int, seeds: int) -> tuple[Models, dict[str, di
 
 
 def open_splits(run: Run, stages: int) -> tuple[dict[str, Split], dict[str, str]]:
-    """The splits to measure, and the sizes of all of them, in words."""
+    """The splits to measure, unseen motion before test, and the sizes of all of them, in words."""
     test = run.split("test")  # opening a split reads all of it: once
+    names = sorted(test.meta["splits"], key=lambda name: name not in ("train", "val", "unseen"))
     splits = {name: test if name == "test" else run.split(name, has_mesh=name == "train")
-              for name in test.meta["splits"]}
+              for name in names}
     sizes = {name: str(split.n) for name, split in splits.items()}
     if "train" in splits:
         limit = load_finished(run, "stage1")["training"]["limit"]
@@ -503,22 +512,58 @@ def open_splits(run: Run, stages: int) -> tuple[dict[str, Split], dict[str, str]
     return splits, sizes
 
 
+def table_over_runs(runs: list[Run]) -> str:
+    """The short table as mean and spread over runs that have been evaluated. Of each run, the
+    lifters of the first seed count."""
+    splits, models = defaultdict(dict), defaultdict(list)
+    for i, run in enumerate(runs):
+        path = run.path / f"evaluation{of_data(run)}.json"
+        try:
+            numbers = read_json(path)
+            tested = {name: s for name, s in numbers["splits"].items()
+                      if name not in ("train", "val")}
+            short_table(tested, 1, numbers["training"])  # or something is missing
+            if i and tested.keys() != splits.keys():
+                raise ValueError("other splits")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            stop(f"{path} does not hold what the others do, the errors of all inputs of the lifter "
+                 f"on the same splits: make it with `python evaluate.py --name {run.path.name}`")
+        for name, s in tested.items():
+            splits[name] |= {key[:-1] + str(i): s[key] for key in s if key.endswith("/0")}
+        for model, of in numbers["training"].items():
+            models[model].append((of["seconds"], of["samples"]))
+    about = {model: dict(zip(("seconds", "samples"), np.mean(both, 0), strict=True))
+             for model, both in models.items()}
+    return short_table(splits, len(runs), about)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--name", default="standard", help="the run, runs/NAME")
+    p.add_argument("--name", default=["standard"], nargs="+",
+                   help="the run, runs/NAME; of several, which have been evaluated: the main table "
+                        "as mean and standard deviation")
     p.add_argument("--data", default=Run.data, help="folder of the data set")
     p.add_argument("--seeds", type=int, default=1, help="lifters for every input")
     p.add_argument("--device", help="cuda or cpu; default: cuda if there is one, else cpu")
     p.add_argument("--occlusion", action="store_true",
                    help="instead: joints of the test split hidden on purpose")
     args = p.parse_args()
-    if args.seeds < 1 or (args.occlusion and args.seeds > 1):
-        stop(f"--seeds must be at least 1, and 1 with --occlusion, found {args.seeds}")
-    run, stages = open_run(args.name, args.device, args.data, args.seeds)
+    several = len(args.name) > 1
+    if args.seeds < 1 or (args.seeds > 1 and (args.occlusion or several)):
+        stop("--seeds must be at least 1, and 1 with --occlusion or several names, "
+             f"found {args.seeds}")
+    if several:
+        if args.occlusion:
+            stop("--occlusion takes one run, found several names")
+        runs = [Run(Path("runs") / name, Config(), Training(), torch.device("cpu"), data=args.data)
+                for name in args.name]
+        print(f"\nMean ± standard deviation over the runs {', '.join(args.name)}; ratios and times "
+              f"are of means.\n\n{table_over_runs(runs)}\n")
+        return
+    run, stages = open_run(args.name[0], args.device, args.data, args.seeds)
     models, about = load_models(run, stages, args.seeds)
-    own = Path(trained_on_own_data(run).data).name
-    at = "" if own == Path(run.data).name else f"_{Path(run.data).name}"
+    at = of_data(run)
     if args.occlusion:
         if stages < 3:
             stop("--occlusion needs all three stages: go on with "
@@ -546,14 +591,14 @@ def main() -> None:
         return  # the first process has the numbers of all
     header = describe(run, about, sizes, meta)
     shown, text = report(f"# Evaluation of {run.path}\n\n{header}", meta, stages, args.seeds,
-                         summaries, codebooks, models.msst.config)
+                         summaries, codebooks, models.msst.config, about)
     print(f"\n{shown}\n")
     if stages < 3:
         rest = left_out(run, stages, {2: "where the error of generated 2D poses comes from",
                                       3: "the errors in 3D"}, args.seeds)
         text += f"\n{rest}\n"
         print(rest)
-    numbers = dict(run=args.name, about=header, training=about, splits=summaries,
+    numbers = dict(run=run.path.name, about=header, training=about, splits=summaries,
                    codebooks=codebooks)
     write(full, text)
     write(run.path / f"evaluation{at}.json", json.dumps(numbers, indent=1))

@@ -17,20 +17,17 @@ import argparse
 import dataclasses
 import functools
 import inspect
-import itertools
 import os
 import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from baselines import MLPLifter, Regressor
 from checkpoints import (
@@ -41,11 +38,10 @@ from checkpoints import (
     load_checkpoint,
     load_finished,
     restore,
-    write_array,
 )
 from distributed import data_parallel, from_first_, gather, mean, part, rank, sum_, wait, world_size
 from hipart import J_D, J_F, J_S, MSST, SCALE, Config, HiPART, J, SpatialLifter, detected_pelvis
-from sources.dataset import BLOCK, Split, in_model_frame, open_array
+from sources.dataset import BLOCK, Split, in_model_frame
 from survival import alone_in, check_space, stop
 from training_loop import Loop, adamw, every_4_epochs, in_two_phases, warmup_cosine
 
@@ -80,8 +76,7 @@ class Training:
     weight_decay_3: float = 0.0  # on all parameters
     cosine_3: bool = False  # ours: warm-up and cosine decay instead
     turn_3: float = 0.0  # ours: standard deviation, in rad, by which training poses are turned
-    draws_3: int = 25  # draws of detections that HiPART densifies for training
-    epochs_r: int = 50  # ours: the plain regressor
+    epochs_equal: int = 0  # ours: of what trains as long as (b); 0: as many as take that time
     regressor_width: int = 1024
 
     def __post_init__(self):
@@ -91,7 +86,7 @@ class Training:
             raise ValueError("lifter_width must be a multiple of the spatial lifter's 6 heads, "
                              f"found {self.lifter_width}")
         for name, value in vars(self).items():
-            least = 0 if name.startswith(("limit", "warmup", "epochs_soft")) else 1
+            least = 0 if name.startswith(("limit", "warmup", "epochs_soft", "epochs_equal")) else 1
             if type(value) is int and value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
             if type(value) is float and not 0 <= value <= 1e99:
@@ -111,9 +106,8 @@ SMALL_TRAINING = dict(
     lr_1=2e-3, lr_2=1e-3, epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2,
     lr_3=4e-3, weight_decay_3=0.05, cosine_3=True, turn_3=0.5,
 )  # fmt: skip
-QUICK = dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_r=45, epochs_3=8,
-             draws_3=2)  # fmt: skip
-STANDARD = dict(epochs_1=6, epochs_2=5, epochs_r=80, epochs_3=36, draws_3=4)
+QUICK = dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_3=8)
+STANDARD = dict(epochs_1=6, epochs_2=5, epochs_3=36)
 PRESETS = {
     "quick": (SMALL_MODEL, SMALL_TRAINING | QUICK),
     "standard": (SMALL_MODEL, SMALL_TRAINING | STANDARD),
@@ -121,7 +115,8 @@ PRESETS = {
 }
 
 INPUTS = {  # what a lifter is given, by name: its row in the tables
-    "sparse": "a  sparse",
+    "sparse": "a  sparse, as many epochs as (b)",
+    "sparse_long": "a  sparse, as much time as (b)",
     "generated": "b  sparse + generated dense + fine (HiPART)",
     "ground_truth": "c  sparse + ground-truth dense + fine (bound)",
     "regressor": "d  sparse + dense + fine from a plain regressor",
@@ -129,10 +124,11 @@ INPUTS = {  # what a lifter is given, by name: its row in the tables
     "ground_truth_clean": "-  clean sparse + ground-truth dense + fine",
 }
 NEED_MESH = ("ground_truth", "ground_truth_clean")  # they train on true dense and fine points
+AS_LONG_AS = {  # lifters that train as long as these together, {} is the seed: equal to (b) in all
+    "sparse_long": ("stage1", "stage2", "stage3_generated_{}"),
+    "regressor": ("stage3_generated_{}",),  # and the regressor as long as stages 1 and 2
+}
 SMALL_FILES = 20 << 20  # bytes that the tables, figures and the log of a run take at most
-DRAWN = 1024  # samples whose detections are drawn and densified at once, for training sets
-PER_FILE = 4 * DRAWN  # samples in a file of a generated training set
-VALUES = 2 * (J + J_D + J_F) + J  # of a generated sample: its points and their confidences
 FOCAL = 2.29  # of all cameras, in normalised image coordinates: 1145 px in images of 1000 px
 
 
@@ -311,11 +307,9 @@ def stage_2(run: Run) -> None:
                 in_two_phases(warmup_cosine(t.warmup_2), forced * per_epoch))
     loss_of = data_parallel(model, "loss")
 
-    def prepare(block, rows):
-        return with_tokens(model.msst, block)
-
     for epoch in loop.epochs():
-        for b in loop.steps(train, t.batch_2, run.rng(2, epoch), prepare=prepare):
+        for b in loop.steps(train, t.batch_2, run.rng(2, epoch),
+                            prepare=functools.partial(with_tokens, model.msst)):
             loss, terms, _ = loss_of(**b, on_rollout=epoch >= forced)
             loop.update(loss, terms | dict(loss=loss.detach()))
         loop.finish_epoch(densification_report(model, val))
@@ -356,19 +350,24 @@ def stage_3(run: Run, seeds: int) -> None:
     load_finished(run, "stage2", same_data=True)
     train_regressor(run)
     for seed in range(seeds):
-        for name in INPUTS:
+        for name in sorted(INPUTS, key=AS_LONG_AS.__contains__):  # they wait for the others
             train_lifter(run, name, seed)
 
 
+def seconds_of(run: Run, *names: str) -> float:
+    """How long these trainings took, all together."""
+    return sum(load_finished(run, name)["seconds"] for name in names)
+
+
 def train_regressor(run: Run) -> None:
-    """Train the densifier of input (d) on the detections that HiARM is trained on. The mean
-    distance is its loss and its score."""
+    """Train the densifier of input (d), as long as that of (b) was trained, on the detections that
+    HiARM is trained on. The mean distance is its loss and its score."""
     t, train, val = run.training, run.split("train", has_mesh=True), run.split("val").my_part()
     torch.manual_seed(run.seed)
     model = Regressor(t.regressor_width).to(run.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-    loop = Loop(run, "regressor", model, optimizer, t.epochs_r, train.steps(t.batch_3),
-                warmup_cosine(500))
+    loop = Loop(run, "regressor", model, optimizer, t.epochs_equal, train.steps(t.batch_3),
+                warmup_cosine(500), seconds_of(run, "stage1", "stage2"))
     predict = data_parallel(model)
     for epoch in loop.epochs():
         for b in loop.steps(train, t.batch_3, run.rng(4, epoch), prepare=in_model_frame):
@@ -383,12 +382,15 @@ def train_regressor(run: Run) -> None:
 
 
 def train_lifter(run: Run, name: str, seed: int) -> None:
-    """Train one lifter on input `name`: the same network, schedule and number of steps for all of
-    them, with MPJPE as the loss."""
-    t, everything, val = run.training, run.split("train"), run.split("val").my_part()
+    """Train one lifter on input `name`: the same network and schedule for all of them, with MPJPE
+    as the loss. They take as many steps as (b), or as much time if they are in AS_LONG_AS."""
+    t, everything = run.training, run.split("train")
     train = everything.with_mesh() if name in NEED_MESH else everything
     # Where some samples have no mesh, fewer samples are seen more often: as many steps for all.
     epochs = max(1, round(t.epochs_3 * everything.steps(t.batch_3) / train.steps(t.batch_3)))
+    if name in AS_LONG_AS:
+        epochs = t.epochs_equal
+    seconds = 0.0 if epochs else seconds_of(run, *(n.format(seed) for n in AS_LONG_AS[name]))
     clean = name.endswith("_clean")
     hipart = load_hipart(run) if name == "generated" else None
     regressor = load_regressor(run) if name == "regressor" else None
@@ -399,32 +401,30 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
         x = lifter_input(name, block, hipart, regressor)
         return dict(x=x, y=block["y"], conf=block["conf"])
 
-    shown = [given(block) for block in val.blocks(clean=clean)]  # the same in every epoch
+    # The same in every epoch. Nothing is chosen by the error on unseen motion: it is for the log.
+    shown = {key: [given(block) for block in run.split(split).my_part().blocks(clean=clean)]
+             for key, split in (("mpjpe", "val"), ("unseen_mpjpe", "unseen"))
+             if split in train.meta["splits"]}
     rows = np.sort(torch.randperm(train.n)[:BLOCK].numpy())
     model.standardize(**given(train.read(rows, run.rng(3, seed, 10**6), clean)))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=t.lr_3, weight_decay=t.weight_decay_3, fused=True)
-    schedule = warmup_cosine(500) if t.cosine_3 else every_4_epochs(everything.steps(t.batch_3))
+    schedule = warmup_cosine(500) if t.cosine_3 else every_4_epochs(t.epochs_3)
     loop = Loop(run, f"stage3_{name}_{seed}", model, optimizer, epochs, train.steps(t.batch_3),
-                schedule)
+                schedule, seconds)
     predict = data_parallel(model)
     for epoch in loop.epochs():
-        if name == "generated":
-            # Generation is costly, so its output is stored, and what is read from the data set
-            # beside it is y alone: clean samples need no detector.
-            stored = densified_training_set(run, hipart, train, epoch % t.draws_3)
-            batches = loop.steps(
-                train, t.batch_3, None, clean=True,
-                prepare=lambda b, rows, stored=stored: turned(stored(rows) | dict(y=b["y"]), t))
-        else:
-            batches = loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean,
-                                 prepare=lambda b, rows: turned(given(b), t))
-        for b in batches:
+        for b in loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean,
+                            prepare=lambda block: turned(given(block), t)):
             error = (predict(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean()
             loop.update(error / 100, dict(mpjpe=error.detach()))
-        errors = [(lift(model, b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean(-1) for b in shown]
-        errors = gather(torch.cat(errors).cpu())
-        loop.finish_epoch(dict(mpjpe=torch.cat(errors).mean()))
+        loop.finish_epoch({key: mean_error(model, blocks) for key, blocks in shown.items()})
+
+
+def mean_error(lifter: nn.Module, blocks: list[dict[str, Tensor]]) -> Tensor:
+    """MPJPE over the samples of all processes, each of which has some blocks of them."""
+    errors = [(lift(lifter, b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean(-1) for b in blocks]
+    return torch.cat(gather(torch.cat(errors).cpu())).mean()
 
 
 def new_lifter(t: Training, name: str) -> nn.Module:
@@ -455,45 +455,6 @@ def lift(lifter: nn.Module, x: Tensor, conf: Tensor) -> Tensor:
     """The poses [n, 17, 3] in mm that a lifter makes of any number of samples, 1024 at a time."""
     pairs = zip(x.split(1024), conf.split(1024), strict=True)
     return torch.cat([lifter(*pair) for pair in pairs])
-
-
-def densified_training_set(run: Run, model: HiPART, train: Split, draw: int) -> Callable:
-    """HiPART's own output on draw number `draw` of detections of the training set, made once and
-    kept on disk, in files of PER_FILE samples: an interruption costs one of them, and processes
-    share them out. A lifter trains on what HiPART generates, as that is what it will be tested on.
-
-    Returns a function: rows of the training set, ascending -> dict(x [n, 161, 2], conf [n, 17]).
-    """
-    starts, made_of = range(0, train.n, PER_FILE), (run.path / "stage2.pt").stat().st_mtime
-    paths = [run.path / f"generated_{draw}_{train.n}_{start}.npy" for start in starts]
-    missing = [path for path in paths[part(len(paths))]
-               if not path.exists() or path.stat().st_mtime < made_of]
-    if missing:
-        blocks = train.blocks(run.rng(3, draw), size=DRAWN)
-        title = f"densify {draw + 1}/{run.training.draws_3}"
-        for path in tqdm(paths, title, leave=False, disable=rank() > 0):
-            # Samples of files that are there are read, too, for the sake of the random numbers.
-            some = list(itertools.islice(blocks, PER_FILE // DRAWN))
-            if path in missing:
-                x = [lifter_input("generated", block, model, None).flatten(1) for block in some]
-                conf = [block["conf"] for block in some]
-                write_array(path, torch.cat([torch.cat(x), torch.cat(conf)], 1).cpu().numpy())
-    wait()
-    try:
-        stored = [open_array(path, (min(PER_FILE, train.n - start), VALUES), "float32").array
-                  for path, start in zip(paths, starts, strict=True)]
-    except (ValueError, OSError) as e:
-        stop(f"{e}: delete that file and go on with --resume")
-
-    def read(rows: np.ndarray) -> dict[str, Tensor]:
-        """The stored samples of these rows, on the device."""
-        pieces = np.split(rows, np.searchsorted(rows, starts[1:]))
-        both = np.concatenate([file[piece - start] for file, piece, start in
-                               zip(stored, pieces, starts, strict=True)])
-        both = torch.from_numpy(both).to(run.device)
-        return dict(x=both[:, :-J].unflatten(1, (-1, 2)), conf=both[:, -J:])
-
-    return read
 
 
 def turned(b: dict[str, Tensor], t: Training) -> dict[str, Tensor]:
@@ -570,9 +531,8 @@ def disk_needed(run: Run, seeds: int) -> int:
     hipart, lifters = HiPART(run.config), [new_lifter(t, name) for name in INPUTS]
     models = [hipart.msst, hipart.hiarm, Regressor(t.regressor_width), *lifters * seeds]
     sizes = [12 * sum(v.numel() for v in model.state_dict().values()) for model in models]
-    n = run.split("train").n
     there = sum(f.stat().st_size for f in run.path.glob("*.*") if f.is_file())
-    return max(0, sum(sizes) + t.draws_3 * n * 4 * VALUES - there) + max(sizes) + SMALL_FILES
+    return max(0, sum(sizes) - there) + max(sizes) + SMALL_FILES
 
 
 def train_stages(run: Run, stages: tuple[int, ...], seeds: int) -> None:

@@ -33,13 +33,17 @@ SAVE_EVERY = 600  # s: long epochs have checkpoints within
 class Loop:
     """The learning rate, the progress bar, the log, and the checkpoints of a training.
 
-    schedule(step, steps) gives the factor on the learning rate.
+    schedule(step, steps) gives the factor on the learning rate. With 0 epochs, there are as many as
+    take the given seconds. Their number is found while the first tenth of that time passes (each of
+    these epochs mends it), and then stays: the same bits need the same number. Until the first
+    epoch is over, it is guessed high, so that the learning rate starts no faster than it should.
     """
 
     def __init__(self, run: Run, name: str, model: nn.Module, optimizer, epochs: int,
-                 per_epoch: int, schedule: Callable[[int, int], float]):
+                 per_epoch: int, schedule: Callable[[int, int], float], seconds: float = 0.0):
         self.run, self.name, self.model, self.optimizer = run, name, model, optimizer
-        self.n_epochs, self.per_epoch, self.schedule = epochs, per_epoch, schedule
+        self.n_epochs, self.per_epoch, self.schedule = epochs or 1000, per_epoch, schedule
+        self.budget = 0.0 if epochs else seconds
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.epoch, self.step, self.seconds = 0, 0, 0.0  # epochs and steps that are done
         self.sums: dict[str, Tensor] = defaultdict(float)  # of this epoch
@@ -72,6 +76,7 @@ class Loop:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.epoch, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
+        self.n_epochs = saved["epochs"]
         self.run.forget(self.name, self.epoch)
         if self.epoch == self.n_epochs:
             return
@@ -99,7 +104,7 @@ class Loop:
             yield self.epoch
 
     def steps(self, split: Split, size: int, rng: np.random.Generator | None, clean: bool = False,
-              prepare=lambda block, rows: block) -> Iterator[dict]:
+              prepare=lambda block: block) -> Iterator[dict]:
         """The batches of an epoch that are left (see `Split.batches`), each with its learning rate.
         The model is in eval mode after them.
 
@@ -113,7 +118,8 @@ class Loop:
             rng = rng.spawn(rank())[-1]  # detections of its own
         self.run.watch.busy, done = True, self.step - self.epoch * self.per_epoch
         batches = split.batches(size, rng, clean, prepare, done, self.random)
-        title = f"{self.name} {self.epoch + 1}/{self.n_epochs}"
+        known = self.epoch or not self.budget
+        title = f"{self.name} {self.epoch + 1}/{self.n_epochs if known else '?'}"
         self.bar = tqdm(batches, title, self.per_epoch, initial=done, leave=False, mininterval=1,
                         disable=rank() > 0)
         for batch in self.bar:
@@ -153,6 +159,9 @@ class Loop:
         self.sums.clear()
         self.random.clear()
         self._count_seconds()
+        if self.budget and (self.epoch == 1 or self.seconds < self.budget / 10):
+            fitting = round(self.epoch * self.budget / self.seconds)
+            self.n_epochs = highest(max(self.epoch, fitting))  # the same in all processes
         self.run.log(model=self.name, epoch=self.epoch, steps=self.step, seconds=self.seconds,
                      lr=self.optimizer.param_groups[0]["lr"], train=train, val=val)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in val.items())
@@ -207,11 +216,12 @@ def in_two_phases(schedule: Callable, first: int) -> Callable[[int, int], float]
     return factor
 
 
-def every_4_epochs(per_epoch: int) -> Callable[[int, int], float]:
-    """The paper's schedule of the lifter: times 0.96 every 4 epochs."""
+def every_4_epochs(epochs: int) -> Callable[[int, int], float]:
+    """The paper's schedule of the lifter: times 0.96 every 4 of so many epochs. A training with
+    more epochs than that has the same schedule, stretched."""
 
     def factor(step: int, steps: int) -> float:
-        return 0.96 ** (step // per_epoch // 4)
+        return 0.96 ** (step * epochs // steps // 4)
 
     return factor
 

@@ -395,13 +395,13 @@ class Split:
             yield self.read(slice(start, min(start + size, self.n)), rng, clean)
 
     def batches(self, size: int, rng: np.random.Generator | None, clean: bool = False,
-                prepare=lambda block, rows: block, done: int = 0,
+                prepare=lambda block: block, done: int = 0,
                 random: dict[str, Tensor] | None = None):
         """One epoch of shuffled full batches, or a single smaller one if there are not enough
         samples for a full one. If there are several processes, each gets its part of every batch.
 
-        The order comes from torch's random state. `prepare(block, rows)` sees each block once and
-        returns what the batches are cut from.
+        The order comes from torch's random state. `prepare(block)` sees each block once and returns
+        what the batches are cut from.
 
         An epoch that was interrupted after `done` batches goes on with the same ones if `random`,
         which takes down torch's random state where the epoch and its last block began, is what it
@@ -426,7 +426,7 @@ class Split:
             if done:
                 torch.set_rng_state(random["block"])
             random["block"] = torch.get_rng_state()
-            block = prepare(samples, rows)
+            block = prepare(samples)
             shuffled = torch.randperm(len(rows)).to(self.device)
             if done:
                 torch.set_rng_state(now)
@@ -444,11 +444,8 @@ class Split:
         return (a - b).norm(dim=-1).mean() * (self.w / 2)
 
 
-def in_model_frame(block: dict[str, Tensor], rows=None) -> dict[str, Tensor]:
-    """A block with x_s, x_d and x_f brought to the model frame; the rest stays as it is.
-
-    `rows` is unused: with it, this function can be the `prepare` of `Split.batches`.
-    """
+def in_model_frame(block: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A block with x_s, x_d and x_f brought to the model frame; the rest stays as it is."""
     pelvis = detected_pelvis(block["x_s"], block["conf"])
     return block | {k: to_model_frame(block[k], pelvis) for k in ("x_s", "x_d", "x_f")}
 

@@ -128,8 +128,6 @@ def content(folder):
     left["log.jsonl"] = repr([row | dict(seconds=0) for row in rows])
     numbers = json.loads((run / "evaluation.json").read_text())
     left["evaluation.json"] = repr(numbers["splits"]) + repr(numbers["codebooks"])
-    for path in run.glob("generated_*.npy"):
-        left[path.name] = path.read_bytes()
     for name, array in np.load(run / "keypoints/people/poses.npz").items():
         left[f"poses {name}"] = array.tobytes()
     return left

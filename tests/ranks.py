@@ -246,7 +246,6 @@ def main():
     warm_up()
     # Three blocks an epoch, the last of which is not full.
     dataset.BLOCK = train.BLOCK = 24
-    train.DRAWN, train.PER_FILE = 8, 16
     train.script = lambda *command: None
     two, cut, inputs = folder / "two", folder / "cut", train.INPUTS
 

@@ -8,20 +8,25 @@ import json
 import math
 import os
 import shutil
+import types
 import zipfile
 from dataclasses import asdict
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RUN_SIZES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train
+import training_loop
 from baselines import Regressor
 from checkpoints import Run, load_checkpoint, save_checkpoint
 from hipart import MSST, Config, HiARM, HiPART
 from survival import write
-from training_loop import adamw, warmup_cosine
+from training_loop import Loop, adamw, every_4_epochs, warmup_cosine
 
 
 class Stop(Exception):
@@ -80,6 +85,84 @@ def test_warmup_cosine_values():
         1.0
     )  # a short run warms up over a tenth of its steps
     assert all(0 < warmup_cosine(500)(s, n) <= 1 for n in (1, 2, 9, 10) for s in range(n))
+
+
+@given(epochs=st.integers(1, 40), per_epoch=st.integers(1, 9), longer=st.integers(1, 5))
+def test_a_longer_training_has_the_papers_schedule_stretched(epochs, per_epoch, longer):
+    f, steps = every_4_epochs(epochs), epochs * per_epoch
+    paper = [0.96 ** (step // per_epoch // 4) for step in range(steps)]
+    assert [f(step, steps) for step in range(steps)] == paper
+    assert [f(longer * step, longer * steps) for step in range(steps)] == paper
+
+
+# --------------------------------------------------------------------------------------------------
+# Trainings that take a given time, by a clock of the tests
+
+
+class FourSteps:
+    """A split with four batches an epoch; each of them takes as many seconds as `paces` says for
+    this epoch."""
+
+    def __init__(self, *paces):
+        self.n, self.now, self.paces = 8, 0.0, chain(paces[:-1], repeat(paces[-1]))
+
+    def batches(self, *args):
+        pace = next(self.paces)
+        for _ in range(4):
+            self.now += pace
+            yield torch.randn(2, 3)
+
+
+def train_by_the_clock(folder, split, seconds, last=math.inf):
+    """Train on from where it stopped, to the end or `last` epochs. -> after each epoch, how many
+    there will be, the learning rate of each step, and the model."""
+    (folder / "meta.json").write_text("{}")
+    run = Run(folder, Config(), train.Training(), torch.device("cpu"), data=str(folder),
+              resume=True)
+    torch.manual_seed(0)
+    model, numbers, rates = torch.nn.Linear(3, 1), [], []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(training_loop, "time", types.SimpleNamespace(monotonic=lambda: split.now))
+        loop = Loop(run, "m", model, adamw(model, 1.0, 0.0), 0, 4, warmup_cosine(500), seconds)
+        for epoch in loop.epochs():
+            for x in loop.steps(split, 2, None):
+                loop.update(model(x).mean(), {})
+                rates.append(loop.optimizer.param_groups[0]["lr"])
+            loop.finish_epoch({})
+            numbers.append(loop.n_epochs)
+            if epoch + 1 == last:
+                break
+    return numbers, rates, model.weight.tolist()
+
+
+@settings(max_examples=20, deadline=None)
+@given(pace=st.sampled_from((0.25, 1.0, 16.0)), quarters=st.integers(1, 120))
+def test_a_training_takes_the_time_it_is_given(tmp_path_factory, pace, quarters):
+    """To half an epoch, but at least one; and from the second epoch on its learning rate is as if
+    the number of epochs had been known."""
+    folder, epochs = tmp_path_factory.mktemp("run"), quarters / 4
+    numbers, rates, _ = train_by_the_clock(folder, FourSteps(pace), 4 * pace * epochs)
+    n = len(numbers)
+    assert numbers == [n] * n and n == max(1, round(epochs))
+    known = [warmup_cosine(500)(step, 4 * n) for step in range(4 * n)]
+    assert rates[4:] == pytest.approx(known[4:])
+    assert all(rate <= k for rate, k in zip(rates[:4], known[:4], strict=True))
+
+
+def test_the_number_of_epochs_is_settled_in_the_first_tenth_of_the_time(tmp_path):
+    numbers, _, _ = train_by_the_clock(tmp_path, FourSteps(1, 2, 9), 200)
+    assert numbers == [50] + [33] * 32  # 4 s; 12 s; then 48 s, which no longer count
+
+
+def test_a_training_of_a_given_time_goes_on_to_the_same_bits(tmp_path):
+    """The number of epochs is that of the checkpoint, however fast the machine is by now."""
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = train_by_the_clock(tmp_path / "whole", FourSteps(1), 80)
+    assert len(whole[0]) == 20
+    begun = train_by_the_clock(tmp_path / "cut", FourSteps(1), 80, last=5)
+    rest = train_by_the_clock(tmp_path / "cut", FourSteps(7), 80)
+    assert (begun[0] + rest[0], begun[1] + rest[1], rest[2]) == whole
 
 
 def test_resuming_forgets_log_lines_that_have_no_checkpoint(tmp_path):

@@ -338,7 +338,7 @@ def test_missing_joints_between_their_neighbours():
 
 
 @pytest.mark.parametrize("split", ["test", "unseen"])
-@pytest.mark.parametrize("name", ["sparse", "generated", "regressor"])
+@pytest.mark.parametrize("name", ["sparse_long", "generated", "regressor"])
 def test_visible_and_missing_joints_apart_are_true(result, run, data, model, regressor, split,
                                                    name):  # fmt: skip
     x_s, conf, _, _, a = arrays(data, split)
@@ -349,7 +349,7 @@ def test_visible_and_missing_joints_apart_are_true(result, run, data, model, reg
         inputs[f"{name} interpolated"] = whole
     assert (conf == 0).any() and not (conf == 0).all(1).any()
     for label, (x, c) in inputs.items():
-        points = x if name == "sparse" else torch.cat([x, *dense.densify(x, c)], 1)
+        points = x if name == "sparse_long" else torch.cat([x, *dense.densify(x, c)], 1)
         off = np.linalg.norm(lifter(points, c).numpy() - a["y"], axis=-1)
         for which, mask in (("visible", conf.numpy() > 0), ("missing", conf.numpy() == 0)):
             rows = [o[m].mean() for o, m in zip(off, mask, strict=True) if m.any()]
@@ -438,17 +438,22 @@ def test_what_is_printed_is_the_short_table_with_the_numbers_of_the_json(result)
     assert first == ["mm, mean of actions", "-" * 47, *train.INPUTS.values()]
     for name, label in train.INPUTS.items():
         expected = []
-        for split in ("test", "unseen"):
+        for split in ("unseen", "test"):
             s = numbers["splits"][split]
             for metric in ("mpjpe", "pa_mpjpe"):
                 x = [s[f"{metric}/{name}/{seed}"]["actions"] for seed in (0, 1)]
                 spread = abs(x[0] - x[1]) / math.sqrt(2)
                 expected.append(f"{np.mean(x):.1f} ± {spread:.1f}")
-            base = "sparse_clean" if name.endswith("_clean") else "sparse"
+            base = "sparse_clean" if name.endswith("_clean") else "sparse_long"
             means = [np.mean([s[f"mpjpe/{n}/{seed}"]["actions"] for seed in (0, 1)])
                      for n in (name, base)]  # fmt: skip
             expected.append(f"{means[0] / means[1]:.2f}")
-        assert cells(printed, "test: MPJPE", label) == expected
+        trained = numbers["training"]
+        before = dict(generated=("stage1", "stage2"), regressor=("regressor",)).get(name, ())
+        seconds = (sum(trained[model]["seconds"] for model in before)
+                   + np.mean([trained[f"stage3_{name}_{seed}"]["seconds"] for seed in (0, 1)]))
+        expected += [f"{seconds:,.0f}", "128 + 128" if before else "128"]  # two epochs of 64
+        assert cells(printed, "unseen: MPJPE", label) == expected
     rest = [line for line in printed.splitlines() if line and not line.startswith("|")]
     assert rest == ["The full report is runs/tiny/table.md, and its numbers are in "
                     "runs/tiny/evaluation.json."]
@@ -457,9 +462,12 @@ def test_what_is_printed_is_the_short_table_with_the_numbers_of_the_json(result)
 def test_tables_show_these_numbers(result):
     printed, text, numbers = result
     short = printed[printed.index("|") : printed.rindex("|") + 1]
-    assert f"## In short\n\n{short}\n\n## 3D error on `test`" in text
+    assert f"## In short\n\n{short}\n\n" in text
+    headings = ("## Training time and samples", "## 3D error on `unseen`", "## 3D error on `test`")
+    assert re.findall("^## (?:Training|3D).*$", text, re.M) == list(headings)
     test = numbers["splits"]["test"]
-    b, a = ([test[f"mpjpe/{name}/{seed}"] for seed in (0, 1)] for name in ("generated", "sparse"))
+    b, a = ([test[f"mpjpe/{name}/{seed}"] for seed in (0, 1)]
+            for name in ("generated", "sparse_long"))
     means = [np.mean([s["actions"] for s in x]) for x in (b, a)]
     found = cells(text, "3D error on `test`", "b  sparse + generated")
     spread = abs(b[0]["actions"] - b[1]["actions"]) / math.sqrt(2)
@@ -472,7 +480,7 @@ def test_tables_show_these_numbers(result):
     unseen = numbers["splits"]["unseen"]
     px, percent = (unseen[f"{k}/detected/generated"]["frames"] for k in ("px", "percent"))
     found = cells(text, "Where the 2D", "detected: HiARM, free-running")
-    assert found[3] == f"{px:.1f} ({percent:.1f} %)"
+    assert found[2] == f"{px:.1f} ({percent:.1f} %)"
     train_px = numbers["splits"]["train"]["px/clean/tokenizer"]["frames"]
     found = cells(text, "Where the 2D", "clean: reconstruction error of the tokenizer")
     assert found[0].startswith(f"{train_px:.1f} (")
@@ -482,7 +490,7 @@ def test_tables_show_these_numbers(result):
 def test_the_top_says_what_was_run(result):
     top = result[1][: result[1].index("3D error")]
     for part in ("runs/tiny", "K_s 16 (2048)", "lifter mlp (spatial)", "epochs_1 3 (20)",
-                 "train 64, val 32, test 32, unseen 32", "12 lifters", "stage 1",
+                 "train 64, val 32, unseen 32, test 32", "14 lifters", "stage 1",
                  torch.__version__, "on cpu"):  # fmt: skip
         assert part in top, part
     assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", top)
@@ -505,9 +513,55 @@ def test_one_seed_has_no_spread(tiny_run, data, tmp_path, monkeypatch, capsys, r
     main(monkeypatch, tmp_path, "--data", data)
     printed, text = capsys.readouterr().out, (tmp_path / "runs/tiny/table.md").read_text()
     assert "±" not in printed and "±" not in text
-    expected = result[2]["splits"]["test"]["mpjpe/sparse/0"]["actions"]
-    for table in (printed, text[text.index("3D error on `test`") :]):
+    expected = result[2]["splits"]["unseen"]["mpjpe/sparse/0"]["actions"]
+    for table in (printed, text[text.index("3D error on `unseen`") :]):
         assert cells(table, "MPJPE", "a  sparse")[0] == f"{expected:.1f}"
+
+
+def test_several_runs_are_compared(run, data, street, tmp_path, monkeypatch, capsys, result):
+    """Two runs that are the same run, but for one number."""
+    for name in ("tiny", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(run / "runs/tiny/stage1.pt", tmp_path / "runs" / name)
+    path = tmp_path / "runs/other/evaluation.json"
+    numbers = json.loads(json.dumps(result[2]))
+    (tmp_path / "runs/tiny/evaluation.json").write_text(json.dumps(numbers))
+    test, of = numbers["splits"]["test"], numbers["training"]["stage2"]
+    before = test["mpjpe/generated/0"]["actions"]
+    test["mpjpe/generated/0"]["actions"], of["seconds"] = before + 10, of["seconds"] + 100
+    path.write_text(json.dumps(numbers))
+
+    def compare(*args):
+        with monkeypatch.context() as m:
+            m.chdir(tmp_path)
+            argv = ["evaluate.py", "--name", "tiny", "other", "--data", data, *args]
+            m.setattr(sys, "argv", argv)
+            evaluate.main()
+        return capsys.readouterr().out
+
+    printed, one = compare(), result[2]["splits"]["test"]
+    found = cells(printed, "unseen: MPJPE", "b  sparse + generated")
+    ratio = (before + 5) / one["mpjpe/sparse_long/0"]["actions"]
+    assert found[3] == f"{before + 5:.1f} ± 7.1" and found[5] == f"{ratio:.2f}"
+    assert found[0].endswith("± 0.0") and "runs tiny, other" in printed
+    trained = (result[2]["training"][name]["seconds"]
+               for name in ("stage1", "stage2", "stage3_generated_0"))
+    assert found[6] == f"{sum(trained) + 50:,.0f}"
+    assert {p.name for p in path.parent.iterdir()} == {"stage1.pt", "evaluation.json"}
+
+    def refused(*args):
+        with pytest.raises(SystemExit) as e:
+            compare(*args)
+        said = capsys.readouterr().err.strip()
+        assert e.value.code == 2 and "\n" not in said
+        return said
+
+    assert "--seeds" in refused("--seeds", "2") and "--occlusion" in refused("--occlusion")
+    assert "evaluation_street.json" in refused("--data", str(street))  # never evaluated
+    numbers["splits"]["unseen"].pop("mpjpe/sparse_long/0")
+    for damage in (numbers, [], 3, dict(splits=dict(test=3), training=3)):
+        path.write_text(json.dumps(damage))
+        assert "evaluate.py --name other`" in refused()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -745,7 +799,7 @@ def test_errors_under_covers_against_a_loop(run, data, monkeypatch, capsys, resu
     conditions = (evaluate.MASKS, evaluate.CROPS, evaluate.PATCHES)
     assert len(shown) == sum(map(len, conditions))
     assert (run / "runs/tiny/occlusion.md").read_text() in printed
-    split, lifter = Split(data, "test", torch.device("cpu")), load_lifter(run, "sparse", 0)
+    split, lifter = Split(data, "test", torch.device("cpu")), load_lifter(run, "sparse_long", 0)
     block = split.read(slice(0, split.n))
     joints = split.read(slice(0, split.n), clean=True)["x_s"].numpy()
     hidden = evaluate.under_patches(joints, 80)
@@ -826,7 +880,7 @@ def test_other_data_leave_the_runs_own_tables_alone(run, street, monkeypatch, ca
     assert found[:5] == ["-"] * 5  # nothing to compare with
     found = cells(text, "3D error on `test`", "b  sparse + gen")
     assert re.fullmatch(r"[0-9.]+", found[0])
-    assert cells(printed, "occ: MPJPE", "c  sparse + ground") == ["-"] * 6
+    assert cells(printed, "occ: MPJPE", "c  sparse + ground")[:6] == ["-"] * 6
     assert cells(printed, "occ: MPJPE", "b  sparse + gen")[0] == found[0]
     assert not re.search(r"\bnan\b|None|\binf\b|## Tokenizer", text)
 

@@ -16,7 +16,6 @@ import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from test_train import (
@@ -40,7 +39,7 @@ from sources import dataset
 
 HERE = Path(__file__).parent
 SHORT = dict(batch_1=8, batch_2=8, batch_3=8, warmup_free=3, epochs_1=2, epochs_2=2, epochs_3=2,
-             epochs_r=1, lifter="mlp", turn_3=0.5, soft=True, epochs_soft=1)  # fmt: skip
+             epochs_equal=1, lifter="mlp", turn_3=0.5, soft=True, epochs_soft=1)  # fmt: skip
 STEPS = 8  # of an epoch: blocks of 24, 24 and 16 samples in batches of 8
 
 
@@ -186,38 +185,6 @@ def test_checkpoints_come_by_time_as_well(whole, data, tmp_path, monkeypatch):
     assert training_loop.SAVE_EVERY == 600  # s: what the README promises
 
 
-def test_generation_goes_on_where_it_was_interrupted(whole, data, tmp_path, monkeypatch):
-    """The generated training set: of 64 samples in files of 16, none is densified twice."""
-    for name in ("cut", "whole"):
-        begin(whole, tmp_path / name, "stage1", "stage2")
-    run, other = (run_in(tmp_path / name / "runs/tiny", data) for name in ("cut", "whole"))
-    model, split = train.load_hipart(run), run.split("train")
-    monkeypatch.setattr(train, "DRAWN", 8)
-    monkeypatch.setattr(train, "PER_FILE", 16)
-    train.densified_training_set(other, model, split, 0)
-    densify, made = train.lifter_input, []
-
-    def counted(name, block, *models):
-        made.append(len(block["conf"]))
-        if len(made) == 6:
-            raise Stop
-        return densify(name, block, *models)
-
-    monkeypatch.setattr(train, "lifter_input", counted)
-    with pytest.raises(Stop):
-        train.densified_training_set(run, model, split, 0)
-    read = train.densified_training_set(run, model, split, 0)
-    assert made == [8] * 10  # two files, the half that failed, and the other two files
-    names = [f"generated_0_64_{start}.npy" for start in (0, 16, 32, 48)]
-    assert sorted(p.name for p in run.path.glob("generated*")) == names
-    for name in names:
-        np.testing.assert_array_equal(*(np.load(r.path / name) for r in (run, other)))
-    rows = np.array([0, 15, 16, 63])
-    stored = np.concatenate([np.load(run.path / name) for name in names])[rows]
-    np.testing.assert_array_equal(read(rows)["x"].flatten(1), stored[:, :-17])
-    np.testing.assert_array_equal(read(rows)["conf"], stored[:, -17:])
-
-
 # --------------------------------------------------------------------------------------------------
 # Disks and folders
 
@@ -265,24 +232,6 @@ def test_the_systems_own_word_for_a_full_disk_is_understood(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["stage1.pt"] and path.read_bytes() == b"old"
 
 
-def test_a_full_disk_in_generation_is_said(whole, data, tmp_path, monkeypatch, capsys):
-    begin(whole, tmp_path, "stage1", "stage2", "regressor")
-    write_bytes = Path.write_bytes
-
-    def writing(self, content):
-        write_bytes(self, content[:99])
-        if self.name.startswith("generated"):
-            full()
-        return write_bytes(self, content)
-
-    monkeypatch.setattr(Path, "write_bytes", writing)
-    status, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 3, "--resume",
-                           **SHORT)
-    assert status == 1
-    assert re.match(r"runs/tiny/generated_0_64_0.npy could not be written", one_sentence(said))
-    assert not list((tmp_path / "runs/tiny").glob("*.tmp"))
-
-
 def test_any_other_file_on_a_full_disk_is_said(capsys):
     with pytest.raises(SystemExit) as e, survival.Watch().listening():
         full()
@@ -317,8 +266,7 @@ def test_the_space_that_is_asked_for_is_what_a_run_takes(data, tmp_path):
         checkpoints.save_checkpoint(tmp_path / f"{name}.pt", model=model.state_dict(),
                                     optimizer=optimizer.state_dict())
     sizes = [p.stat().st_size for p in tmp_path.glob("*.pt")]
-    generated = run.training.draws_3 * 64 * 4 * train.VALUES
-    taken = sum(sizes) + max(sizes) + generated + train.SMALL_FILES
+    taken = sum(sizes) + max(sizes) + train.SMALL_FILES
     assert 0.9 * taken < asked < 1.3 * taken
     assert train.disk_needed(run, 1) < asked - 0.9 * sum(sizes)  # what is there counts
 

@@ -10,8 +10,11 @@ from hipart import Config
 from tables import number, ratio, report, short_table, summarize, table
 from train import INPUTS
 
-# How many times the error of (a) each input has.
-FACTORS = dict(zip(INPUTS, (1.0, 0.8, 0.4, 0.9, 0.5, 0.2), strict=True))
+# How many times the error of the short (a) each input has.
+FACTORS = dict(zip(INPUTS, (1.0, 0.5, 0.8, 0.4, 0.9, 0.5, 0.2), strict=True))
+# Seconds and samples of all trainings
+ABOUT = {name: dict(seconds=float(i), samples=1000 * i) for i, name in enumerate((
+    "stage1", "stage2", "regressor", *(f"stage3_{name}_0" for name in INPUTS)), 1)}
 
 
 def test_summarize_tells_the_mean_of_actions_from_the_mean_of_frames():
@@ -67,20 +70,38 @@ def made_up(with_mesh=(True, True, True, False), a=100.0):
 def test_ratios_are_over_the_same_samples():
     s = made_up()
     assert s["mpjpe/sparse/0"]["actions"] == pytest.approx(125)  # one sample of 4 is 200 off
-    assert ratio(s, "sparse", 1) == "1.00" and ratio(s, "generated", 1) == "0.80"
-    assert ratio(s, "ground_truth", 1) == "0.40"  # not 40 / 125
+    assert ratio(s, "sparse_long", 1) == "1.00" and ratio(s, "generated", 1) == "1.60"
+    assert ratio(s, "sparse", 1) == "2.00" and ratio(s, "generated", 1, "sparse") == "0.80"
+    assert ratio(s, "ground_truth", 1, "sparse") == "0.40"  # not 40 / 125
     assert ratio(s, "sparse_clean", 1) == "1.00" and ratio(s, "ground_truth_clean", 1) == "0.40"
     nowhere = made_up(with_mesh=[False] * 4)
-    assert ratio(nowhere, "ground_truth", 1) == "-" and ratio(nowhere, "generated", 1) == "0.80"
+    assert ratio(nowhere, "ground_truth", 1) == "-" and ratio(nowhere, "generated", 1) == "1.60"
 
 
-def test_the_short_table_has_six_rows_and_three_numbers_for_every_split():
-    text = short_table(dict(test=made_up(), occ=made_up(a=10)), 1)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert lines[0][1:] == ["test: MPJPE", "PA-MPJPE", "ratio", "occ: MPJPE", "PA-MPJPE", "ratio"]
-    assert [line[0] for line in lines[2:]] == list(INPUTS.values()) and len(lines) == 2 + 6
-    assert lines[3][1:] == ["100.0", "50.0", "0.80", "10.0", "5.0", "0.80"]
-    assert lines[4][1:4] == ["40.0", "20.0", "0.40"]
+def cells(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def test_the_short_table_has_seven_rows_and_three_numbers_for_every_split():
+    lines = cells(short_table(dict(test=made_up(), occ=made_up(a=10)), 1, ABOUT))
+    assert lines[0][1:] == ["test: MPJPE", "PA-MPJPE", "ratio", "occ: MPJPE", "PA-MPJPE", "ratio",
+                            "training, s", "samples"]  # fmt: skip
+    assert [line[0] for line in lines[2:]] == list(INPUTS.values()) and len(lines) == 2 + 7
+    assert lines[4][1:] == ["100.0", "50.0", "1.60", "10.0", "5.0", "1.60",
+                            str(1 + 2 + 6), "2,000 + 6,000"]  # fmt: skip
+    assert lines[5][1:4] == ["40.0", "20.0", "0.80"] and lines[5][-2:] == ["7", "7,000"]
+
+
+def test_what_every_input_costs():
+    seeds = ABOUT | {f"stage3_{name}_1": dict(seconds=100.0, samples=0) for name in INPUTS}
+    assert tables.costs(ABOUT, "sparse") == dict(lifter=(4, 4000))
+    assert tables.costs(seeds, "sparse_long") == dict(lifter=(52.5, 2500))  # and not (a)'s others
+    assert tables.costs(ABOUT, "generated") == dict(
+        stage1=(1, 1000), densifier=(2, 2000), lifter=(6, 6000))
+    assert tables.costs(ABOUT, "regressor") == dict(densifier=(3, 3000), lifter=(8, 8000))
+    lines = cells(tables.cost_table(ABOUT))
+    assert lines[4][1:] == ["9", "1", "2", "6", "1,000", "2,000", "6,000"]
+    assert lines[6][1:] == ["11", "-", "3", "8", "-", "3,000", "8,000"]
 
 
 META = dict(splits={"val": dict(n=4), "test": dict(n=4, with_mesh=3), "unseen": dict(n=4)})
@@ -92,14 +113,15 @@ CODEBOOKS = dict(fine_px=6.5, dense_px=6.0, perplexity_s=30.0, perplexity_d=40.0
     (1, ["Tokenizer and"], "tokenizer"),
     (2, ["Where the 2D", "2D error of the fine pose on `test`", "2D error of the fine pose on `uns",
          "Tokenizer and"], "px (% of standing height)"),
-    (3, ["In short", "3D error on `test`", "3D error on `unseen`", "Where the 2D",
+    (3, ["In short", "Training time", "3D error on `test`", "3D error on `unseen`", "Where the 2D",
          "2D error of the fine pose on `test`", "2D error of the fine pose on `uns",
          "Tokenizer and"], "mm, mean of actions"),
 ])  # fmt: skip
 def test_a_report_has_the_sections_of_its_stages(stages, headings, first):
     summaries = {name: made_up() for name in META["splits"]}
     codebooks = {name: CODEBOOKS for name in META["splits"]}
-    shown, text = report("# Title", META, stages, 1, summaries, codebooks, Config())
+    shown, text = report("# Title", META, stages, 1, summaries, codebooks, Config(),
+                         ABOUT)
     found = re.findall(r"^## (.*)$", text, re.M)
     assert len(found) == len(headings)
     assert all(a.startswith(b) for a, b in zip(found, headings, strict=True))
