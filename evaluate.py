@@ -549,18 +549,15 @@ def main() -> None:
     p.add_argument("--occlusion", action="store_true",
                    help="instead: joints of the test split hidden on purpose")
     args = p.parse_args()
-    several = len(args.name) > 1
-    if args.seeds < 1 or (args.seeds > 1 and (args.occlusion or several)):
-        stop("--seeds must be at least 1, and 1 with --occlusion or several names, "
-             f"found {args.seeds}")
-    if several:
-        if args.occlusion:
-            stop("--occlusion takes one run, found several names")
+    if args.seeds < 1 or (args.occlusion and args.seeds > 1):
+        stop(f"--seeds must be at least 1, and 1 with --occlusion, found {args.seeds}")
+    if len(args.name) > 1:
+        if args.seeds > 1 or args.occlusion:
+            stop("of several runs there is one table: leave --seeds and --occlusion out")
         runs = [Run(Path("runs") / name, Config(), Training(), torch.device("cpu"), data=args.data)
                 for name in args.name]
-        print(f"\nMean ± standard deviation over the runs {', '.join(args.name)}; ratios and times "
-              f"are of means.\n\n{table_over_runs(runs)}\n")
-        return
+        return print(f"Mean ± standard deviation over {', '.join(args.name)}; ratios and costs are "
+                     f"of means.\n\n{table_over_runs(runs)}")
     run, stages = open_run(args.name[0], args.device, args.data, args.seeds)
     models, about = load_models(run, stages, args.seeds)
     at = of_data(run)

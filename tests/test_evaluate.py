@@ -543,7 +543,7 @@ def test_several_runs_are_compared(run, data, street, tmp_path, monkeypatch, cap
     found = cells(printed, "unseen: MPJPE", "b  sparse + generated")
     ratio = (before + 5) / one["mpjpe/sparse_long/0"]["actions"]
     assert found[3] == f"{before + 5:.1f} ± 7.1" and found[5] == f"{ratio:.2f}"
-    assert found[0].endswith("± 0.0") and "runs tiny, other" in printed
+    assert found[0].endswith("± 0.0") and "over tiny, other; ratios" in printed
     trained = (result[2]["training"][name]["seconds"]
                for name in ("stage1", "stage2", "stage3_generated_0"))
     assert found[6] == f"{sum(trained) + 50:,.0f}"
