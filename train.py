@@ -397,16 +397,21 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     torch.manual_seed(1000 + seed)
     model = new_lifter(t, name).to(run.device)
 
-    def given(block: dict[str, Tensor]) -> dict[str, Tensor]:
-        x = lifter_input(name, block, hipart, regressor)
+    def given(block: dict[str, Tensor], **options) -> dict[str, Tensor]:
+        x = lifter_input(name, block, hipart, regressor, **options)
         return dict(x=x, y=block["y"], conf=block["conf"])
+
+    def given_in_training(block: dict[str, Tensor]) -> dict[str, Tensor]:
+        # A HiARM that has learned to do without its history makes fresh points in a single pass.
+        one_pass = hipart is not None and hipart.config.history_dropout > 0
+        return given(block, **dict(history=False) if one_pass else {})
 
     # The same in every epoch. Nothing is chosen by the error on unseen motion: it is for the log.
     shown = {key: [given(block) for block in run.split(split).my_part().blocks(clean=clean)]
              for key, split in (("mpjpe", "val"), ("unseen_mpjpe", "unseen"))
              if split in train.meta["splits"]}
     rows = np.sort(torch.randperm(train.n)[:BLOCK].numpy())
-    model.standardize(**given(train.read(rows, run.rng(3, seed, 10**6), clean)))
+    model.standardize(**given_in_training(train.read(rows, run.rng(3, seed, 10**6), clean)))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=t.lr_3, weight_decay=t.weight_decay_3, fused=True)
     schedule = warmup_cosine(500) if t.cosine_3 else every_4_epochs(t.epochs_3)
@@ -415,7 +420,7 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     predict = data_parallel(model)
     for epoch in loop.epochs():
         for b in loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean,
-                            prepare=lambda block: turned(given(block), t)):
+                            prepare=lambda block: turned(given_in_training(block), t)):
             error = (predict(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean()
             loop.update(error / 100, dict(mpjpe=error.detach()))
         loop.finish_epoch({key: mean_error(model, blocks) for key, blocks in shown.items()})
@@ -436,16 +441,16 @@ def new_lifter(t: Training, name: str) -> nn.Module:
 
 @torch.no_grad()
 def lifter_input(name: str, block: dict[str, Tensor], hipart: HiPART | None,
-                 regressor: Regressor | None) -> Tensor:
+                 regressor: Regressor | None, **options) -> Tensor:
     """What the lifter of input `name` is given for a block of n samples: [n, 17 or 161, 2] in
-    normalised image coordinates."""
+    normalised image coordinates. options: of `HiPART.densify`."""
     x_s, conf = block["x_s"], block["conf"]
     if name.startswith("sparse"):
         return x_s
     if name.startswith("ground_truth"):
         return torch.cat([x_s, block["x_d"], block["x_f"]], 1)
     model = hipart if name == "generated" else regressor
-    parts = [torch.cat([some, *model.densify(some, c)], 1)
+    parts = [torch.cat([some, *model.densify(some, c, **options)], 1)
              for some, c in zip(x_s.split(1024), conf.split(1024), strict=True)]
     return torch.cat(parts)
 

@@ -135,8 +135,8 @@ def train_by_the_clock(folder, split, seconds, last=math.inf):
     return numbers, rates, model.weight.tolist()
 
 
-@settings(max_examples=20, deadline=None)
-@given(pace=st.sampled_from((0.25, 1.0, 16.0)), quarters=st.integers(1, 120))
+@settings(max_examples=8, deadline=None)
+@given(pace=st.sampled_from((0.25, 1.0, 16.0)), quarters=st.integers(1, 40))
 def test_a_training_takes_the_time_it_is_given(tmp_path_factory, pace, quarters):
     """To half an epoch, but at least one; and from the second epoch on its learning rate is as if
     the number of epochs had been known."""
