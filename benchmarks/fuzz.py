@@ -7,19 +7,21 @@
 A reader comes with small, made-up files of every kind that it reads (fuzz_readers.py). Each file
 that it is given has a few changes (fuzz_mutations.py). Some name code that would leave a mark, some
 ask for much memory or time, some are no files at all. A process of its own reads them, with at most
-6 GB, and 20 s for each. Anything but success or one plain sentence is a fault, and so is any write
-outside of the file's folder. Exit status 1 if there is a fault.
+6 GB, and 20 s of a processor for each. Anything but success or one plain sentence is a fault, as is
+any write outside of the file's folder. Exit status 1 if there is a fault.
 """
 
 import argparse
 import faulthandler
 import io
+import math
 import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -35,7 +37,8 @@ import torch  # noqa: E402
 from fuzz_mutations import MARK, SECRET, WORK, replace  # noqa: E402
 from fuzz_readers import READERS, ROOT  # noqa: E402
 
-MEMORY, SECONDS = 6 << 30, 20  # of the process that reads, and for a file
+MEMORY, SECONDS = 6 << 30, 20  # of the process that reads, and of a processor for a file
+WAIT = 180  # s that a file may take in all, since other processes may be at work, too
 SLOW, LARGE = 5, 1 << 30  # s and bytes: a file that is refused should take less
 LONGEST = 600  # characters of a message
 
@@ -70,6 +73,7 @@ def serve(read, errors, case, pipe, log):
     """Read one file after another of the pipe, and send back what came of it."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     faulthandler.enable(log)
+    faulthandler.register(signal.SIGXCPU, log, chain=True)  # which then ends the process
     sys.addaudithook(watch)
     while True:
         pipe.send(attempt(read, errors, case, pipe.recv(), log))
@@ -79,8 +83,9 @@ def attempt(read, errors, case, file, log):
     """Read a file -> what came of it, as a dict."""
     os.chdir(case)
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the memory counts from here
-    before, began, error, out = memory("VmRSS"), time.perf_counter(), None, io.StringIO()
-    faulthandler.dump_traceback_later(SECONDS, exit=True, file=log)
+    before, began, error, out = memory("VmRSS"), time.process_time(), None, io.StringIO()
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(began) + SECONDS, resource.RLIM_INFINITY))
+    faulthandler.dump_traceback_later(WAIT, exit=True, file=log)
     reading.update({"in": case, "did": []})
     with redirect_stdout(out), redirect_stderr(io.StringIO()) as err:
         try:
@@ -89,7 +94,7 @@ def attempt(read, errors, case, file, log):
             error = e
     reading["in"] = None
     faulthandler.cancel_dump_traceback_later()
-    seconds, grown = time.perf_counter() - began, memory("VmHWM") - before
+    seconds, grown = time.process_time() - began, memory("VmHWM") - before
     stopped, printed = isinstance(error, SystemExit) and error.code == 2, out.getvalue()
     said = err.getvalue().strip() if stopped else str(error or "")
     stack = [f for f in traceback.extract_tb(error and error.__traceback__)
@@ -164,7 +169,8 @@ class Reader:
         except (EOFError, ConnectionError):
             self.process.join()
             trace = Path(self.log.name).read_text()
-            why = (f"more than {SECONDS} s" if "Timeout" in trace
+            slow = "Timeout" in trace or self.process.exitcode == -signal.SIGXCPU
+            why = (f"more than {SECONDS} s" if slow
                    else f"the process died ({self.process.exitcode})")
             where = re.findall(rf'File "{ROOT}/(?!bench)(.*?)", line (\d+) in (\w+)', trace)
             where = " < ".join(f"{name}:{line} {function}" for name, line, function in where[:3])

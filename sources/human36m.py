@@ -60,6 +60,7 @@ WRONG = 100.0  # mm or px, in the median: the files do not belong together
 # v @ Z_UP turns SMPL's axes (y up, facing z) into those of the world (z up, facing -y).
 Z_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
 LARGEST = 1 << 30  # bytes of an .npz file, unpacked, of which the real ones have 0.3 GB
+CAMERA_BYTES = 1 << 20  # of a camera file, of which the real ones have 2 KB
 MOST, MOST_AT_ONCE = 1_000_000, 20_000  # frames, of which Human3.6M has 0.5 million; of a sequence
 
 # Pose2Mesh numbers actions and sub-actions, and VideoPose3D has names. As a rule, sub-actions 1 and
@@ -343,7 +344,7 @@ def read_fits(path: Path, subject: str) -> dict[str, tuple[np.ndarray, ...]]:
 
 def check_cameras(path: Path, subject: str) -> None:
     """Human36M_subjectN_camera.json must say what EXTRINSICS says."""
-    content, name = _mapping(path, "it", read_json(path)), shown(path, 4096)
+    content, name = _mapping(path, "it", read_json(path, CAMERA_BYTES)), shown(path, 4096)
     for k in range(4):
         try:
             R, t = (np.array(content[str(k + 1)][key], np.float64) for key in ("R", "t"))

@@ -603,6 +603,9 @@ def test_cameras_of_numbers_that_no_camera_has(tmp_path):
         path.write_text(json.dumps({"1": dict(R=np.eye(3).tolist(), t=[0, 0, number])}))
         with pytest.raises(ValueError, match="camera.json: expected cameras 1 to 4 with R 3 x 3"):
             H.check_cameras(path, "S1")
+    path.write_text("{" + " " * H.CAMERA_BYTES + "}")  # the real ones have 2 KB
+    with pytest.raises(ValueError, match="camera.json .*it has more than 1 MB"):
+        H.check_cameras(path, "S1")
 
 
 @pytest.mark.parametrize("content, message", [
