@@ -75,6 +75,8 @@ def batch_of(n):
     g = torch.Generator().manual_seed(3)
     b = {name: torch.randn(n, points, 2, generator=g)
          for name, points in (("x_s", 17), ("x_d", 48), ("x_f", 96))}
+    b |= {name: torch.randn(n, tokens, RUN_SIZES["D"], generator=g)
+          for name, tokens in (("z_s", 16), ("zp_d", 48))}
     K = RUN_SIZES["K_s"]
     return b | dict(action=torch.randint(15, (n,), generator=g),
                     q_s=torch.randint(K, (n, 16), generator=g),
@@ -105,7 +107,7 @@ def gradients():
             note(name, model, "loss", lambda call: call(b["x_f"], b["x_d"], b["action"])[0])
         else:
             model.msst.requires_grad_(False)
-            given = {k: b[k] for k in ("x_s", "conf", "x_d", "x_f", "q_s", "q_d")}
+            given = {k: b[k] for k in b if k not in ("action", "y")}
             given["on_rollout"] = name == "rollout"
             note(name, model, "loss", lambda call, given=given: call(**given)[0])
     model = Regressor(32)
