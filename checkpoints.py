@@ -166,7 +166,9 @@ def _check_content(saved: Any, run: Run) -> None:
             good.append(plain and (option.type is str or abs(value) <= most))
         type(own)(**saved[kind])
     good += [type(saved[key]) is int and 0 <= saved[key] < MOST for key in ("epoch", "epochs")]
-    good += [type(saved["seconds"]) is float, type(of["seed"]) is int, type(of["samples"]) is str,
+    good += [type(saved["step"]) is int and saved["step"] >= 0,
+             type(saved["seconds"]) is float and 0 <= saved["seconds"] < 1e9,
+             type(of["seed"]) is int, type(of["samples"]) is str,
              shown(of["data"], 4096) == of["data"]]
     good += [type(name) is str and type(value) is Tensor and value.is_contiguous()
              for name, value in saved["model"].items()]

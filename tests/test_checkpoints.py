@@ -250,9 +250,9 @@ CODES, NOT_THIS = "Q_s.codebook", "stage1.pt is not a checkpoint of this version
 
 @pytest.mark.parametrize("damage, message", [
     *[(lambda good, key=key: good.pop(key), NOT_THIS)
-      for key in ("model", "config", "training", "run", "epoch", "epochs", "seconds")],
+      for key in ("model", "config", "training", "run", "epoch", "epochs", "step", "seconds")],
     *[(lambda good, key=key, to=to: good.update({key: to}), NOT_THIS)
-      for key in ("model", "config", "training", "run", "epoch", "epochs", "seconds")
+      for key in ("model", "config", "training", "run", "epoch", "epochs", "step", "seconds")
       for to in ("text", [1], None, -1, torch.zeros(3))],
     (change("config", D="8"), NOT_THIS), (change("config", D=True), NOT_THIS),
     (change("config", D=torch.zeros(1).expand(1 << 40)), NOT_THIS),
@@ -277,7 +277,7 @@ CODES, NOT_THIS = "Q_s.codebook", "stage1.pt is not a checkpoint of this version
     (tensor(CODES, lambda t: t * math.inf), "has weights that are infinite or NaN"),
     (change("config", D=10**6, K_s=10**6), "has weights of other sizes than these options"),
     (change("config", K_d=17), "has weights of other sizes than these options"),
-], ids=range(75))  # fmt: skip
+], ids=range(81))  # fmt: skip
 def test_checkpoints_with_anything_in_the_place_of_what_they_hold(run, good, capsys, damage,
                                                                   message):
     damage(good)

@@ -980,7 +980,7 @@ def test_the_next_command_is_short_where_it_can_be(tmp_path):
     config, training = (dict(vars(kind())) for kind in (Config, train.Training))
     other.path.mkdir(parents=True)
     of = dict(seed=3, data="data/demo", samples="")
-    content = dict(model={}, epoch=1, epochs=1, seconds=1.0, run=of,
+    content = dict(model={}, epoch=1, epochs=1, step=9, seconds=1.0, run=of,
                    config=config | dict(soft=True), training=training | dict(epochs_1=40, limit=9))
     torch.save(content, other.path / "stage1.pt")
     assert train.next_command(other, 3, seeds=2) == (
