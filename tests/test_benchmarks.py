@@ -1,11 +1,23 @@
 """The benchmarks that ask for no quiet machine run from end to end, with tiny sizes."""
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
+import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import few_labels
+from checkpoints import Run
+from hipart import Config
+from train import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,3 +61,109 @@ def test_steps(tmp_path):
         assert plain["slowest"] <= plain["steps_per_second"] <= plain["fastest"]
         assert plain["loss"] == pytest.approx(bfloat16["loss"], rel=0.05)
     assert report["presets"]["tiny"].keys() == {"stage_1", "stage_2"}
+
+
+# --------------------------------------------------------------------------------------------------
+# few_labels.py
+
+
+def few(monkeypatch, folder, *options, **rule):
+    """Train lifters with few labels in a folder that holds runs/tiny -> what its JSON holds."""
+    rule = dict(DRAWN=1, CHECK=2, PATIENCE=1, LEAST=0.5, HALVINGS=1) | rule  # soon over
+    with monkeypatch.context() as m:
+        m.chdir(folder)
+        for name, value in rule.items():
+            m.setattr(few_labels, name, value)
+        m.setattr(sys, "argv", ["few_labels.py", "--name", "tiny", "--device", "cpu", *options])
+        few_labels.main()
+    return json.loads((folder / "runs/tiny/few_labels.json").read_text())["lifters"]
+
+
+def test_few_labels(tiny_run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "runs/tiny"
+    folder.mkdir(parents=True)
+    for name in ("stage1", "stage2", "regressor"):
+        shutil.copy(tiny_run / f"runs/tiny/{name}.pt", folder)
+    first = few(monkeypatch, tmp_path, "--labels", "16")
+    both = few(monkeypatch, tmp_path, "--labels", "8", "16")
+    assert set(both) == {"8", "16"} and both["16"] == first["16"]  # not trained again
+    for rows in both.values():
+        assert list(rows) == ["sparse", "generated", "regressor"]
+        for found in (rows[name]["0"] for name in rows):
+            assert all(0 < found[split] < 1000 for split in ("val", "test", "unseen"))
+            assert found["steps"] - found["best_steps"] == 2 and found["seconds"] > 0
+    table = (folder / "few_labels.md").read_text()
+    assert f"{both['8']['generated']['0']['unseen']:.1f}" in table and table.count("1.00") >= 4
+    assert matplotlib.image.imread(folder / "few_labels.png").shape[1] == 1000
+    for labels, check, words in (("65", 2, "--labels must be 1 to 64"), ("8", 3, "another rule")):
+        with pytest.raises(SystemExit) as e:
+            few(monkeypatch, tmp_path, "--labels", labels, CHECK=check)
+        assert e.value.code == 2 and words in capsys.readouterr().err
+
+
+class Given(few_labels.Inputs):
+    """Instead of a run's models and data: random poses."""
+
+    def __init__(self):
+        training = Training(lifter="mlp", lifter_width=6, lifter_blocks=1)
+        self.run = Run(Path("none"), Config(), training, torch.device("cpu"))
+
+    def of(self, name, block, training=False):
+        return dict(x=torch.rand(9, 17, 2), y=torch.rand(9, 17, 3), conf=torch.ones(9, 17))
+
+    def batches(self, name, train, seed):
+        while True:
+            yield self.of(name, None)
+
+
+class Nothing:
+    """A split of which nothing is needed."""
+
+    n = 9
+
+    def spread(self, n):
+        return self
+
+    def read(self, rows, rng):
+        return None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([0.0, 0.01, 0.2]), st.integers(1, 3),
+       st.lists(st.floats(1, 200), max_size=30))
+def test_the_rule_that_ends_a_training(patience, least, halvings, said):
+    """The rule as the docstring says it, for any errors on validation."""
+    said = said + [300.0] * patience * halvings if said else [300.0] * (patience * halvings + 1)
+    best, best_check, worse, halved, check, rates = math.inf, 0, 0, 0, 0, []
+    while halved < halvings:
+        rates.append(1e-3 / 2**halved)
+        error, check = said[check], check + 1
+        if error < best * (1 - least):
+            best, best_check, worse = error, check, 0
+        else:
+            worse += 1
+        if worse == patience:
+            halved, worse = halved + 1, 0
+
+    weights, used, step = [], [], torch.optim.AdamW.step
+
+    def flat(model):
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def errors(model, block):
+        weights.append(flat(model))
+        return np.array([said[len(weights) - 1]])
+
+    def noted(optimizer, *args, **kwargs):
+        used.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as m:
+        rule = dict(CHECK=1, PATIENCE=patience, LEAST=least, HALVINGS=halvings, errors=errors)
+        for name, value in rule.items():
+            m.setattr(few_labels, name, value)
+        m.setattr(torch.optim.AdamW, "step", noted)
+        model, found = few_labels.train_lifter(Given(), "sparse", Nothing(), {}, 0)
+    assert (found["steps"], found["best_steps"], found["val"]) == (check, best_check, best)
+    assert used == rates
+    assert torch.equal(flat(model), weights[best_check - 1])
