@@ -20,9 +20,13 @@ them, and tables are text.
 
 import argparse
 import json
+import signal
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while modules are imported says nothing
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

@@ -13,10 +13,16 @@ import argparse
 import math
 import os
 import shutil
+import signal
 import tempfile
 import zipfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while modules are imported says nothing
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,14 +31,13 @@ from matplotlib.animation import PillowWriter
 from torch import nn
 from tqdm import tqdm
 
-from checkpoints import stop
 from evaluate import open_run, trained_on_own_data
 from hipart import J_D, HiPART, J, R
 from sample import PART_COLOURS, SIDE, bones, frame, solid
 from sources.files import safe_name, shown
 from sources.keypoints import Keypoints, read
 from sources.layouts import LAYOUTS
-from survival import Watch
+from survival import Watch, locked, stop
 from train import lift, lifter_input, load_hipart, load_lifter, next_command
 
 FEWEST = 6  # joints of a person; who shows fewer is left out
@@ -220,6 +225,26 @@ def draw_keypoints(folder: Path, k: Keypoints, p: dict) -> list[str]:
 # The folder of the results
 
 
+@contextmanager
+def new_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder to work in, below `parent`; it is gone in the end. What killed processes have
+    left there goes at once: it is locked no more."""
+    with ExitStack() as held:
+        try:
+            parent.mkdir(exist_ok=True)
+            with locked(parent):
+                for left in parent.glob(".new.*"):
+                    with locked(left, wait=False) as ours:
+                        if ours:
+                            shutil.rmtree(left, ignore_errors=True)
+                folder = Path(tempfile.mkdtemp(prefix=".new.", dir=parent))
+                held.callback(shutil.rmtree, folder, ignore_errors=True)
+                held.enter_context(locked(folder))
+        except OSError as e:
+            stop(f"{parent} cannot be written to ({e.strerror}): mend that, or use another run")
+        yield folder
+
+
 def put_in_place(made: Path, parent: Path, stem: str, source: str) -> Path:
     """Give the finished folder `made` its name -> where it is now.
 
@@ -289,22 +314,16 @@ def main() -> None:
     p = lift_keypoints(k, *square_around(k), hipart, lifter, run.device)
 
     parent = run.path / "keypoints"
-    try:
-        parent.mkdir(exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".new.", dir=parent))
-    except OSError as e:
-        stop(f"{parent} cannot be written to ({e.strerror}): mend that, or use another run")
-    made = temporary / "new"
-    try:
+    with new_folder(parent) as temporary:
+        made = temporary / "new"
         made.mkdir()
         said = draw_keypoints(made, k, p)
         files = [f.name for f in made.iterdir()] + ["poses.npz"]
         np.savez_compressed(made / "poses.npz", **p, name=np.array(k.name),
                             track=np.array(k.track), source=source, made=files)
         stem = path.name if path.is_dir() else path.stem
-        folder = put_in_place(made, parent, stem, source)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with locked(parent):
+            folder = put_in_place(made, parent, stem, source)
     print("\n".join([*said, *map(str, sorted(folder.iterdir()))]))
 
 

@@ -17,9 +17,13 @@ docs/data.md describes all sources and what is stored.
 
 import argparse
 import json
+import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while modules are imported says nothing
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 from tqdm import tqdm

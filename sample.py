@@ -20,10 +20,14 @@ lift.py does the same for your own keypoints.
 """
 
 import argparse
+import io
 import math
-import os
+import signal
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while modules are imported says nothing
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import matplotlib
 import numpy as np
@@ -53,7 +57,7 @@ from hipart import (
     to_pixels,
 )
 from sources.dataset import Split
-from survival import Watch
+from survival import Watch, write
 from train import lift, lifter_input, load_hipart, load_lifter, load_msst
 
 matplotlib.use("Agg")  # draws into files, with or without a display
@@ -235,10 +239,10 @@ def solid(ax, y: np.ndarray, under: np.ndarray | None, box: np.ndarray) -> None:
 
 def save(fig, path: Path) -> None:
     """Beside and renamed: a reader sees the old picture or the new one."""
-    beside = path.with_name(path.stem + ".tmp.png")
-    fig.savefig(beside, dpi=100)
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=100)
     plt.close(fig)
-    os.replace(beside, path)
+    write(path, picture.getvalue())
     print(path)
 
 

@@ -6,7 +6,6 @@
         watch.rest()                                # ... until here
 """
 
-import errno
 import os
 import shlex
 import shutil
@@ -26,9 +25,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# A disk, a quota or a file that is full, and a disk that takes or keeps nothing
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-
 
 def stop(message: str, status: int = 2) -> NoReturn:
     """Say in one sentence what the user can mend, and exit with that status."""
@@ -47,16 +43,18 @@ def write(path: Path, content: str | bytes) -> None:
     content = content.encode() if isinstance(content, str) else content
     beside = path.with_name(path.name + ".tmp")
     try:
-        beside.write_bytes(content)
-        with open(beside, "r+b") as f:
-            os.fsync(f.fileno())  # a rename may reach the disk before the content does
-        os.replace(beside, path)
+        with locked(path.parent):  # another process may be about to write the same file
+            try:
+                beside.write_bytes(content)
+                with open(beside, "r+b") as f:
+                    os.fsync(f.fileno())  # a rename may reach the disk before the content does
+                os.replace(beside, path)
+            finally:
+                with suppress(OSError):
+                    beside.unlink(missing_ok=True)
     except OSError as e:
         stop(f"{path} could not be written ({e.strerror}): it needs {megabytes(len(content))}; "
              f"mend that, and go on with `{this_command()}`", 1)
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -80,8 +78,35 @@ def this_command() -> str:
 
 
 def launcher(processes: int) -> str:
-    """The beginning of a command that runs a script in so many processes."""
-    return "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
+    """The beginning of a command that runs a script in so many processes, on these nodes."""
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # torchrun says so
+    if processes == 1:
+        return "python"
+    if nodes == 1 or processes % nodes:
+        return f"torchrun --nproc_per_node={processes}"
+    return (f"torchrun --nnodes={nodes} --nproc_per_node={processes // nodes} "
+            "[other options as before]")
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
+    """Lock a file or a folder until the `with` block ends -> whether the lock is ours; without
+    `wait`, another process may have it. None where there are no locks (Windows, some network file
+    systems). The system frees a lock when its process ends, in whatever way."""
+    if not fcntl:
+        yield None
+        return
+    opened, ours = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR), True
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            ours = False
+        except OSError:
+            ours = None
+        yield ours
+    finally:
+        os.close(opened)
 
 
 @contextmanager
@@ -93,17 +118,12 @@ def alone_in(folder: Path) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
+        (folder / "lock").touch()
     except OSError as e:
         stop(f"{folder} cannot be written to ({e.strerror}): mend that, or work in another folder")
-    with lock:  # the system frees a lock when its process ends, in whatever way
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with locked(folder / "lock", wait=False) as ours:
+        if ours is False:
             stop(f"{folder} is in use by another process: wait for that, or choose another --name")
-        except OSError:
-            pass  # a file system without locks
         yield
 
 
@@ -120,15 +140,14 @@ class Watch:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear signals until the `with` block ends, and let no full disk end in a traceback."""
+        """Hear signals until the `with` block ends, and let no full disk, and whatever else keeps
+        files from being read or written, end in a traceback."""
         before = {s: signal.signal(s, self._hear) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         except OSError as e:
-            if e.errno not in UNWRITABLE:
-                raise
-            stop(f"{e.filename or 'a file'} could not be written ({e.strerror}): mend that, and go "
-                 f"on with `{this_command()}`", 1)
+            stop(f"{e.filename or 'a file'} could not be read or written ({e.strerror or e}): mend "
+                 f"that, and go on with `{this_command()}`", 1)
         except RuntimeError as e:
             if not contact_lost(e):
                 raise
@@ -142,6 +161,10 @@ class Watch:
         self.signal = number  # it on, and the scheduler may have told all processes already
         if again or not self.busy:
             self.rest()
+        elif not rank():
+            more = "; Ctrl-C again stops at once" * (number == signal.SIGINT)
+            with suppress(OSError):  # print may be what the signal has interrupted
+                os.write(2, f"\nfinishing this step and writing a checkpoint{more}\n".encode())
 
     def rest(self) -> None:
         """The process is no longer busy; if a signal has come, it ends here."""

@@ -19,11 +19,15 @@ import functools
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while modules are imported says nothing
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -529,14 +533,17 @@ def script(*command: str) -> None:
         stop(f"`python {' '.join(command)}` failed: see its message above")
 
 
-def disk_needed(run: Run, seeds: int) -> int:
-    """About how many bytes all stages of a run still write: every checkpoint holds a model and two
-    running means of its gradients; one more is written beside the last."""
+def disk_needed(run: Run, stages: tuple[int, ...], seeds: int) -> int:
+    """About how many bytes these stages of a run still write: every checkpoint holds a model and
+    two running means of its gradients; one more is written beside the last."""
     t = run.training
     hipart, lifters = HiPART(run.config), [new_lifter(t, name) for name in INPUTS]
-    models = [hipart.msst, hipart.hiarm, Regressor(t.regressor_width), *lifters * seeds]
-    sizes = [12 * sum(v.numel() for v in model.state_dict().values()) for model in models]
-    there = sum(f.stat().st_size for f in run.path.glob("*.*") if f.is_file())
+    models = {1: [hipart.msst], 2: [hipart.hiarm],
+              3: [Regressor(t.regressor_width), *lifters * seeds]}
+    sizes = [12 * sum(v.numel() for v in model.state_dict().values())
+             for stage in stages for model in models[stage]]
+    paths = [run.path / f"{name}.pt" for stage in stages for name in checkpoints_of(stage, seeds)]
+    there = sum(path.stat().st_size for path in paths if path.exists())
     return max(0, sum(sizes) - there) + max(sizes) + SMALL_FILES
 
 
@@ -574,6 +581,7 @@ def main() -> None:
         stop(str(e))
     run = Run(Path("runs") / (args.name or preset), config, training, device, args.seed, args.data,
               args.resume)
+    stages = (args.stage,) if args.stage else (1, 2, 3)
     torch.set_float32_matmul_precision("high")
     if not rank():
         places = f"{world_size()} x {device}" if world_size() > 1 else device
@@ -586,9 +594,9 @@ def main() -> None:
                     stop(f"{run.data} holds no data set: make one with `python prepare_data.py` "
                          "(`python train.py --stage 1` does so by itself)")
                 script("prepare_data.py")
-            check_space(run.path, disk_needed(run, args.seeds))
+            check_space(run.path, disk_needed(run, stages, args.seeds))
         wait()
-        train_stages(run, (args.stage,) if args.stage else (1, 2, 3), args.seeds)
+        train_stages(run, stages, args.seeds)
         if not rank():
             name = ("--name", run.path.name, "--data", run.data)
             script("evaluate.py", *name, "--seeds", str(args.seeds))

@@ -148,7 +148,8 @@ class Loop:
         for name, value in terms.items():
             self.sums[name] += value  # stays on the device: nobody waits for it
         if self.step % 20 == 19:
-            self.bar.set_postfix({name: f"{float(value):.3g}" for name, value in terms.items()})
+            values = torch.stack([*terms.values()]).tolist()  # a GPU is waited for once
+            self.bar.set_postfix({n: f"{v:.3g}" for n, v in zip(terms, values, strict=True)})
 
     def finish_epoch(self, val: dict[str, float | Tensor]) -> None:
         """Log an epoch and write its checkpoint; val: numbers on the validation split."""

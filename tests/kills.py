@@ -47,32 +47,46 @@ def prepare(clips, bodies):
 # One command
 
 
+def fork(function, said):
+    """Run function() in a fork of this process -> its id. What it says is added to the file `said`,
+    with its exit status at the end."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2)
+        sys.stdout.reconfigure(line_buffering=True)  # in turn with what goes to stderr
+        function()
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        print("status", status, flush=True)
+        os._exit(status)
+
+
 def in_child(folder, argv, main, die_at=0, save_every=600):
     """Run main() as a command in a fork -> its exit status (-9: killed at event number `die_at`)
     and how many events it had."""
     reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
+
+    def command():
         os.chdir(folder)
-        said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(said, 1), os.dup2(said, 2)
         sys.argv, training_loop.SAVE_EVERY = argv, save_every
-        status, events = 1, count_events(die_at)
+        events = count_events(die_at)
         try:
             main()
-            status = 0
-        except SystemExit as e:
-            status = e.code
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
         finally:
-            sys.stdout.flush(), sys.stderr.flush()
             os.write(writing, str(events[0]).encode())
-            os._exit(status)
+
+    _, status = os.waitpid(fork(command, folder / "said.txt"), 0)
     os.close(writing)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with open(reading) as f:
-        return status, int(f.read() or 0)
+        return os.waitstatus_to_exitcode(status), int(f.read() or 0)
 
 
 def warm_up():

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import RUN_SIZES  # noqa: E402
-from kills import warm_up  # noqa: E402
+from kills import fork, warm_up  # noqa: E402
 
 import distributed  # noqa: E402
 import evaluate  # noqa: E402
@@ -39,31 +40,17 @@ CONFIG = {k: v for k, v in SIZES.items() if k in vars(hipart.Config())}
 
 def in_ranks(folder, name, function, n=2):
     """Run function() in n processes that torchrun might have started; n = 1: in a single one."""
-    children = []
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    for rank in range(n):
-        children.append(os.fork())
-        if not children[-1]:
-            status = 1
-            try:
-                said = os.open(folder / f"{name}_{rank}.txt", os.O_WRONLY | os.O_CREAT)
-                os.dup2(said, 1), os.dup2(said, 2)
-                sys.stdout.reconfigure(line_buffering=True)  # in turn with what goes to stderr
-                if n > 1:
-                    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank),
-                                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-                torch.save(function(), folder / f"{name}_{rank}.pt")
-                status = 0
-            except SystemExit as e:
-                status = e.code
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                print("status", status, flush=True)
-                os._exit(status)
-    for child in children:
+
+    def process(rank):
+        if n > 1:
+            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank),
+                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        torch.save(function(), folder / f"{name}_{rank}.pt")
+
+    for child in [fork(partial(process, i), folder / f"{name}_{i}.txt") for i in range(n)]:
         os.waitpid(child, 0)
 
 

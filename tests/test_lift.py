@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lift
+import survival
 from checkpoints import Run
 from hipart import Config
 from lift import ANIMATIONS, keep_confident, lift_keypoints, square_around, standing_height
@@ -193,6 +194,15 @@ def test_links_and_folders_that_cannot_be_written(own_run, run_script, tmp_path)
     status, out, err = run_script(tmp_path / "link.json")
     (own_run / "keypoints").unlink()
     assert status == 2 and "cannot be written to" in err and len(err.strip().split("\n")) == 1
+
+
+def test_what_killed_processes_left_goes(tmp_path):
+    for name in (".new.dead", ".new.alive", "old"):
+        (tmp_path / name).mkdir()
+    with survival.locked(tmp_path / ".new.alive"), lift.new_folder(tmp_path) as folder:
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {".new.alive", "old", folder.name} and not list(folder.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {".new.alive", "old"}
 
 
 def test_a_run_that_is_not_there_names_those_that_are(run_script):

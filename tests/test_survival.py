@@ -5,9 +5,11 @@ tiny set is read in three blocks an epoch here, the last of which is not full.
 """
 
 import errno
+import functools
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -18,6 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import person
+from kills import fork
 from test_train import (
     assert_same,
     assert_same_run,
@@ -153,18 +157,37 @@ def test_a_signal_while_an_epoch_is_logged_waits_for_its_checkpoint(
     assert_same_run(whole, tmp_path, "stage1")
 
 
-def test_a_second_ctrl_c_ends_at_once(capsys):
-    """But not a second SIGTERM: a scheduler and torchrun may both send it."""
+def test_a_second_ctrl_c_ends_at_once(capfd):
+    """But not a second SIGTERM: a scheduler and torchrun may both send it. What waits says so."""
     watch, before = survival.Watch(), signal.getsignal(signal.SIGINT)
     with watch.listening():
         watch.busy = True
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
             assert watch.signal == number and watch.busy
+            assert ("Ctrl-C again stops at once" in one_sentence(capfd.readouterr().err.strip())
+                    ) == (number == signal.SIGINT)
         with pytest.raises(SystemExit) as e:
             os.kill(os.getpid(), signal.SIGINT)
         assert e.value.code == 130
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "sample", "lift", "prepare_data"])
+def test_ctrl_c_while_modules_are_imported_says_nothing(tmp_path, name):
+    for module in ("numpy", "matplotlib"):  # what is imported first
+        (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(2)")
+    done = subprocess.run([sys.executable, HERE.parent / f"{name}.py"], capture_output=True,
+                          env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_the_command_that_goes_on_names_all_nodes(monkeypatch):
+    assert survival.launcher(8) == "torchrun --nproc_per_node=8"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert survival.launcher(8).startswith("torchrun --nnodes=2 --nproc_per_node=4 [other")
+    assert survival.launcher(3) == "torchrun --nproc_per_node=3"
+    assert survival.launcher(1) == "python"
 
 
 def test_checkpoints_come_by_time_as_well(whole, data, tmp_path, monkeypatch):
@@ -232,12 +255,45 @@ def test_the_systems_own_word_for_a_full_disk_is_understood(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["stage1.pt"] and path.read_bytes() == b"old"
 
 
-def test_any_other_file_on_a_full_disk_is_said(capsys):
-    with pytest.raises(SystemExit) as e, survival.Watch().listening():
-        full()
-    assert e.value.code == 1 and "No space left" in one_sentence(capsys.readouterr().err.strip())
-    with pytest.raises(OSError, match="other"), survival.Watch().listening():
-        raise OSError(errno.EIO, "other")
+def failing(number):
+    def function(*args, **options):
+        raise OSError(number, os.strerror(number), str(args[0]))
+
+    return function
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EROFS, errno.ENOSPC])
+def test_whatever_keeps_a_file_from_being_written_is_said(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(os, "replace", failing(number))
+    for act in (lambda path: survival.write(path, "text"), failing(number)):
+        with pytest.raises(SystemExit) as e, survival.Watch().listening():
+            act(tmp_path / "table.md")
+        said = one_sentence(capsys.readouterr().err.strip())
+        assert e.value.code == 1 and "table.md could not be " in said
+        assert f"written ({os.strerror(number)})" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, options, writes", [
+    ("evaluate", (), "replace"), ("sample", (), "replace"), ("lift", ("people.json",), "rename")])
+def test_no_script_ends_in_a_traceback_where_it_cannot_write(
+        tiny_run, data, tmp_path, monkeypatch, capsys, name, options, writes):
+    monkeypatch.undo()  # all inputs
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs")
+    people = [dict(image_id=0, keypoints=person("coco17").ravel().tolist(), score=1)]
+    (tmp_path / "people.json").write_text(json.dumps(people))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    heard = signal.getsignal(signal.SIGINT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, writes, failing(errno.EACCES))
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *options, "--name", "tiny", *[
+        "--data", data] * (name != "lift")])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(HERE.parent / f"{name}.py", run_name="__main__")
+    signal.signal(signal.SIGINT, heard)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 1 and "written (Permission denied)" in one_sentence(said)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
 
 
 def test_free_space_is_checked_before_a_run_begins(data, tmp_path, monkeypatch, capsys):
@@ -257,7 +313,8 @@ def test_the_space_that_is_asked_for_is_what_a_run_takes(data, tmp_path):
     hipart = HiPART(run.config)
     models = dict(stage1=hipart.msst, stage2=hipart.hiarm, regressor=train.Regressor(1024),
                   stage3_generated_0=train.new_lifter(run.training, "generated"))
-    asked = train.disk_needed(run, 1)
+    asked = train.disk_needed(run, (1, 2, 3), 1)
+    alone = [train.disk_needed(run, (stage,), 1) for stage in (1, 2, 3)]
     for name, model in models.items():
         optimizer = training_loop.adamw(model, 1e-3, 0.1)
         for p in model.parameters():
@@ -268,7 +325,12 @@ def test_the_space_that_is_asked_for_is_what_a_run_takes(data, tmp_path):
     sizes = [p.stat().st_size for p in tmp_path.glob("*.pt")]
     taken = sum(sizes) + max(sizes) + train.SMALL_FILES
     assert 0.9 * taken < asked < 1.3 * taken
-    assert train.disk_needed(run, 1) < asked - 0.9 * sum(sizes)  # what is there counts
+    assert max(alone) < asked < sum(alone)
+    for stages, before in (((1, 2, 3), asked), *zip(((1,), (2,), (3,)), alone, strict=True)):
+        # What is there counts, if it is of these stages.
+        names = [name for stage in stages for name in train.checkpoints_of(stage)]
+        there = sum((tmp_path / f"{name}.pt").stat().st_size for name in names)
+        assert before - 1.1 * there < train.disk_needed(run, stages, 1) < before - 0.9 * there
 
 
 def test_a_folder_that_cannot_be_written_is_said(data, tmp_path, monkeypatch, capsys):
@@ -279,6 +341,25 @@ def test_a_folder_that_cannot_be_written_is_said(data, tmp_path, monkeypatch, ca
 
 # --------------------------------------------------------------------------------------------------
 # Other processes
+
+
+@pytest.mark.skipif(not survival.fcntl, reason="Windows has no such locks")
+def test_two_processes_write_one_file_whole(tmp_path):
+    """As two evaluate.py of one run may, while somebody reads."""
+    path = tmp_path / "table.md"
+
+    def writing(letter):
+        for _ in range(30):
+            survival.write(path, letter * 10**6)
+
+    survival.write(path, "a" * 10**6)
+    children = [fork(functools.partial(writing, letter), tmp_path / "said") for letter in "ab"]
+    for child in children:
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            text = path.read_text()
+            assert len(text) == 10**6 and len(set(text)) == 1
+        assert ended[1] == 0, (tmp_path / "said").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"table.md", "said"}
 
 
 @pytest.mark.skipif(not survival.fcntl, reason="Windows has no such locks")
