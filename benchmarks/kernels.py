@@ -9,10 +9,8 @@ benchmarks/results/kernels_DEVICE.json, with machine, versions, commit and date.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -27,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import hipart  # noqa: E402
 import kernels  # noqa: E402
+from benchmarks.machine import machine  # noqa: E402
 from kernels import reference  # noqa: E402
 from train import PRESETS, Training  # noqa: E402
 from training_loop import adamw  # noqa: E402
@@ -262,29 +261,6 @@ def show(title: str, times: dict[str, float]) -> None:
     sys.stdout.flush()
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def machine(device: str) -> dict:
-    def ask(*command):
-        answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        return answer.stdout.strip() if answer.returncode == 0 else ""
-
-    return dict(
-        device=torch.cuda.get_device_name() if device == "cuda" else processor(),
-        threads=torch.get_num_threads(), backend=kernels.backend(device)[0],
-        torch=torch.__version__, cuda=torch.version.cuda, python=platform.python_version(),
-        commit=ask("git", "rev-parse", "--short", "HEAD"),
-        changed_files=bool(ask("git", "status", "--porcelain")),
-        date=datetime.date.today().isoformat())
-
-
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -296,10 +272,12 @@ def main() -> None:
     device, seconds = args.device, args.seconds
     torch.set_float32_matmul_precision("high")  # as train.py does: a peer may use TF32
     torch.manual_seed(0)
-    report = dict(machine=machine(device), search={}, ema={}, threads={}, step={}, memory={})
+    backend, why = kernels.backend(device)
+    report = dict(machine=machine(device) | dict(backend=backend), search={}, ema={}, threads={},
+                  step={}, memory={})
     print(json.dumps(report["machine"]))
-    if report["machine"]["backend"] == "reference":
-        raise SystemExit(f"no compiled kernels for {device}: {kernels.backend(device)[1]}")
+    if backend == "reference":
+        raise SystemExit(f"no compiled kernels for {device}: {why}")
     for N, K, D in SEARCH_SIZES[device]:
         x, c = torch.randn(N, D, device=device), torch.randn(K, D, device=device)
         times = interleaved(search_variants(x, c, device), seconds, device)

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +29,7 @@ from conftest import TINY_SIZES, write_tiny  # noqa: E402
 import checkpoints  # noqa: E402
 import train  # noqa: E402
 import training_loop  # noqa: E402
+from benchmarks.machine import machine  # noqa: E402
 from distributed import wait  # noqa: E402
 from hipart import HiPART  # noqa: E402
 
@@ -143,14 +143,6 @@ def measure(folder, preset, stage, seconds, rounds) -> dict[str, float]:
     return {f"{p} x {t}": round(median(rates[p, t]), 1) for p, t in variants}
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-
-
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,8 +155,8 @@ def main() -> None:
     if args.work:
         folder, preset, stage, threads = args.work
         return work(folder, preset, int(stage), int(threads))
-    result = dict(preset=args.preset, processor=processor(), cores=len(os.sched_getaffinity(0)),
-                  torch=torch.__version__, date=date.today().isoformat(), stages={})
+    result = dict(machine=machine(), preset=args.preset, stages={})
+    print(json.dumps(result["machine"]))
     with tempfile.TemporaryDirectory() as folder:
         print("making poses", flush=True)
         write_tiny(Path(folder) / "data", TINY_SIZES | dict(train=SAMPLES))

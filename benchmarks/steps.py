@@ -60,6 +60,8 @@ def stage_2(c: Config, t: Training, device: str, on_rollout: bool = False):
     batch = {name: torch.randn(B, n, 2, device=device)
              for name, n in dict(x_s=J, x_d=J_D, x_f=J_F).items()}
     batch |= dict(conf=torch.ones(B, J, device=device), on_rollout=on_rollout,
+                  z_s=torch.randn(B, J_S, c.D, device=device),
+                  zp_d=torch.randn(B, J_D, c.D, device=device),
                   q_s=torch.randint(c.K_s, (B, J_S), device=device),
                   q_d=torch.randint(c.K_d, (B, J_D), device=device))
     return model.loss, adamw(model.hiarm, t.lr_2, t.weight_decay_2), lambda out: None, batch
