@@ -326,9 +326,9 @@ def report(title: str, meta: dict, stages: int, seeds: int, summaries: dict[str,
         shown = short_table({name: summaries[name] for name in kinds}, seeds, about)
         sections += [
             "## In short", shown,
-            "*training, s*: of the lifter and of all that its input needs. *samples*: as many "
-            "training samples as the densifier (stage 2 or the regressor) + the lifter saw, each "
-            "epoch anew.",
+            "*training, s*: of the lifter and of all that its input needs. *samples*: how many "
+            "training samples the densifier (stage 2 or the regressor) + the lifter saw; a sample "
+            "counts once an epoch.",
             "## Training time and samples", cost_table(about)]
         for name, kind in kinds.items():
             sections += [f"## 3D error on `{name}`",
