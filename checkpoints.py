@@ -157,13 +157,14 @@ def _check_content(saved: Any, run: Run) -> None:
     the project."""
     if not all(isinstance(saved.get(key), dict) for key in ("model", "config", "training", "run")):
         raise ValueError("no dictionaries")
-    of, good = saved["run"], [0 <= saved["config"]["dropout"] <= 1]
+    of, good = saved["run"], []
     for kind, own in (("config", run.config), ("training", run.training)):
         good.append(set(saved[kind]) == set(vars(own)))
         for option in fields(own):
             value, most = saved[kind][option.name], MOST_BLOCKS if "blocks" in option.name else MOST
             plain = type(value) is option.type or option.type is float and type(value) is int
-            good.append(plain and (option.type is str or abs(value) <= most))
+            if not plain or option.type is not str and abs(value) > most:
+                raise ValueError(f"no such {option.name}")
         type(own)(**saved[kind])
     good += [type(saved[key]) is int and 0 <= saved[key] < MOST for key in ("epoch", "epochs")]
     good += [type(saved["step"]) is int and saved["step"] >= 0,

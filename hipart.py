@@ -85,9 +85,10 @@ class Config:
     def __post_init__(self):
         for name, value in vars(self).items():
             most = 1 if name.endswith(("dropout", "ema_decay", "restart_below")) else 1e99
-            if type(value) is int and value < 1:
+            kind = type(getattr(Config, name))
+            if kind is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
-            if type(value) is float and not 0 <= value <= most:
+            if kind is float and not 0 <= value <= most:
                 raise ValueError(f"{name} must be from 0 to {most:g}, found {value}")
         if self.condition not in ("sos", "every"):
             raise ValueError(f"condition must be one of sos, every, found {self.condition!r}")

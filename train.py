@@ -91,9 +91,10 @@ class Training:
                              f"found {self.lifter_width}")
         for name, value in vars(self).items():
             least = 0 if name.startswith(("limit", "warmup", "epochs_soft", "epochs_equal")) else 1
-            if type(value) is int and value < least:
+            kind = type(getattr(Training, name))
+            if kind is int and value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
-            if type(value) is float and not 0 <= value <= 1e99:
+            if kind is float and not 0 <= value <= 1e99:
                 raise ValueError(f"{name} must be from 0 to 1e+99, found {value}")
 
 

@@ -13,6 +13,7 @@ interruption, to the bit on a CPU.
 
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -64,7 +65,9 @@ class Loop:
             stop(f"{self.path} was trained with other options: resume with the same ones, "
                  "or choose another --name")
         try:
-            self._restore(saved)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's, about a damaged state of the optimizer
+                self._restore(saved)
         except torch.OutOfMemoryError:
             raise
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:

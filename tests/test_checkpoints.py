@@ -256,6 +256,8 @@ CODES, NOT_THIS = "Q_s.codebook", "stage1.pt is not a checkpoint of this version
       for to in ("text", [1], None, -1, torch.zeros(3))],
     (change("config", D="8"), NOT_THIS), (change("config", D=True), NOT_THIS),
     (change("config", D=torch.zeros(1).expand(1 << 40)), NOT_THIS),
+    (change("config", width=torch.ones(2)), NOT_THIS), (change("config", dropout=5), NOT_THIS),
+    (change("config", dropout=torch.ones(2)), NOT_THIS),
     (change("config", D=0), NOT_THIS), (change("config", more=1), NOT_THIS),
     (change("config", soft=1), NOT_THIS), (change("config", condition="none"), NOT_THIS),
     (change("config", beta=math.nan), NOT_THIS), (change("config", D=10**9), NOT_THIS),
@@ -277,7 +279,7 @@ CODES, NOT_THIS = "Q_s.codebook", "stage1.pt is not a checkpoint of this version
     (tensor(CODES, lambda t: t * math.inf), "has weights that are infinite or NaN"),
     (change("config", D=10**6, K_s=10**6), "has weights of other sizes than these options"),
     (change("config", K_d=17), "has weights of other sizes than these options"),
-], ids=range(81))  # fmt: skip
+], ids=range(84))  # fmt: skip
 def test_checkpoints_with_anything_in_the_place_of_what_they_hold(run, good, capsys, damage,
                                                                   message):
     damage(good)

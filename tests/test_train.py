@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -783,6 +784,19 @@ def test_a_damaged_checkpoint_is_refused(run, data, tmp_path, monkeypatch, capsy
         )
     _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, *args)
     assert "stage1.pt" in one_sentence(said)
+
+
+def test_an_optimizer_of_nonsense_is_refused_without_pytorchs_warnings(
+    run, data, tmp_path, monkeypatch, capsys
+):
+    begin(run, tmp_path, "stage1")
+    saved = checkpoint(tmp_path, "stage1")
+    saved["optimizer"]["param_groups"] = [torch.full((16, 8), math.nan)]
+    torch.save(saved, tmp_path / "runs" / "tiny" / "stage1.pt")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 1, "--resume")
+    assert "can go on from" in one_sentence(said) and not warned
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(run, data, tmp_path, monkeypatch, capsys):
