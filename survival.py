@@ -118,10 +118,13 @@ def alone_in(folder: Path) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "lock").touch()
+        lock = folder / "lock"
+        if lock.is_symlink() or lock.exists() and not lock.is_file():
+            raise OSError(0, "its lock is no regular file")
+        lock.touch()
     except OSError as e:
         stop(f"{folder} cannot be written to ({e.strerror}): mend that, or work in another folder")
-    with locked(folder / "lock", wait=False) as ours:
+    with locked(lock, wait=False) as ours:
         if ours is False:
             stop(f"{folder} is in use by another process: wait for that, or choose another --name")
         yield

@@ -438,3 +438,18 @@ def test_forty_kills_leave_no_mark(tmp_path):
                           env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
                           capture_output=True)
     assert done.stdout == "40 kills\n" and done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("make", [
+    lambda lock, other: lock.symlink_to(other), lambda lock, other: lock.symlink_to("nowhere"),
+    lambda lock, other: os.mkfifo(lock), lambda lock, other: lock.mkdir(),
+])  # fmt: skip
+def test_a_lock_that_is_no_file_is_not_followed(tmp_path, capsys, make):
+    other, folder = tmp_path / "other", tmp_path / "run"
+    other.write_text("kept")
+    folder.mkdir()
+    make(folder / "lock", other)
+    with pytest.raises(SystemExit) as e, survival.alone_in(folder):
+        pass
+    assert e.value.code == 2 and "its lock is no regular file" in capsys.readouterr().err
+    assert other.read_text() == "kept" and not (folder / "nowhere").exists()
