@@ -27,6 +27,7 @@ from sources.files import read_bytes, read_json, shown
 from sources.safe_torch import load_tensors
 from survival import Watch, stop, this_command, write
 
+WEIGHTS = Path(__file__).with_name("weights")  # a packed run, which comes with the project
 MOST_BLOCKS, MOST = 100, 1_000_000  # of the options in a checkpoint: blocks, and other numbers
 
 
@@ -149,6 +150,9 @@ def load_checkpoint(run: Run, name: str) -> dict:
         _check_content(saved, run)
     except (ValueError, TypeError, AttributeError, LookupError):
         stop(f"{path} is not a checkpoint of this version of the project: delete it and {again}")
+    # Packed weights have half precision, since they take half of the space.
+    saved["model"] = {name: value.float() if value.dtype == torch.half else value
+                      for name, value in saved["model"].items()}
     return saved | dict(path=path)
 
 

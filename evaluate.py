@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from baselines import Regressor
-from checkpoints import Run, choose_device, load_finished
+from checkpoints import WEIGHTS, Run, choose_device, load_finished
 from distributed import gather, part, rank
 from hipart import (
     J_D,
@@ -445,11 +445,15 @@ def report_occlusion(run: Run, models: Models, at: str) -> None:
 # The run
 
 
-def open_run(name: str, device: str | None, data: str = Run.data, seeds: int = 1,
+def open_run(name: str | None, device: str | None, data: str = Run.data, seeds: int = 1,
              stage_3: list[str] | None = None) -> tuple[Run, int]:
     """A run that has been trained, and how many of its stages are finished: 1 to 3 (see
-    `trained_stages`)."""
-    run = Run(Path("runs") / name, Config(), Training(), choose_device(device), data=data)
+    `trained_stages`). Without a name it is `standard`, or else what comes with the project."""
+    path = Path("runs") / (name or "standard")
+    if name is None and WEIGHTS.exists() and not path.exists():
+        path = WEIGHTS
+        print("The models are those that come with the project; --name takes your own.")
+    run = Run(path, Config(), Training(), choose_device(device), data=data)
     stages = trained_stages(run, seeds, stage_3)
     if not stages:
         others = sorted(p.parent.name for p in Path("runs").glob("*/stage1.pt"))

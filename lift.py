@@ -284,7 +284,8 @@ def main() -> None:
     a = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("keypoints", help="a file, or a folder with one for every image")
-    a.add_argument("--name", default="standard", help="the run, runs/NAME")
+    a.add_argument("--name", help="the run, runs/NAME; default: standard, or without such a run "
+                   "the models that come with the project")
     a.add_argument("--layout", default="auto", choices=("auto", *LAYOUTS),
                    help="the order of the joints; auto: as the file says")
     a.add_argument("--image-size", type=int, nargs=2, metavar=("W", "H"),
@@ -313,7 +314,7 @@ def main() -> None:
     hipart, lifter = load_hipart(run), load_lifter(run, "generated")
     p = lift_keypoints(k, *square_around(k), hipart, lifter, run.device)
 
-    parent = run.path / "keypoints"
+    parent = Path("runs", run.path.name, "keypoints")
     with new_folder(parent) as temporary:
         made = temporary / "new"
         made.mkdir()

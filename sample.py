@@ -424,7 +424,8 @@ def tokenizers(run: Run, msst: MSST, other: str | None) -> dict[str, MSST]:
 def main() -> None:
     a = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("--name", default="standard", help="the run, runs/NAME")
+    a.add_argument("--name", help="the run, runs/NAME; default: standard, or without such a run "
+                   "the models that come with the project")
     a.add_argument("--data", default=Run.data, help="folder of the data set")
     a.add_argument("--split", default="test", help="of the data; default: test")
     a.add_argument("--n", type=int, default=4, help="samples in a figure of several")
@@ -453,7 +454,7 @@ def main() -> None:
     pelvis = detected_pelvis(block["x_s"], block["conf"])
     x_f = to_model_frame(block["x_f"], pelvis)
     few, actions = range(min(args.n, len(rows))), split.meta["actions"]
-    figures = run.path / "figures"
+    figures = Path("runs", run.path.name, "figures")
     figures.mkdir(parents=True, exist_ok=True)
 
     def px(x: np.ndarray) -> np.ndarray:

@@ -104,8 +104,8 @@ class Training:
 # in one number: 20 epochs of stage 1 are meant for 38 times the samples of the default data.
 SMALL_MODEL = dict(
     D=64, K_s=512, K_d=512, encoder_blocks=2, encoder_width=64, decoder_width=64, ema_decay=0.98,
-    width=96, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, condition="every", soft=True,
-    soft_targets=2.0, history_dropout=0.5,
+    width=96, heads=4, mlp_ratio=2, gcsab_blocks=4, ph_blocks=1, dropout=0.0, condition="every",
+    soft=True, soft_targets=2.0, history_dropout=0.5,
 )  # fmt: skip
 SMALL_TRAINING = dict(
     lr_1=2e-3, lr_2=1e-3, epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2,
@@ -113,9 +113,11 @@ SMALL_TRAINING = dict(
 )  # fmt: skip
 QUICK = dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_3=8)
 STANDARD = dict(epochs_1=6, epochs_2=5, epochs_3=36)
+LONG = STANDARD | dict(epochs_1=10, epochs_2=52, epochs_soft=4)  # 2 million samples of HiARM
 PRESETS = {
     "quick": (SMALL_MODEL, SMALL_TRAINING | QUICK),
     "standard": (SMALL_MODEL, SMALL_TRAINING | STANDARD),
+    "long": (SMALL_MODEL, SMALL_TRAINING | LONG),
     "paper": ({}, dict(epochs_1=40)),
 }
 
