@@ -231,7 +231,7 @@ def new_folder(parent: Path) -> Iterator[Path]:
     left there goes at once: it is locked no more."""
     with ExitStack() as held:
         try:
-            parent.mkdir(exist_ok=True)
+            parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):
                 for left in parent.glob(".new.*"):
                     with locked(left, wait=False) as ours:
