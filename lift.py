@@ -7,6 +7,10 @@
 docs/data.md lists the formats that are read. Needs a run with all three stages. What comes out lies
 in a folder under runs/NAME/keypoints that has the name of the file: poses.npz with all numbers,
 pictures of people in single images, and animations of tracks.
+
+Beside the one answer, HYPOTHESES others are drawn for each person, at the temperature that
+hypotheses.py has found for the run (1, if it has not been run). How far they lie apart tells how
+sure each dense and fine point is. Where a joint is missing or doubtful, the pictures show three.
 """
 
 import argparse
@@ -33,16 +37,20 @@ from tqdm import tqdm
 
 from evaluate import open_run, trained_on_own_data
 from hipart import J_D, HiPART, J, R
+from hypotheses import best_temperature
 from sample import PART_COLOURS, SIDE, bones, frame, solid
 from sources.files import safe_name, shown
-from sources.keypoints import Keypoints, read
+from sources.keypoints import PROBABLE, Keypoints, read
 from sources.layouts import LAYOUTS
 from survival import Watch, locked, stop
+from tables import LOW_CONF
 from train import lift, lifter_input, load_hipart, load_lifter, next_command
 
 FEWEST = 6  # joints of a person; who shows fewer is left out
 STANDING = 0.343  # what standing_height says of training images, in the median, as a share of them
 AROUND = 15  # frames before and after one that tell the size of a person in a track
+HYPOTHESES = 5  # of each person: they take five times as long as the one answer
+SHOWN = ("#009E73", "#CC79A7", "#E69F00")  # colours of the first of them
 PICTURES = 50  # of single people
 ANIMATIONS, FRAMES = 5, 120  # of tracks, and frames of each
 # Bones as shares of standing height (Winter 2009, Biomechanics and Motor Control of Human Movement)
@@ -125,21 +133,40 @@ def square_around(k: Keypoints) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def lift_keypoints(k: Keypoints, centre: np.ndarray, side: np.ndarray, hipart: HiPART,
-                   lifter: nn.Module, device: torch.device) -> dict[str, np.ndarray]:
+                   lifter: nn.Module, device: torch.device, temperature: float = 1.0
+                   ) -> dict[str, np.ndarray]:
     """People in squares of that centre [N, 2] and side [N] -> x_s [N, 17, 2], x_d [N, 48, 2] and
-    x_f [N, 96, 2] px, conf [N, 17], and y [N, 17, 3] mm relative to the pelvis."""
+    x_f [N, 96, 2] px, conf [N, 17], and y [N, 17, 3] mm relative to the pelvis.
+
+    spread_d [N, 48] and spread_f [N, 96] px are the mean distances of a point in the hypotheses to
+    its mean; the first hypotheses are others_f [N, 3, 96, 2] px and others_y [N, 3, 17, 3] mm.
+    doubtful [N]: whether a joint is missing or has a low score.
+    """
     middle = torch.from_numpy(centre[:, None]).float().to(device)
     half = torch.from_numpy(side[:, None, None] / 2).float().to(device)
     conf = torch.from_numpy(k.conf).to(device)
     x_s = (torch.from_numpy(k.x_s).to(device) - middle) / half * (conf > 0)[..., None]
-    x, y = [], []
+    x, y, apart, others, others_y = [], [], [], [], []
+    generator, n = torch.Generator(device).manual_seed(0), len(SHOWN)
     parts = zip(x_s.split(512), conf.split(512), strict=True)
     for some, c in tqdm(parts, "people, by 512", math.ceil(len(x_s) / 512), leave=False):
         x.append(lifter_input("generated", dict(x_s=some, conf=c), hipart, None))
         y.append(lift(lifter, x[-1], c))
-    px = (torch.cat(x) * half + middle).cpu().numpy()
-    return dict(x_s=k.x_s, conf=k.conf, x_d=px[:, J : J + J_D], x_f=px[:, J + J_D :],
-                y=torch.cat(y).cpu().numpy())
+        x_d, x_f, _ = hipart.sample(some, c, HYPOTHESES, temperature, generator=generator)
+        points = torch.cat([x_d, x_f], 2)  # [B, HYPOTHESES, 144, 2]
+        apart.append((points - points.mean(1, keepdim=True)).norm(dim=-1).mean(1))
+        others.append(x_f[:, :n])
+        given = torch.cat([some[:, None].expand(-1, n, -1, -1), points[:, :n]], 2).flatten(0, 1)
+        others_y.append(lift(lifter, given, c.repeat_interleave(n, 0)).unflatten(0, (-1, n)))
+    px, spread = torch.cat(x) * half + middle, torch.cat(apart) * half[:, 0]
+    others = torch.cat(others) * half[:, None] + middle[:, None]
+    found = dict(x_d=px[:, J : J + J_D], x_f=px[:, J + J_D :], y=torch.cat(y),
+                 spread_d=spread[:, :J_D], spread_f=spread[:, J_D:], others_f=others,
+                 others_y=torch.cat(others_y))
+    # min_score tells the scale of the scores.
+    doubtful = (k.conf <= max(0, k.min_score) * LOW_CONF / PROBABLE).any(1)
+    return dict(x_s=k.x_s, conf=k.conf, doubtful=doubtful,
+                **{name: value.cpu().numpy() for name, value in found.items()})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,8 +174,9 @@ def lift_keypoints(k: Keypoints, centre: np.ndarray, side: np.ndarray, hipart: H
 
 
 def draw_person(axes, p: dict, i: int, box: np.ndarray, reach: np.ndarray) -> None:
-    """The 2D levels over one another on the left, 3D on the right. box [n, 2] px and reach [m, 3]
-    mm set the limits."""
+    """The 2D levels over one another on the left, 3D on the right, and thin beneath them other
+    hypotheses, if a joint is missing or doubtful. box [n, 2] px and reach [m, 3] mm set the
+    limits."""
     left, right = axes
     left.clear(), right.clear()
     visible = p["conf"][i] > 0
@@ -157,11 +185,15 @@ def draw_person(axes, p: dict, i: int, box: np.ndarray, reach: np.ndarray) -> No
     left.scatter(*p["x_d"][i].T, s=26, facecolor="none", edgecolor=np.repeat(PART_COLOURS, R),
                  zorder=4)
     left.scatter(*p["x_f"][i].T, s=7, c=np.repeat(PART_COLOURS, 2 * R), zorder=5)
+    others = dict(zip(SHOWN, p["others_y"][i], strict=True)) if p["doubtful"][i] else {}
+    for colour, x in zip(others, p["others_f"][i], strict=False):
+        left.scatter(*x.T, s=3, c=colour, zorder=2)
     frame(left, box)
     left.set_title(f"{visible.sum()} of 17 joints, 48 dense (rings), 96 fine (dots)",
                    fontsize=11)
-    solid(right, p["y"][i], None, reach)
-    right.set_title("3D, from the side of the camera", fontsize=11)
+    solid(right, p["y"][i], None, reach, others)
+    right.set_title("3D, from the side of the camera"
+                    + f"; thin: {len(others)} other hypotheses" * bool(others), fontsize=11)
 
 
 def new_figure():
@@ -312,7 +344,7 @@ def main() -> None:
         stop(str(e) if str(e).startswith(source) else f"{source}: {e}")
     print("\n".join(said))
     hipart, lifter = load_hipart(run), load_lifter(run, "generated")
-    p = lift_keypoints(k, *square_around(k), hipart, lifter, run.device)
+    p = lift_keypoints(k, *square_around(k), hipart, lifter, run.device, best_temperature(run))
 
     parent = Path("runs", run.path.name, "keypoints")
     with new_folder(parent) as temporary:

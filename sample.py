@@ -11,6 +11,7 @@ that it has been trained for:
               similarity.png       cosine similarity of codes, and of parts           Fig. 7, 14
               swap.png             what moves when one token is swapped               Fig. 8
     stage 2   densified.png        random samples: detected, dense and fine points
+              order.png            which points each of the 16 steps makes
     stage 3   curves.png           errors against training time, and against samples seen
               overview.png         one occluded person, from the detection to 3D
               poses_random.png     random samples, and in poses_worst.png those with the
@@ -215,15 +216,19 @@ def flat(ax, p: dict, i: int) -> None:
     frame(ax, np.concatenate([p["true_x_f"][i], p["true_x_s"][i], made]))
 
 
-def solid(ax, y: np.ndarray, under: np.ndarray | None, box: np.ndarray) -> None:
+def solid(ax, y: np.ndarray, under: np.ndarray | None, box: np.ndarray,
+          others: dict[str, np.ndarray] | None = None) -> None:
     """Skeleton y [17, 3] mm (camera frame: x right, y down, z forward) standing upright, seen from
-    50 degrees to the side of the camera; `under` in grey below it; `box` [n, 3] sets the limits."""
+    50 degrees to the side of the camera; `under` in grey below it, `others` thin in their colours;
+    `box` [n, 3] sets the limits."""
 
     def upright(a):
         return np.stack([a[:, 0], a[:, 2], -a[:, 1]], 1)
 
     if under is not None:
         bones(ax, upright(under), colours=LIGHT, lw=5, solid_capstyle="round")
+    for colour, other in (others or {}).items():
+        bones(ax, upright(other), colours=colour, lw=1)
     bones(ax, upright(y), lw=2.4, solid_capstyle="round")
     box = upright(box)
     middle, half = (box.max(0) + box.min(0)) / 2, 0.5 * np.ptp(box, 0).max()
@@ -369,6 +374,24 @@ def draw_densified(path: Path, p: dict, rows, names: list[str]) -> None:
     save(fig, path)
 
 
+def draw_order(path: Path, p: dict, rows, names: list[str]) -> None:
+    """The order of generation in four samples: fine points in the colour of the step that made
+    them."""
+    fig, axes = plt.subplots(1, 4, figsize=(12, 3.1), layout="constrained")
+    for ax in axes[len(rows) :]:
+        ax.axis("off")
+    for ax, i in zip(axes, rows, strict=False):
+        bones(ax, p["x_s"][i], p["conf"][i] > 0, colours=LIGHT, lw=3, solid_capstyle="round")
+        made = ax.scatter(*p["x_f"][i].T, s=22, c=np.arange(J_S).repeat(2 * R), zorder=3,
+                          cmap=plt.get_cmap("viridis", J_S), vmin=-0.5, vmax=J_S - 0.5)
+        flat(ax, p, i)
+        ax.set_title(action(p, i, names), fontsize=11, parse_math=False)
+    bar = fig.colorbar(made, ax=axes)
+    bar.ax.set_title("step, part", fontsize=11)
+    bar.set_ticks([0, J_S - 1], labels=[f"1  {PART_NAMES[0]}", f"{J_S}  {PART_NAMES[-1]}"])
+    save(fig, path)
+
+
 def draw_overview(path: Path, p: dict, i: int) -> None:
     """One person from the detection to 3D, large; the true skeleton in grey under everything."""
     fig = plt.figure(figsize=(12, 3.7), layout="constrained")
@@ -469,6 +492,7 @@ def main() -> None:
               {name: px(x) for name, x in poses.items()}, p["true_x_s"])
     if stages >= 2:
         draw_densified(figures / "densified.png", p, few, actions)
+        draw_order(figures / "order.png", p, few, actions)
     if stages >= 3:
         if (run.path / "log.jsonl").exists():
             save(learning_curves(run), figures / "curves.png")
@@ -479,7 +503,7 @@ def main() -> None:
         draw_poses(figures / "poses_worst.png", p, worst, actions,
                    f"Worst 3D of {len(rows)} samples of `{args.split}`")
     if stages < 3:
-        print(left_out(run, stages, {2: "densified.png",
+        print(left_out(run, stages, {2: "densified.png, order.png",
                                      3: "overview.png, poses_random.png and poses_worst.png"}))
 
 

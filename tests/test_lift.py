@@ -72,7 +72,9 @@ def test_the_example_from_file_to_animation(own_run, run_script, tmp_path):
         assert z["source"] == str(frames) and set(z["made"]) == {f.name for f in folder.iterdir()}
         shapes = {k: z[k].shape for k in z.files if k not in ("source", "made")}
         assert shapes == dict(x_s=(12, 17, 2), conf=(12, 17), x_d=(12, 48, 2), x_f=(12, 96, 2),
-                              y=(12, 17, 3), name=(12,), track=(12,))
+                              y=(12, 17, 3), name=(12,), track=(12,), doubtful=(12,),
+                              spread_d=(12, 48), spread_f=(12, 96), others_f=(12, 3, 96, 2),
+                              others_y=(12, 3, 17, 3))
         assert all(np.isfinite(z[k]).all() for k in ("x_s", "x_d", "x_f", "y"))
         assert (z["conf"] == 0).sum() == 12 and z["name"][6] == "10.jpg #0"
 
@@ -247,6 +249,46 @@ def test_the_size_of_the_photo_plays_no_part(own_run, tmp_path):
         y = lift_keypoints(k, *square_around(k), hipart, lifter, run.device)["y"][0]
         lengths.append([np.linalg.norm(y[a] - y[b]) for a, b in ((0, 8), (1, 2), (2, 3), (11, 12))])
     np.testing.assert_allclose(lengths, np.tile(lengths[:1], (4, 1)), rtol=0.01)
+
+
+def test_hypotheses_and_their_spread_equal_a_plain_reading(own_run):
+    """In the pixels of the file, whatever the size of the person."""
+    run = Run(own_run, Config(), Training(), torch.device("cpu"))
+    hipart, lifter = load_hipart(run), load_lifter(run, "generated")
+    k = keypoints_of([person("coco17", 3, 900), person("coco17", 4, 100)])
+    k.conf[1, 4] = 0.45  # low, though not missing
+    (cx, side), device = square_around(k), run.device
+    p = lift_keypoints(k, cx, side, hipart, lifter, device, temperature=0.5)
+    x_s = torch.from_numpy((k.x_s - cx[:, None]) / (side[:, None, None] / 2)).float()
+    conf, g = torch.from_numpy(k.conf), torch.Generator().manual_seed(0)
+    made = hipart.sample(x_s, conf, lift.HYPOTHESES, 0.5, generator=g)
+    for i in range(2):
+        px = [z[i].numpy() * side[i] / 2 + cx[i] for z in made[:2]]
+        for name, z in zip(("spread_d", "spread_f"), px, strict=True):
+            off = [[np.hypot(*(point - one.mean(0))) for point in one] for one in z.swapaxes(0, 1)]
+            np.testing.assert_allclose(p[name][i], np.mean(off, 1), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(p["others_f"][i], px[1][:3], atol=side[i] * 1e-4)
+        for n in range(3):
+            x = torch.cat([x_s[i], made[0][i, n], made[1][i, n]])[None]
+            np.testing.assert_allclose(p["others_y"][i, n], lifter(x, conf[i : i + 1])[0],
+                                       atol=1.0)  # mm
+    assert p["doubtful"].tolist() == [False, True]
+
+
+def test_other_hypotheses_are_drawn_where_joints_are_doubtful(own_run):
+    run = Run(own_run, Config(), Training(), torch.device("cpu"))
+    k = keypoints_of([person("coco17", 3), person("coco17", 4)])
+    k.conf[1, 5] = 0
+    p = lift_keypoints(k, *square_around(k), load_hipart(run), load_lifter(run, "generated"),
+                       run.device)
+    fig, axes = lift.new_figure()
+    for i in (1, 0):  # nothing stays of the person before
+        lift.draw_person(axes, p, i, p["x_f"][i], p["y"][i])
+        clouds = [c for c in axes[0].collections if len(c.get_offsets()) == 96]
+        assert len(clouds) == 1 + 3 * i and len(axes[1].lines) == 16 * (1 + 3 * i)
+        assert ("3 other hypotheses" in axes[1].get_title()) == bool(i)
+        for n, cloud in enumerate(clouds[1:]):
+            np.testing.assert_allclose(cloud.get_offsets(), p["others_f"][i, n], atol=1e-3)
 
 
 def test_a_track_may_come_nearer():

@@ -32,7 +32,7 @@ from train import Training
 SCRIPT = Path(sample.__file__)
 FIGURES = {
     1: ["reconstruction.png", "similarity.png", "swap.png"],
-    2: ["densified.png"],
+    2: ["densified.png", "order.png"],
     3: ["curves.png", "overview.png", "poses_random.png", "poses_worst.png"],
 }
 
@@ -330,6 +330,21 @@ def test_the_reconstruction_shows_true_and_decoded_points(run, data, model, monk
         assert low < p["true_x_f"][i, :, 0].min() and p["true_x_f"][i, :, 0].max() < high
 
 
+def test_the_order_of_generation_is_shown_by_colour(run, data, model, lifter, monkeypatch, drawn):
+    """Rows 6i to 6i + 5 of the fine points belong to part i, and the colour bar names the ends."""
+    main(monkeypatch, run, "--data", data, "--n", 3)
+    split = Split(data, "test", torch.device("cpu"))
+    p = sample.predict(split, np.random.default_rng(0).permutation(split.n)[:3], model.msst, model)
+    *panels, bar = drawn["order.png"].axes
+    for i, ax in enumerate(panels[:3]):
+        (dots,) = ax.collections
+        np.testing.assert_allclose(dots.get_offsets(), p["x_f"][i], atol=1e-2)
+        np.testing.assert_array_equal(dots.get_array(), [k // 6 for k in range(96)])
+    assert [ax.axison for ax in panels] == [True] * 3 + [False]
+    names = [label.get_text() for label in bar.get_yticklabels()]
+    assert names == ["1  right hip", "16  right wrist"]
+
+
 def test_an_action_may_have_any_name(run, data, tmp_path, monkeypatch, drawn):
     """Between two dollar signs, matplotlib expects mathematics."""
     shutil.copytree(data, tmp_path / "tiny")
@@ -337,7 +352,7 @@ def test_an_action_may_have_any_name(run, data, tmp_path, monkeypatch, drawn):
     meta["actions"] = ["$^$"] * len(meta["actions"])
     (tmp_path / "tiny/meta.json").write_text(json.dumps(meta))
     main(monkeypatch, run, "--data", tmp_path / "tiny", "--n", 1)
-    for name in ("reconstruction.png", "densified.png", "poses_random.png"):
+    for name in ("reconstruction.png", "densified.png", "order.png", "poses_random.png"):
         drawn[name].canvas.draw()
     assert drawn["reconstruction.png"].axes[0].get_title().startswith("$^$: ")
 
@@ -347,7 +362,8 @@ def test_an_action_may_have_any_name(run, data, tmp_path, monkeypatch, drawn):
 
 
 @pytest.mark.parametrize("stages, missing", [
-    (1, "densified.png (stage 2) and overview.png, poses_random.png and poses_worst.png (stage 3)"),
+    (1, "densified.png, order.png (stage 2) and overview.png, poses_random.png and poses_worst.png "
+        "(stage 3)"),
     (2, "overview.png, poses_random.png and poses_worst.png (stage 3)"),
 ])  # fmt: skip
 def test_a_partial_run_has_the_figures_of_its_stages(tiny_run, data, tmp_path, monkeypatch, capsys,
