@@ -45,13 +45,13 @@ def read_log(run: Run) -> tuple[list[tuple[str, list[dict]]], dict[str, list[dic
             logs.setdefault(row["model"], []).append({k: float(v) for k, v in numbers.items()})
         for model, epochs in logs.items():
             found = re.fullmatch(r"stage3_(sparse|sparse_long|generated|regressor)_\d+", model)
-            if found:
+            if found and all(made in logs for made in MADE_BY.get(found[1], ())):
                 name = found[1]
                 before = sum(logs[made][-1]["seconds"] for made in MADE_BY.get(name, ()))
                 lifters.append((name, [e | dict(seconds=before + e["seconds"]) for e in epochs]))
         densifiers = {}
         for model, (_, batch, _) in DENSIFIERS.items():
-            if model in logs:
+            if model in logs and (run.path / f"{model}.pt").exists():  # no regressor in weights/
                 size = load_checkpoint(run, model)["training"][batch]
                 densifiers[model] = [dict(samples=e["steps"] * size, fine_px=e["fine_px"])
                                      for e in logs[model]]

@@ -485,7 +485,7 @@ class HiARM(nn.Module):
     the *expected* embedding, softmax(logits) @ C, instead of the likeliest code. As that is
     differentiable, it can be trained through (`HiPART.loss`, on_rollout). history_dropout: training
     forgets some parts of the past, so that the model learns to see them in x_s as well, and
-    `one_pass` can do without any.
+    `one_pass` can do without any. A fourth, soft_targets, changes the loss (`token_loss`).
     """
 
     def __init__(self, config: Config):
@@ -706,7 +706,8 @@ class HiPART(nn.Module):
         x_d, x_f, log_prob = (x_s.new_empty(N, *of) for of in ((J_D, 2), (J_F, 2), ()))
 
         def draw(logits: Tensor, C: Tensor) -> Tensor:
-            scores = logits / temperature
+            # The largest becomes 0, so that no temperature is too low.
+            scores = (logits - logits.amax(-1, keepdim=True)) / temperature
             if top_k is not None:
                 scores[scores < scores.topk(top_k).values[:, -1:]] = -torch.inf
             # By the cumulated probabilities, as torch.multinomial takes long. In float64, a number
@@ -741,7 +742,7 @@ def token_loss(logits: Tensor, q: Tensor, z: Tensor, C: Tensor, m: Tensor, sprea
     if not spread:
         return F.cross_entropy(logits.flatten(0, 1), q.flatten())
     # |z|^2 is the same for all codes, and drops out.
-    targets = ((2 * z @ C.T - C.pow(2).sum(-1)) / (spread * m)).softmax(-1)
+    targets = ((2 * z @ C.T - C.pow(2).sum(-1)) / (spread * m).clamp_min(1e-9)).softmax(-1)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
 
 

@@ -22,7 +22,7 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 if __name__ == "__main__":  # Ctrl-C while modules are imported says nothing
@@ -266,7 +266,8 @@ def new_folder(parent: Path) -> Iterator[Path]:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):
                 for left in parent.glob(".new.*"):
-                    with locked(left, wait=False) as ours:
+                    # Its owner may remove it at this very moment.
+                    with suppress(OSError), locked(left, wait=False) as ours:
                         if ours:
                             shutil.rmtree(left, ignore_errors=True)
                 folder = Path(tempfile.mkdtemp(prefix=".new.", dir=parent))

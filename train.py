@@ -1,7 +1,7 @@
 """Train HiPART: data, stages 1 to 3, tables and figures.
 
     python train.py                       # everything, with the preset that suits this machine
-    python train.py --preset standard     # quick | standard | paper
+    python train.py --preset standard     # quick | standard | long | paper
     python train.py --stage 1             # one stage; 2 and 3 need the stages before them
     python train.py --resume              # go on where an interrupted run stopped
     python train.py --gcsab_blocks 2 --name shallow     # any field of Config or Training

@@ -8,7 +8,7 @@
 
 A checkpoint is written after every epoch, every SAVE_EVERY seconds and when Ctrl-C or a scheduler
 asks the run to stop. What is trained on is what would have been trained on without an
-interruption, to the bit on a CPU.
+interruption, to the bit on a CPU; where time sets the number of epochs, once that number is found.
 """
 
 import math
@@ -163,9 +163,9 @@ class Loop:
         self.sums.clear()
         self.random.clear()
         self._count_seconds()
+        self.seconds = max(gather(self.seconds))  # all processes must decide alike
         if self.budget and (self.epoch == 1 or self.seconds < self.budget / 10):
-            fitting = round(self.epoch * self.budget / self.seconds)
-            self.n_epochs = highest(max(self.epoch, fitting))  # the same in all processes
+            self.n_epochs = max(self.epoch, round(self.epoch * self.budget / self.seconds))
         self.run.log(model=self.name, epoch=self.epoch, steps=self.step, seconds=self.seconds,
                      lr=self.optimizer.param_groups[0]["lr"], train=train, val=val)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in val.items())

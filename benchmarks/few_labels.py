@@ -23,6 +23,7 @@ import copy
 import io
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -120,6 +121,8 @@ def train_lifter(inputs: Inputs, name: str, train: Split, val: dict, seed: int
                 optimizer.step()
             model.eval()
             steps, before, error = steps + CHECK, schedule.best, float(errors(model, val).mean())
+            if not math.isfinite(error):
+                stop("the error became infinite or NaN: train the run with a lower --lr_3")
             schedule.step(error)
             if schedule.best < before:
                 best_steps, best = steps, copy.deepcopy(model.state_dict())

@@ -58,8 +58,9 @@ def split_frames(clip, every=1.2, gap=0.1):
     """Frames of a clip for training, validation and testing: {split: sorted frame indices}.
 
     About every 1.2 s, a stretch of 0.2 s (at most a tenth of the clip) is held out, in turn for
-    testing and for validation; every clip has both. Frames within `gap` seconds of a held-out frame
-    (around the seam too, if the clip loops) belong to no split, since they look almost like it.
+    testing and for validation; clips of a quarter of a second or more have both. Frames within
+    `gap` seconds of a held-out frame (around the seam too, if the clip loops) belong to no split,
+    since they look almost like it.
     """
     time = clip["time"]
     duration = clip["period"] or time[-1]

@@ -28,6 +28,7 @@ import hipart  # noqa: E402
 import train  # noqa: E402
 import training_loop  # noqa: E402
 from baselines import Regressor  # noqa: E402
+from checkpoints import Run  # noqa: E402
 from hipart import HiPART, Quantizer  # noqa: E402
 from kernels import backend  # noqa: E402
 from sources import dataset  # noqa: E402
@@ -139,6 +140,22 @@ def epoch(data):
                 states=torch.get_rng_state())
 
 
+def clocks(folder):
+    """The number of epochs of a training that takes 10 s, where the two clocks lie on both sides of
+    the first tenth of it."""
+    distributed.connect(CPU)
+    folder.mkdir(exist_ok=True)
+    (folder / "meta.json").write_text("{}")
+    run = Run(folder, hipart.Config(), train.Training(), CPU, data=str(folder))
+    model = torch.nn.Linear(3, 1)
+    loop = training_loop.Loop(run, "m", model, training_loop.adamw(model, 1.0, 0.0), 0, 4,
+                              training_loop.warmup_cosine(500), 10.0)
+    loop._count_seconds = lambda: setattr(loop, "seconds", 0.999 + 0.002 * distributed.rank())
+    for _ in range(3):
+        loop.finish_epoch({})
+    return dict(epochs=loop.n_epochs)
+
+
 # --------------------------------------------------------------------------------------------------
 # Runs
 
@@ -245,6 +262,7 @@ def main():
     do("gradients_alone", gradients, 1)
     do("kmeans", kmeans)
     do("epoch", lambda: epoch(data))
+    do("clocks", lambda: clocks(folder / "clocks"))
     do("epoch_alone", lambda: epoch(data), 1)
     do("sixty", sixty_steps(data, folder / "sixty"))
     do("spoiled", spoil_one_bit(data, folder / "spoiled"))

@@ -19,6 +19,8 @@ def run(tmp_path, monkeypatch):
     trained = dict(training=dict(batch_2=16, batch_3=32))
     monkeypatch.setattr(curves, "load_checkpoint", lambda run, name: trained)
     run = Run(tmp_path, Config(), Training(), torch.device("cpu"))
+    for model in ("stage2", "regressor"):
+        (tmp_path / f"{model}.pt").touch()
     for model, per_epoch in {"stage1": 7.0, "stage2": 11.0, "regressor": 5.0}.items():
         for epoch in (1, 2, 3):
             run.log(model=model, epoch=epoch, steps=4 * epoch, seconds=per_epoch * epoch,
@@ -65,8 +67,18 @@ def test_data_without_unseen_motion_have_no_such_panel(run):
     assert len(curves.learning_curves(run).axes) == 2
 
 
+def test_what_is_not_known_is_left_out(run):
+    """Packed weights have no regressor, and a log that was begun anew has only later trainings."""
+    (run.path / "regressor.pt").unlink()
+    lines = (run.path / "log.jsonl").read_text().splitlines(keepends=True)
+    (run.path / "log.jsonl").write_text("".join(lines[3:]))  # without stage 1
+    validation, *_, densifiers = curves.learning_curves(run).axes
+    assert [line.get_label() for line in densifiers.lines] == ["HiARM"]
+    shown = {line.get_label() for line in validation.lines}
+    assert shown == {INPUTS["sparse"], INPUTS["regressor"]}
+
+
 @pytest.mark.parametrize("change", [
-    lambda rows: rows[3:],  # without stage 1, on which a lifter's time depends
     lambda rows: [row | dict(val=3) for row in rows],
     lambda rows: [row | dict(steps="many") for row in rows],
     lambda rows: [3, *rows],

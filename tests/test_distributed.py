@@ -70,6 +70,11 @@ def test_kmeans_sees_the_rows_of_all_processes(found):
     torch.testing.assert_close(mean, one["centres"].mean(0), atol=0.5, rtol=0)
 
 
+def test_all_processes_settle_on_one_number_of_epochs_whatever_their_clocks_say(found):
+    one, two = results(found, "clocks")
+    assert one == two == dict(epochs=10)
+
+
 def test_all_processes_together_see_each_sample_once(found):
     """As one process does, in as many steps, which each takes half of."""
     alone = results(found, "epoch_alone", 1)[0]

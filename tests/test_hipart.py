@@ -936,7 +936,7 @@ def test_token_loss_is_the_cross_entropy_with_all_near_codes():
     logits, z, C = (torch.randn(*shape).double() for shape in ((2, 3, 7), (2, 3, 5), (7, 5)))
     q = torch.cdist(z, C[None]).argmin(-1)
     m, spread = torch.tensor(1.7).double(), 2.0
-    for t, sharp in ((spread, False), (1e-4, True), (0.0, True)):
+    for t, sharp in ((spread, False), (1e-4, True), (1e-40, True), (0.0, True)):
         expected = []
         for b, i in np.ndindex(2, 3):
             distances = ((z[b, i].numpy() - C.numpy()) ** 2).sum(-1)
@@ -1246,7 +1246,8 @@ def test_samples_are_the_tokens_drawn_and_log_prob_is_the_models_own(config, opt
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [dict(temperature=1e-4), dict(top_k=1), dict(temperature=1e-9)])
+@pytest.mark.parametrize(
+    "options", [dict(temperature=1e-4), dict(top_k=1), dict(temperature=1e-40)])
 def test_cold_samples_are_the_likeliest_chain(options):
     model, x_s, conf = generative()  # not soft: `densify` hands on the likeliest code
     made = model.densify(x_s, conf)
