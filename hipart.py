@@ -706,8 +706,7 @@ class HiPART(nn.Module):
         x_d, x_f, log_prob = (x_s.new_empty(N, *of) for of in ((J_D, 2), (J_F, 2), ()))
 
         def draw(logits: Tensor, C: Tensor) -> Tensor:
-            # The largest becomes 0, so that no temperature is too low.
-            scores = (logits - logits.amax(-1, keepdim=True)) / temperature
+            scores = (logits - logits.amax(-1, keepdim=True)) / temperature  # the best is 0
             if top_k is not None:
                 scores[scores < scores.topk(top_k).values[:, -1:]] = -torch.inf
             # By the cumulated probabilities, as torch.multinomial takes long. In float64, a number
