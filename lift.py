@@ -266,8 +266,7 @@ def new_folder(parent: Path) -> Iterator[Path]:
             parent.mkdir(parents=True, exist_ok=True)
             with locked(parent):
                 for left in parent.glob(".new.*"):
-                    # Its owner may remove it at this very moment.
-                    with suppress(OSError), locked(left, wait=False) as ours:
+                    with suppress(OSError), locked(left, wait=False) as ours:  # it may just go
                         if ours:
                             shutil.rmtree(left, ignore_errors=True)
                 folder = Path(tempfile.mkdtemp(prefix=".new.", dir=parent))
