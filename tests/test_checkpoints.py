@@ -126,7 +126,8 @@ def train_by_the_clock(folder, split, seconds, last=math.inf):
         loop = Loop(run, "m", model, adamw(model, 1.0, 0.0), 0, 4, warmup_cosine(500), seconds)
         for epoch in loop.epochs():
             for x in loop.steps(split, 2, None):
-                loop.update(model(x).mean(), {})
+                loss = model(x).mean()
+                loop.update(loss, dict(loss=loss.detach()))
                 rates.append(loop.optimizer.param_groups[0]["lr"])
             loop.finish_epoch({})
             numbers.append(loop.n_epochs)
