@@ -363,7 +363,7 @@ def test_training_is_the_papers():
 
 
 def test_presets_are_pairs_of_overrides():
-    assert train.PRESETS.keys() == {"quick", "standard", "paper"}
+    assert train.PRESETS.keys() == {"quick", "standard", "long", "paper"}
     for config, training in train.PRESETS.values():
         model, _ = Config(**config), train.Training(**training)
         structure = ("decoder_blocks", "lsab_blocks", "cosine_local")
