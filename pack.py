@@ -56,7 +56,7 @@ def pack(run: Run, folder: Path) -> dict[str, float]:
         save_checkpoint(folder / f"{name}.pt", **saved)
     np.savez_compressed(folder / "samples.npz", **samples)
     write(folder / "numbers.json", json.dumps(numbers, indent=1) + "\n")
-    for name in ("log.jsonl", "table.md"):
+    for name in ("log.jsonl", "table.md", "hypotheses.json"):  # the last: a temperature for lift.py
         if (run.path / name).exists():
             shutil.copy(run.path / name, folder / name)
     return numbers
