@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All that only a machine with a GPU can show, in one call: the kernels' self-check, tests, sanitizers
-# and timings, training steps that wait for nobody, steps per second with torch.compile and CUDA
-# graphs, poses per second, and a training with the preset `paper`.
-#   benchmarks/on_gpu.sh [FOLDER]      results and logs go to FOLDER (default benchmarks/results)
-#   LIMIT=1200                         seconds for the training; call again, and it goes on. It needs
-#                                      data/demo, or the network for prepare_data.py to make it
-# It goes on after a failure, so that one call on a borrowed machine shows all of them.
-# Training in bfloat16 is not among them: steps.py times it, but that quality holds is not shown yet.
+# All that only a machine with a GPU can show, in one call: the kernels' self-check, tests,
+# sanitizers and timings, training steps that wait for nobody, steps per second with torch.compile
+# and CUDA graphs, poses per second, and a training with the preset `paper`.
+#   benchmarks/on_gpu.sh [FOLDER]    results and logs go to FOLDER (default benchmarks/results)
+#   LIMIT=1200                       seconds for the training; call again, and it goes on. It needs
+#                                    data/demo, or the network for prepare_data.py to make it
+# It goes on after a failure, so that one call on a borrowed machine shows all of them. Training in
+# bfloat16 is not among them: steps.py times it, but that quality holds is not shown yet.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
@@ -23,7 +23,8 @@ step() {
     fi
 }
 train_paper() {  # to its end, or for LIMIT seconds
-    timeout -k 60 "${LIMIT:-1200}" python train.py --preset paper --name on_gpu --device cuda --resume
+    timeout -k 60 "${LIMIT:-1200}" \
+        python train.py --preset paper --name on_gpu --device cuda --resume
     local ended=$?
     [ $ended -eq 0 ] || [ $ended -eq 124 ]
 }

@@ -1,4 +1,4 @@
-"""pack.py: what is packed is the run; and the weights that come with the project."""
+"""pack.py: what is packed is the run, and lift.py takes it where there is none."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from conftest import person
 
 import lift
 import pack
-from checkpoints import WEIGHTS, Run
+from checkpoints import Run
 from hipart import Config
 from survival import write
 from train import Training, load_hipart, load_lifter
@@ -67,10 +67,3 @@ def test_lift_takes_the_packed_models_where_no_run_is(packed, tmp_path, monkeypa
     lift.main()
     assert "come with the project" not in capsys.readouterr().out
     assert (tmp_path / "runs/standard/keypoints/one/poses.npz").exists()
-
-
-@pytest.mark.skipif(not WEIGHTS.exists(), reason="no weights have been packed yet")
-def test_the_weights_that_come_with_the_project_make_their_numbers():
-    samples, _ = check(WEIGHTS)
-    assert len(samples["y"]) == pack.SAMPLES
-    assert sum(f.stat().st_size for f in WEIGHTS.iterdir()) <= 8e6

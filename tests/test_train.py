@@ -796,8 +796,8 @@ def test_an_optimizer_of_nonsense_is_refused_without_pytorchs_warnings(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 1, "--resume")
-    # What Python says of files that other tests left open is no warning of PyTorch's.
-    assert not [w.message for w in warned if issubclass(w.category, UserWarning)]
+    # Files of data sets that earlier tests opened may be collected just now: Python says so.
+    assert not [w.message for w in warned if w.category is not ResourceWarning]
     assert "can go on from" in one_sentence(said)
 
 
