@@ -112,7 +112,7 @@ SMALL_TRAINING = dict(
     lr_3=4e-3, weight_decay_3=0.05, cosine_3=True, turn_3=0.5,
 )  # fmt: skip
 QUICK = dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_3=8)
-STANDARD = dict(epochs_1=6, epochs_2=5, epochs_3=36)
+STANDARD = dict(epochs_1=6, epochs_2=6, epochs_3=18)
 LONG = STANDARD | dict(epochs_1=10, epochs_2=52, epochs_soft=4)  # 2 million samples of HiARM
 PRESETS = {
     "quick": (SMALL_MODEL, SMALL_TRAINING | QUICK),
