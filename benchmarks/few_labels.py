@@ -5,8 +5,8 @@
 
 Stages 1 and 2 and the regressor are those of a trained run, and saw all 2D poses of its training
 split. Here lifters of inputs (a), (b) and (d) learn from few of these poses, evenly spread. All of
-them see the same poses under the same detections. These are drawn afresh, and densified afresh, as
-long as training lasts; as that is costly for (b), each draw is used USES times before the next.
+them see the same poses under the same detections, which are drawn and densified before training:
+DRAWN in all, and at least LEAST_DRAWS of each pose. As in train.py, poses also turn at random.
 
 One rule ends every training. The learning rate is the run's lr_3, and after every CHECK steps the
 lifter is tried on the validation split. When PATIENCE checks in a row were not better than the best
@@ -45,7 +45,7 @@ from checkpoints import Run, choose_device, load_finished  # noqa: E402
 from curves import COLOURS  # noqa: E402
 from evaluate import mpjpe  # noqa: E402
 from hipart import Config  # noqa: E402
-from sources.dataset import BLOCK, Split  # noqa: E402
+from sources.dataset import Split  # noqa: E402
 from sources.files import read_json  # noqa: E402
 from survival import alone_in, stop, write  # noqa: E402
 from tables import TESTED, number, summarize, table  # noqa: E402
@@ -62,7 +62,7 @@ from train import (  # noqa: E402
 
 # The inputs that are compared
 NAMES = {name: INPUTS[name].split(",")[0] for name in ("sparse", "generated", "regressor")}
-DRAWN, USES = 64, 4  # so many batches are drawn and densified at once, and used so many times
+DRAWN, LEAST_DRAWS = 64_000, 4  # detections in all, and of each pose where there are many
 CHECK, PATIENCE, LEAST, HALVINGS = 64, 24, 1e-3, 4  # of the rule: steps, checks, share, times
 
 
@@ -85,17 +85,21 @@ class Inputs:
         blocks = [self.of(name, block) for block in split.blocks()]
         return {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
 
-    def batches(self, name: str, train: Split, seed: int) -> Iterator[dict]:
-        """Training batches without end: pass after pass over the poses, in random order."""
-        size, rng = self.run.training.batch_3, self.run.rng(7, seed)
-        rows = itertools.chain.from_iterable(rng.permutation(train.n) for _ in itertools.count())
-        while True:
-            block = train.read(np.fromiter(itertools.islice(rows, DRAWN * size), int), rng)
-            block = self.of(name, block, training=True)
-            for _ in range(USES):
-                b, order = turned(block, self.run.training), torch.randperm(len(block["x"]))
-                for some in order.to(self.run.device).split(size):
-                    yield {key: value[some] for key, value in b.items()}
+    def drawn(self, name: str, train: Split, seed: int) -> dict:
+        """The training samples, as one block: several detections of every pose."""
+        rng, draws = self.run.rng(7, seed), max(LEAST_DRAWS, DRAWN // train.n)
+        blocks = [self.of(name, block, training=True)
+                  for _ in range(draws) for block in train.blocks(rng)]
+        return {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
+
+
+def batches(samples: dict, t: Training) -> Iterator[dict]:
+    """Batches without end: pass after pass over the samples, in random order."""
+    n = len(samples["x"])
+    while True:
+        for rows in torch.randperm(n).to(samples["x"].device).split(t.batch_3):
+            if len(rows) == min(n, t.batch_3):  # the last one of a pass may be smaller
+                yield turned({key: value[rows] for key, value in samples.items()}, t)
 
 
 def train_lifter(inputs: Inputs, name: str, train: Split, val: dict, seed: int
@@ -104,17 +108,16 @@ def train_lifter(inputs: Inputs, name: str, train: Split, val: dict, seed: int
     t, began = inputs.run.training, time.monotonic()
     torch.manual_seed(1000 + seed)
     model = new_lifter(t, name).to(inputs.run.device)
-    some = train.spread(BLOCK).read(slice(None), inputs.run.rng(8, seed))
-    some = inputs.of(name, some, training=True)
-    model.standardize(some["x"], some["y"], some["conf"])
+    samples = inputs.drawn(name, train, seed)
+    model.standardize(samples["x"], samples["y"], samples["conf"])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=t.lr_3, weight_decay=t.weight_decay_3, fused=True)
     schedule = ReduceLROnPlateau(optimizer, factor=0.5, patience=PATIENCE - 1, threshold=LEAST)
-    batches, steps, best_steps, lr = inputs.batches(name, train, seed), 0, 0, t.lr_3
+    endless, steps, best_steps, lr = batches(samples, t), 0, 0, t.lr_3
     with tqdm(desc=f"{name}, {train.n} labels", unit=" steps", leave=False) as bar:
         while lr > t.lr_3 / 2**HALVINGS:
             model.train()
-            for b in itertools.islice(batches, CHECK):
+            for b in itertools.islice(endless, CHECK):
                 loss = (model(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean() / 100
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -210,7 +213,7 @@ def main() -> None:
     splits = sorted((s for s in meta["splits"] if s not in ("train", "val")), reverse=True)
     settings = dict(
         samples=run.samples(), training=asdict(run.training),
-        rule=[DRAWN, USES, CHECK, PATIENCE, LEAST, HALVINGS],
+        rule=[DRAWN, LEAST_DRAWS, CHECK, PATIENCE, LEAST, HALVINGS],
         trained_before={name: saved["seconds"] for name, saved in about.items()})
     path = run.path / "few_labels.json"
     with alone_in(run.path), run.watch.listening():

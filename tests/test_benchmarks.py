@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import few_labels
-from checkpoints import Run
+from checkpoints import Run, load_finished
 from hipart import Config
 from train import Training
 
@@ -69,7 +70,7 @@ def test_steps(tmp_path):
 
 def few(monkeypatch, folder, *options, **rule):
     """Train lifters with few labels in a folder that holds runs/tiny -> what its JSON holds."""
-    rule = dict(DRAWN=1, CHECK=2, PATIENCE=1, LEAST=0.5, HALVINGS=1) | rule  # soon over
+    rule = dict(DRAWN=40, CHECK=2, PATIENCE=1, LEAST=0.5, HALVINGS=1) | rule  # soon over
     with monkeypatch.context() as m:
         m.chdir(folder)
         for name, value in rule.items():
@@ -101,6 +102,26 @@ def test_few_labels(tiny_run, tmp_path, monkeypatch, capsys):
         assert e.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_inputs_learn_from_the_same_detections(tiny_run, monkeypatch):
+    monkeypatch.chdir(tiny_run)
+    monkeypatch.setattr(few_labels, "DRAWN", 100)
+    run = Run(Path("runs/tiny"), Config(), Training(), torch.device("cpu"))
+    run.data = load_finished(run, "stage1")["run"]["data"]
+    inputs, few = few_labels.Inputs(run), run.split("train").spread(16)
+    drawn = {name: inputs.drawn(name, few, 0) for name in few_labels.NAMES}
+    for samples in drawn.values():
+        assert len(samples["x"]) == 16 * 6  # 100 // 16 times
+        assert torch.equal(samples["x"][:, :17], drawn["sparse"]["x"])
+    x, y = drawn["sparse"]["x"].unflatten(0, (6, 16)), drawn["sparse"]["y"].unflatten(0, (6, 16))
+    assert torch.equal(y[0], y[5]) and not torch.equal(x[0], x[5])
+    assert len(inputs.drawn("sparse", few.spread(2), 0)["x"]) == 2 * 50
+    # A pass holds every sample once; here the last 96 - 3 * 30 samples make no batch.
+    endless = few_labels.batches(drawn["sparse"], Training(batch_3=30))
+    for _ in range(2):
+        seen = torch.cat([next(endless)["x"] for _ in range(3)]).flatten(1)
+        assert len(seen.unique(dim=0)) == 90
+
+
 class Given(few_labels.Inputs):
     """Instead of a run's models and data: random poses."""
 
@@ -108,24 +129,8 @@ class Given(few_labels.Inputs):
         training = Training(lifter="mlp", lifter_width=6, lifter_blocks=1)
         self.run = Run(Path("none"), Config(), training, torch.device("cpu"))
 
-    def of(self, name, block, training=False):
+    def drawn(self, name, train, seed):
         return dict(x=torch.rand(9, 17, 2), y=torch.rand(9, 17, 3), conf=torch.ones(9, 17))
-
-    def batches(self, name, train, seed):
-        while True:
-            yield self.of(name, None)
-
-
-class Nothing:
-    """A split of which nothing is needed."""
-
-    n = 9
-
-    def spread(self, n):
-        return self
-
-    def read(self, rows, rng):
-        return None
 
 
 @settings(max_examples=25, deadline=None)
@@ -163,7 +168,7 @@ def test_the_rule_that_ends_a_training(patience, least, halvings, said):
         for name, value in rule.items():
             m.setattr(few_labels, name, value)
         m.setattr(torch.optim.AdamW, "step", noted)
-        model, found = few_labels.train_lifter(Given(), "sparse", Nothing(), {}, 0)
+        model, found = few_labels.train_lifter(Given(), "sparse", SimpleNamespace(n=9), {}, 0)
     assert (found["steps"], found["best_steps"], found["val"]) == (check, best_check, best)
     assert used == rates
     assert torch.equal(flat(model), weights[best_check - 1])
