@@ -44,6 +44,13 @@ J, J_S, J_D, J_F = 17, 16, 48, 96
 R = J_D // J_S
 
 
+# How tokens may be generated (Table 4). HiARM is for the first two, baselines.py for the others.
+# Parts come from the centre to the periphery, or in the order of joint numbers (JOINT_ORDER).
+# Sparse to dense: a sparse token, then its R dense ones side by side; else one token at a time.
+GENERATIONS = ("both", "sparse-to-dense", "centre-to-periphery", "next-token", "classification")
+JOINT_ORDER = ("sparse-to-dense", "next-token")
+
+
 @dataclass(frozen=True)
 class Config:
     """What the model is made of. The defaults are the paper's (section 5.1, appendix C) unless a
@@ -53,6 +60,7 @@ class Config:
     D: int = 128  # width of embeddings and codes
     K_s: int = 2048  # codes in the sparse codebook C_s
     K_d: int = 2048  # codes in the dense codebook C_d
+    shared_codebook: bool = False  # True: C_d is C_s, one codebook for both levels (Table 3)
     encoder_blocks: int = 4  # Mixer blocks of E_f and of E_d
     encoder_width: int = 128
     decoder_blocks: int = 1  # Mixer blocks of D_s, of D_d and of D_f
@@ -76,6 +84,7 @@ class Config:
     ph_blocks: int = 4  # Eq. 11
     dropout: float = 0.25
     lambda_d: float = 1.5  # weight of the dense tokens, Eq. 12
+    generation: str = "both"  # how tokens are generated: one of GENERATIONS (Table 4)
     condition: str = "sos"  # "sos": x_s is g^0 alone; "every" (ours): it reaches every position
     soft: bool = False  # ours: True hands on expected embeddings instead of the likeliest code
     soft_targets: float = 0.0  # ours: how far the target of Eq. 12 spreads over near codes
@@ -92,6 +101,15 @@ class Config:
                 raise ValueError(f"{name} must be from 0 to {most:g}, found {value}")
         if self.condition not in ("sos", "every"):
             raise ValueError(f"condition must be one of sos, every, found {self.condition!r}")
+        if self.shared_codebook and self.K_s != self.K_d:
+            raise ValueError(f"one codebook for both levels (shared_codebook) needs equal K_s and "
+                             f"K_d, found {self.K_s} and {self.K_d}")
+        if self.generation not in GENERATIONS:
+            raise ValueError(f"generation must be one of {', '.join(GENERATIONS)}, "
+                             f"found {self.generation!r}")
+        if self.history_dropout and self.generation not in GENERATIONS[:2]:
+            raise ValueError(f"history_dropout must be 0 with generation {self.generation}, "
+                             f"found {self.history_dropout}")
         if self.width % self.heads:
             raise ValueError(
                 f"width must be a multiple of heads, found {self.width} and {self.heads}")
@@ -321,7 +339,8 @@ class MSST(nn.Module):
         self.D_f = Decoder(2 * c.D, J_D, J_F, 2, c)
         self.fuse = nn.Linear(2 * c.D, c.D)
         self.Q_s = Quantizer(c.K_s, c.D, c.ema_decay, c.restart_below)
-        self.Q_d = Quantizer(c.K_d, c.D, c.ema_decay, c.restart_below)
+        self.Q_d = (self.Q_s if c.shared_codebook
+                    else Quantizer(c.K_d, c.D, c.ema_decay, c.restart_below))
         self.P_A = nn.Sequential(
             nn.Linear(2 * c.D, c.encoder_width),
             *[MixerBlock(J_D, c.encoder_width, c.token_hidden) for _ in range(2)])
@@ -385,18 +404,23 @@ class MSST(nn.Module):
     def update_codebooks(self, o: dict[str, Tensor]) -> None:
         """The EMA step of both codebooks, from the output of `forward`. Call it after the
         optimiser's step: codes must not move between quantization and the loss."""
+        if self.config.shared_codebook:  # one step, from the rows of both levels
+            rows, q = torch.cat([o["z_s"], o["zp_d"]], 1), torch.cat([o["q_s"], o["q_d"]], 1)
+            return self.Q_s.update(rows, q)
         self.Q_s.update(o["z_s"], o["q_s"])
         self.Q_d.update(o["zp_d"], o["q_d"])
 
     @torch.no_grad()
     def initialize_codebooks(self, x_f: Tensor, batch: int) -> None:
         """k-means on the encoder outputs of x_f [N, 96, 2], for training steps of `batch` poses:
-        first C_s, then C_d on what C_s has left to tell."""
+        first C_s, then C_d on what C_s has left to tell; one codebook for both, on all outputs."""
         z_d = torch.cat([self.E_f(some) for some in x_f.split(1024)])
-        z_s = self.E_d(z_d)
-        self.Q_s.initialize(z_s.flatten(0, 1), batch * J_S)
+        z_s, shared = self.E_d(z_d), self.config.shared_codebook
+        if not shared:
+            self.Q_s.initialize(z_s.flatten(0, 1), batch * J_S)
         zp_d = self.fuse(torch.cat([z_d, self.D_s(self.Q_s(z_s)[0])], -1))
-        self.Q_d.initialize(zp_d.flatten(0, 1), batch * J_D)
+        rows = torch.cat([z_s, zp_d], 1) if shared else zp_d
+        self.Q_d.initialize(rows.flatten(0, 1), batch * rows.shape[1])
 
 
 def local_alignment(zh_s: Tensor, zh_d: Tensor, tau: float, cosine: bool = True) -> Tensor:
@@ -488,9 +512,14 @@ class HiARM(nn.Module):
     `one_pass` can do without any. A fourth, soft_targets, changes the loss (`token_loss`).
     """
 
+    GENERATES = GENERATIONS[:2]
+
     def __init__(self, config: Config):
         super().__init__()
         c, W = config, config.width
+        if c.generation not in self.GENERATES:
+            raise ValueError(f"{type(self).__name__} is for {' and '.join(self.GENERATES)}, found "
+                             f"{c.generation}: baselines.new_hipart makes what is for it")
         self.config = c
         self.register_buffer("C_s", torch.randn(c.K_s, c.D))
         self.register_buffer("C_d", torch.randn(c.K_d, c.D))
@@ -523,6 +552,16 @@ class HiARM(nn.Module):
         # GCSAB (Eq. 10): a position sees itself and the parts before it.
         mask_h = torch.ones(J_S, J_S, dtype=torch.bool).tril()
         self.register_buffer("mask_h", mask_h, persistent=False)
+        order = torch.tensor(sorted(range(J_S), key=PART_JOINT.__getitem__))
+        self.register_buffer("joint_order", order, persistent=False)
+
+    def arranged(self, x: Tensor, back: bool = False) -> Tensor:
+        """x [B, 16 n, ...], n rows for each part -> its parts in the order of generation, or from
+        that order back. In the paper's order nothing moves."""
+        if self.config.generation not in JOINT_ORDER:
+            return x
+        order = self.joint_order.argsort() if back else self.joint_order
+        return x.unflatten(1, (J_S, -1))[:, order].flatten(1, 2)
 
     @torch.no_grad()
     def set_codebooks(self, msst: MSST, x_f: Tensor) -> None:
@@ -536,13 +575,13 @@ class HiARM(nn.Module):
 
     def begin(self, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor, Tensor]:
         """x_s [B, 17, 2] -> the SOS token g^0 = P_c(x_s) [B, 1, W], and what is added at every
-        position [B or 1, 16, W]."""
+        position [B or 1, 16, W], in the order of generation."""
         visible = visible_joints(x_s, conf)
         x = hide_missing(x_s, visible).flatten(1)
         g_0, position = self.P_c(x) + self.missing(1 - visible), self.part[None]
         if self.config.condition == "every":
             position = position + self.P_e(torch.cat([x, visible], 1)).unflatten(1, (J_S, -1))
-        return g_0[:, None], position
+        return g_0[:, None], self.arranged(position)
 
     def summarize(self, zh_s: Tensor, zh_d: Tensor) -> Tensor:
         """Eq. 9: g^i = mean(LSAB(zh_s^i, zh_d^(i,1..R))), one vector for what a part has become.
@@ -568,15 +607,16 @@ class HiARM(nn.Module):
         """Teacher-forced logits for the true tokens q_s [B, 16] and q_d [B, 48]:
         logits_s [B, 16, K_s] and logits_d [B, 48, K_d]. A part sees only the parts before it, and
         its dense logits also see its own true sparse token."""
-        zh_s, zh_d = self.C_s[q_s], self.C_d[q_d].unflatten(1, (J_S, R))
-        g_0, position = self.begin(x_s, conf)
+        zh_s, zh_d = self.arranged(self.C_s[q_s]), self.arranged(self.C_d[q_d])
+        zh_d, (g_0, position) = zh_d.unflatten(1, (J_S, R)), self.begin(x_s, conf)
         g = self.summarize(zh_s[:, :-1], zh_d[:, :-1])  # g^1..g^15: nothing follows the last part
         h = self.remember(torch.cat([g_0, g], 1) + position, self.mask_h)  # [B, 16, W]
         # We count parts from 0, the paper from 1: h^i predicts our part i, which is its pair i + 1.
         dense = self.in_s(zh_s)[:, :, None].expand(-1, -1, R, -1)
         slots = torch.cat([h[:, :, None], dense], 2) + self.slot_p  # [B, 16, 1 + R, W]
         p = self.predict(slots.flatten(0, 1), self.mask_p).unflatten(0, (-1, J_S))
-        return self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
+        logits = self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
+        return tuple(self.arranged(of, back=True) for of in logits)
 
     def log_prob(self, x_s: Tensor, q_s: Tensor, q_d: Tensor, conf: Tensor | None = None) -> Tensor:
         """log P(q_s, q_d | x_s) [B], the natural logarithm, summed over the 64 tokens (Eq. 7, 8).
@@ -604,19 +644,26 @@ class HiARM(nn.Module):
             zh_d = self.pick(logits_d, self.C_d)  # [B, R, D]
             g = self.summarize(zh_s, zh_d[:, None])
             steps.append(dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s, zh_d=zh_d))
-        return {name: torch.cat([step[name] for step in steps], 1) for name in steps[0]}
+        return {name: self.arranged(torch.cat([step[name] for step in steps], 1), back=True)
+                for name in steps[0]}
 
-    def one_pass(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """zh_s [B, 16, D] and zh_d [B, 48, D] of all parts at once, with no past: g^1..g^15 are 0.
-        This is the "classification" of the paper's Table 4, as PCT does it."""
-        g_0, position = self.begin(x_s, conf)
+    def generate(self, x_s: Tensor, conf: Tensor | None, pick=None) -> tuple[Tensor, Tensor]:
+        """zh_s [B, 16, D] and zh_d [B, 48, D] of `rollout`, the fast way. `pick` may stand in for
+        the method of that name; it gets logits [B n, K] of n tokens of every pose."""
+        return generate(self, x_s, conf, pick)
+
+    def one_pass(self, x_s: Tensor, conf: Tensor | None = None, pick=None
+                 ) -> tuple[Tensor, Tensor]:
+        """The same of all parts at once, with no past: g^1..g^15 are 0."""
+        pick, (g_0, position) = pick or self.pick, self.begin(x_s, conf)
         h = self.remember(F.pad(g_0, (0, 0, 0, J_S - 1)) + position, self.mask_h)  # [B, 16, W]
         here = [[] for _ in self.PH]  # keys and values of the sparse slots
         slots = self.predict(h.reshape(-1, 1, h.shape[-1]) + self.slot_p[:1], caches=here)
-        zh_s = self.pick(self.head_s(slots), self.C_s)  # [B 16, 1, D]
-        slots = self.predict(self.in_s(zh_s) + self.slot_p[1:], caches=here)  # [B 16, R, W]
-        zh_d = self.pick(self.head_d(slots), self.C_d)
-        return zh_s.view(len(x_s), J_S, -1), zh_d.view(len(x_s), J_D, -1)
+        zh_s = pick(self.head_s(slots).flatten(0, 1), self.C_s)  # [B 16, D]
+        slots = self.predict(self.in_s(zh_s)[:, None] + self.slot_p[1:], caches=here)
+        zh_d = pick(self.head_d(slots).flatten(0, 1), self.C_d)  # [B 16 R, D]
+        made = (zh.unflatten(0, (len(x_s), -1)) for zh in (zh_s, zh_d))
+        return tuple(self.arranged(zh, back=True) for zh in made)
 
     def pick(self, logits: Tensor, C: Tensor) -> Tensor:
         """What a step hands on: logits [B, n, K], codebook C [K, D] -> [B, n, D]."""
@@ -629,12 +676,13 @@ def token_log_prob(logits: Tensor, q: Tensor) -> Tensor:
 
 
 class HiPART(nn.Module):
-    """Stages 1 and 2 together: a sparse 2D pose in, dense and fine 2D poses out."""
+    """Stages 1 and 2 together: a sparse 2D pose in, dense and fine 2D poses out. `generator` makes
+    the transformer; baselines.py has others than HiARM."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, generator=HiARM):
         super().__init__()
         self.config = config
-        self.msst, self.hiarm = MSST(config), HiARM(config)
+        self.msst, self.hiarm = MSST(config), generator(config)
 
     def loss(self, x_s: Tensor, conf: Tensor | None, x_d: Tensor, x_f: Tensor, z_s: Tensor,
              zp_d: Tensor, q_s: Tensor, q_d: Tensor, on_rollout: bool = False
@@ -680,7 +728,7 @@ class HiPART(nn.Module):
                 x, c = x_s[rows], None if conf is None else conf[rows]
                 pelvis = detected_pelvis(x, c)
                 x = to_model_frame(x, pelvis)
-                made = generate(self.hiarm, x, c) if history else self.hiarm.one_pass(x, c)
+                made = self.hiarm.generate(x, c) if history else self.hiarm.one_pass(x, c)
                 made = self.msst.decode_embeddings(*made)
                 x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
         return x_d, x_f
@@ -724,7 +772,7 @@ class HiPART(nn.Module):
                 rows = torch.arange(i, min(i + at_once, N), device=x_s.device)
                 x, c = x_s[rows // n], None if conf is None else conf[rows // n]
                 pelvis = detected_pelvis(x, c)
-                made = generate(self.hiarm, to_model_frame(x, pelvis), c, draw)
+                made = self.hiarm.generate(to_model_frame(x, pelvis), c, draw)
                 made = self.msst.decode_embeddings(*made)
                 x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
         return tuple(y.unflatten(0, (-1, n)) for y in (x_d, x_f, log_prob))
@@ -749,7 +797,8 @@ def token_loss(logits: Tensor, q: Tensor, z: Tensor, C: Tensor, m: Tensor, sprea
 # Stage 3: lifting (Fig. 11)
 
 
-def lifting_features(x: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
+def lifting_features(x: Tensor, conf: Tensor | None = None, levels: str = "dense+fine"
+                     ) -> dict[str, Tensor]:
     """What a lifter sees of x [B, 17 or 161, 2] (normalised image coordinates): offsets down the
     hierarchy. Raw coordinates train far worse: a network would spend itself on these differences.
 
@@ -758,7 +807,9 @@ def lifting_features(x: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]
     dense [B, 48, 6]   the mean of the point's part minus the pelvis, that mean minus the part's
                        sparse joint, and the point minus that mean
     fine [B, 96, 2]    the point minus its dense point
-    dense and fine are absent for 17 points. ValueError for any other number of points.
+    dense and fine are absent for 17 points. ValueError for any other number of points. levels
+    (Table 5) "dense": every fine point is its dense point, and so tells nothing; "fine": every
+    dense point is the mean of its two fine points.
     """
     if x.shape[1:] not in ((J, 2), (J + J_D + J_F, 2)):
         raise ValueError("a lifter takes [B, 17, 2] or [B, 161, 2] (17 + 48 + 96 points), "
@@ -769,6 +820,10 @@ def lifting_features(x: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]
     if x.shape[1] == J:
         return dict(sparse=sparse)
     x_d, x_f = x[:, J : J + J_D], x[:, J + J_D :]
+    if levels == "dense":
+        x_f = x_d.repeat_interleave(2, 1)
+    elif levels == "fine":
+        x_d = x_f.unflatten(1, (J_D, 2)).mean(2)
     mean = x_d.unflatten(1, (J_S, R)).mean(2)  # [B, 16, 2]
     # An index would be copied to a GPU in every step, and waited for.
     own, seen = (torch.stack([t[:, j] for j in PART_JOINT], 1) for t in (x_s, visible))
@@ -782,6 +837,8 @@ class Lifter(nn.Module):
     """What all lifters share: features and targets are standardised with the training set's
     statistics, which are kept as buffers. n_points is 17, or 161 = 17 + 48 + 96."""
 
+    levels = "dense+fine"  # which of them it sees (`lifting_features`)
+
     def __init__(self, n_points: int):
         super().__init__()
         self.n_points = n_points
@@ -792,7 +849,7 @@ class Lifter(nn.Module):
     @torch.no_grad()
     def standardize(self, x: Tensor, y: Tensor, conf: Tensor | None = None) -> None:
         """Take the statistics from training samples x [N, n_points, 2] and y [N, 17, 3] mm."""
-        for name, t in (lifting_features(x, conf) | dict(y=y)).items():
+        for name, t in (lifting_features(x, conf, self.levels) | dict(y=y)).items():
             getattr(self, f"mean_{name}").copy_(t.mean(0))
             getattr(self, f"std_{name}").copy_(t.std(0, correction=0).clamp_min(1e-6))
         # One scale for all joints, as MPJPE weighs the millimetres of all joints alike.
@@ -804,7 +861,7 @@ class Lifter(nn.Module):
             raise ValueError(
                 f"this lifter was made for {self.n_points} points, found x {list(x.shape)}")
         return {name: (t - getattr(self, f"mean_{name}")) / getattr(self, f"std_{name}")
-                for name, t in lifting_features(x, conf).items()}
+                for name, t in lifting_features(x, conf, self.levels).items()}
 
 
 class SpatialLifter(Lifter):

@@ -644,6 +644,47 @@ def test_drop_path_drops_whole_branches_of_a_sample_and_rescales():
     assert 0.3 < float(kept) < 0.8  # expected 0.5625
 
 
+SHARED = dataclasses.replace(TINY, K_d=TINY.K_s, shared_codebook=True)
+
+
+def test_one_codebook_for_both_levels_is_one_codebook():
+    """Table 3. It is filled from the rows of both levels, moves once a step by the rows of both,
+    and comes back from a checkpoint as one."""
+    torch.manual_seed(0)
+    model, x_f = MSST(SHARED).train(), torch.randn(9, 96, 2)
+    assert model.Q_s is model.Q_d
+    with torch.no_grad():
+        inactive = model.tokenize(x_f)
+    seen = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(hipart.Quantizer, "initialize", lambda self, *args: seen.append(args))
+        model.initialize_codebooks(x_f, 9)
+    (rows, per_step), = seen
+    both = torch.cat([inactive["z_s"], inactive["zp_d"]], 1).flatten(0, 1)
+    torch.testing.assert_close(rows, both)
+    assert per_step == 9 * 64
+    model.initialize_codebooks(x_f, 9)
+    alone = copy.deepcopy(model.Q_s)
+    o = model(x_f)
+    torch.manual_seed(1)
+    model.update_codebooks(o)
+    torch.manual_seed(1)
+    alone.update(torch.cat([o["z_s"], o["zp_d"]], 1), torch.cat([o["q_s"], o["q_d"]], 1))
+    assert all(map(torch.equal, model.Q_s.state_dict().values(), alone.state_dict().values()))
+    q_s, q_d = torch.tensor([[0] * 16]), torch.tensor([[0] * 48])
+    hiarm = HiARM(SHARED)
+    hiarm.set_codebooks(model, x_f)
+    assert torch.equal(hiarm.C_s[q_s][:, 0], hiarm.C_d[q_d][:, 0])
+    loaded = MSST(SHARED)
+    loaded.load_state_dict(model.state_dict())
+    assert loaded.Q_s is loaded.Q_d and torch.equal(loaded.Q_d.codebook, model.Q_s.codebook)
+
+
+def test_one_codebook_for_both_levels_has_one_size():
+    with pytest.raises(ValueError, match="needs equal K_s and K_d, found 11 and 13"):
+        dataclasses.replace(TINY, shared_codebook=True)
+
+
 # --------------------------------------------------------------------------------------------------
 # Stage 2
 
@@ -1605,6 +1646,34 @@ def test_lifting_features_equal_plain_loops(with_conf):
         np.testing.assert_array_equal(visible_joints(x[:, :17], conf)[b].numpy(), visible)
     alone = lifting_features(x[:, :17], conf)
     assert list(alone) == ["sparse"] and torch.equal(alone["sparse"], got["sparse"])
+
+
+@pytest.mark.parametrize("kind", [MLPLifter, SpatialLifter])
+@pytest.mark.parametrize("levels", ["dense", "fine"])
+def test_a_lifter_of_one_level_is_blind_to_the_other(kind, levels):
+    """Table 5: whatever the other level holds, even in the statistics, comes out the same; and the
+    missing level is what the docstring says."""
+    lifter, x, conf = randomize(kind(161, 12, 2), 0.2).double().eval(), torch.randn(
+        9, 161, 2, dtype=torch.float64), torch.ones(9, 17)
+    lifter.levels = levels
+    own, rest = (slice(17, 65), slice(65, 161))[:: 1 if levels == "dense" else -1]
+    other, seen, y = x.clone(), x.clone(), torch.randn(9, 17, 3, dtype=torch.float64)
+    other[:, rest] = torch.randn_like(other[:, rest])
+    for k in range(48):
+        pair = [65 + 2 * k, 66 + 2 * k]
+        if levels == "dense":
+            seen[:, pair] = x[:, 17 + k, None]
+        else:
+            seen[:, 17 + k] = x[:, pair].mean(1)
+    found = []
+    for points in (x, other, seen):
+        lifter.standardize(points, y, conf)
+        found.append(lifter(points, conf))
+    assert_same(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-6)
+    moved = x.clone()
+    moved[:, own] += 0.1 * torch.randn_like(moved[:, own])
+    assert_differ(lifter(moved, conf), found[0])
 
 
 def test_offsets_do_not_depend_on_the_place_in_the_image():

@@ -29,8 +29,8 @@ MAY_IMPORT = {room: set(ORDER[:i]) for i, room in enumerate(ORDER)} | {
 LATE = {("sources/bodies.py", "anny"), ("kernels/__init__.py", "torch.utils"),
         ("kernels/__init__.py", "fcntl"), ("survival.py", "fcntl")}  # fmt: skip
 MOST_LINES = {
-    "distributed.py": 130, "generation.py": 120, "hipart.py": 880, "baselines.py": 110,
-    "survival.py": 180, "checkpoints.py": 240, "training_loop.py": 240, "train.py": 615,
+    "distributed.py": 130, "generation.py": 125, "hipart.py": 940, "baselines.py": 230,
+    "survival.py": 180, "checkpoints.py": 240, "training_loop.py": 240, "train.py": 620,
     "curves.py": 90, "tables.py": 360, "evaluate.py": 620, "sample.py": 515, "lift.py": 365,
     "prepare_data.py": 305,
     "hypotheses.py": 320,
