@@ -297,8 +297,8 @@ def dry_run(chains: dict[tuple[str, int], list[Job]]) -> str:
         rows[path][3] += f", about {rate * job.samples():.0f} s"
         total += rate * job.samples()
     return (f"{table(['variant', 'seed', 'training', 'state'], [*rows.values()])}\n\n"
-            f"{len(left)} of {len(rows)} trainings are left: about {total / 60:.0f} minutes, by what "
-            "others took here, or where there are none, by small models on two cores.")
+            f"{len(left)} of {len(rows)} trainings are left: about {total / 60:.0f} minutes, by "
+            "what others took here, or where there are none, by small models on two cores.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,9 +308,10 @@ def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
-    for kind in ("table", "figure"):
-        numbers = [int(which.split()[1]) for which in STUDIES if kind in which]
-        what.add_argument(f"--{kind}", type=int, choices=numbers)
+    tables, figures = ([int(which.split()[1]) for which in STUDIES if kind in which]
+                       for kind in ("table", "figure"))
+    what.add_argument("--table", type=int, choices=tables)
+    what.add_argument("--figure", type=int, choices=figures)
     what.add_argument("--list", action="store_true", help="what there is")
     p.add_argument("--preset", choices=PRESETS, default="quick", help="what variants override")
     p.add_argument("--seeds", type=int, default=3, help="of all three stages of every variant")

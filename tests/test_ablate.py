@@ -2,6 +2,8 @@
 verdicts on numbers made by hand, and the costs against a count by hand."""
 
 import json
+import os
+import signal
 import sys
 from dataclasses import asdict, fields, replace
 
@@ -104,33 +106,34 @@ def test_a_table_from_end_to_end(tiny, trained, tmp_path, capsys):
     assert said.count("there, took") == 3 and "9 of 12 trainings are left" in said
 
 
-def test_an_interrupted_table_goes_on(tiny, trained, tmp_path, monkeypatch):
-    """In the middle of a training, and between two: nothing that is finished is trained again, and
+def test_an_interrupted_table_goes_on(tiny, trained, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in stage 1 of a and in stage 2 of b: nothing that is finished is trained again, and
     the numbers are those of a run without an interruption."""
-    whole = Study("", ("",), (
-        Variant("a", ("",)), Variant("b", ("",), dict(generation="next-token"))), (("a", "b"),))
-    monkeypatch.setitem(STUDIES, "table 3", whole)
-    finish, steps = train.Loop.finish_epoch, []
+    b = dict(shared_codebook=True, generation="next-token")
+    monkeypatch.setitem(STUDIES, "table 3", Study(
+        "", ("",), (Variant("a", ("",)), Variant("b", ("",), b)), (("a", "b"),)))
+    update, steps = train.Loop.update, []
 
-    def pulled(self, val):
+    def pulled(self, *args):
+        update(self, *args)
         steps.append(self.name)
-        if len(steps) in (4, 6):  # after stages 1 and 2 of a and its lifter, and later in stage 2
-            raise KeyboardInterrupt
-        finish(self, val)
+        if len(steps) in (5, 24):  # stages 1 to 3 take 8, 4 and 2 steps
+            os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as m:
-        m.setattr(train.Loop, "finish_epoch", pulled)
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
+        m.setattr(train.Loop, "update", pulled)
+        for stage in (1, 2):
+            with pytest.raises(SystemExit) as e:
                 tiny("--table", "3")
+            assert e.value.code == 128 + signal.SIGINT and steps[-1] == f"stage{stage}"
+            assert "go on with `python ablate.py --table 3" in capsys.readouterr().err
         tiny("--table", "3")
+    assert len(steps) == 2 * (8 + 4 + 2) and len(trained) == 2 * 3 + 2
     path = tmp_path / "runs/ablations/table_3_quick.json"
-    numbers, folders = json.loads(path.read_text())["numbers"], sorted(set(trained))
-    assert len(folders) == 5  # stage 1, and two of stage 2 and of lifters
+    numbers = json.loads(path.read_text())["numbers"]
     (tmp_path / "runs").rename(tmp_path / "before")
     tiny("--table", "3")
     assert json.loads(path.read_text())["numbers"] == numbers
-    assert sorted(set(trained)) == folders
 
 
 def test_a_figure_from_end_to_end(tiny, tmp_path, monkeypatch):
@@ -223,7 +226,8 @@ def test_options_belong_to_the_stage_that_they_are_named_for():
 def changed_value(option):
     """Another value than the default, of which Config and Training allow all together."""
     known = dict(condition="every", generation="sparse-to-dense", lifter="mlp", levels="dense",
-                 heads=4, K_s=64, K_d=64, dropout=0.5, history_dropout=0.5, ema_decay=0.5)
+                 heads=4, K_s=64, K_d=64, dropout=0.5, history_dropout=0.5, ema_decay=0.5,
+                 restart_below=0.5)
     if option.name in known:
         return known[option.name]
     return not option.default if option.type is bool else option.type(option.default + 4)
