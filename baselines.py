@@ -2,6 +2,8 @@
 
     MLPLifter    lifts 2D points to 3D like hipart.SpatialLifter, at a cost that a CPU can afford
     Regressor    densifies a sparse pose like hipart.HiPART, without tokens, in one step
+    OneLevel     a lifter that sees the dense or the fine points alone (Table 5)
+    JointOrder   generates parts like hipart.HiARM, but in the order of joint numbers (Table 4)
     NextToken    generates tokens like hipart.HiARM, one at a time (Table 4)
     Classifier   the same, all parts at once (Table 4)
 """
@@ -16,6 +18,7 @@ from hipart import (
     J_D,
     J_F,
     J_S,
+    PART_JOINT,
     Config,
     HiARM,
     HiPART,
@@ -78,6 +81,31 @@ class MLPLifter(Lifter):
         return y * self.std_y + self.mean_y
 
 
+class OneLevel(nn.Module):
+    """A lifter of 161 points that sees one of the two levels alone (Table 5). "dense": every fine
+    point becomes its dense point, and so tells nothing. "fine": every dense point becomes the mean
+    of its two fine points. The network and its cost stay the same."""
+
+    def __init__(self, lifter: Lifter, levels: str):
+        super().__init__()
+        self.lifter, self.levels = lifter, levels
+
+    def seen(self, x: Tensor) -> Tensor:
+        """x [B, 161, 2] -> what the lifter is given, [B, 161, 2]."""
+        x_s, x_d, x_f = x.split((J, J_D, J_F), 1)
+        if self.levels == "dense":
+            x_f = x_d.repeat_interleave(2, 1)
+        else:
+            x_d = x_f.unflatten(1, (J_D, 2)).mean(2)
+        return torch.cat([x_s, x_d, x_f], 1)
+
+    def standardize(self, x: Tensor, y: Tensor, conf: Tensor | None = None) -> None:
+        self.lifter.standardize(self.seen(x), y, conf)
+
+    def forward(self, x: Tensor, conf: Tensor | None = None) -> Tensor:
+        return self.lifter(self.seen(x), conf)
+
+
 class Regressor(nn.Module):
     """The plain alternative to tokens: an MLP from the sparse pose straight to the dense and fine
     points. Trained on the mean distance, it learns where a point most likely is."""
@@ -105,12 +133,47 @@ class Regressor(nn.Module):
 # Other ways to generate (Table 4), with HiARM's parts and its interface
 
 
+class JointOrder(HiARM):
+    """The parts in the order of joint numbers, and not from the centre to the periphery. What is
+    learned about a place in the order is learned for its part there."""
+
+    GENERATES = "sparse-to-dense"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        order = torch.tensor(sorted(range(J_S), key=PART_JOINT.__getitem__))
+        self.register_buffer("order", order, persistent=False)
+
+    def arranged(self, x: Tensor, back: bool = False) -> Tensor:
+        """x [B, 16 n, ...], n rows for each part -> its parts in this order, or from it back."""
+        order = self.order.argsort() if back else self.order
+        return x.unflatten(1, (J_S, -1))[:, order].flatten(1, 2)
+
+    def forward(self, x_s: Tensor, q_s: Tensor, q_d: Tensor,
+                conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `HiARM.forward`."""
+        logits = super().forward(x_s, self.arranged(q_s), self.arranged(q_d), conf)
+        return tuple(self.arranged(of, back=True) for of in logits)
+
+    def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
+        """As `HiARM.rollout`."""
+        return {k: self.arranged(v, back=True) for k, v in super().rollout(x_s, conf).items()}
+
+    def generate(self, *args) -> tuple[Tensor, Tensor]:
+        """As `HiARM.generate`."""
+        return tuple(self.arranged(zh, back=True) for zh in super().generate(*args))
+
+    def one_pass(self, *args) -> tuple[Tensor, Tensor]:
+        """As `HiARM.one_pass`."""
+        return tuple(self.arranged(zh, back=True) for zh in super().one_pass(*args))
+
+
 class NextToken(HiARM):
     """The 64 tokens one after another, each given all before it: part after part, and in a part the
     sparse token before its R dense ones. The blocks of LSAB, GCSAB and PH are one causal stack
     here, so that there are as many parameters as in HiARM."""
 
-    GENERATES = ("centre-to-periphery", "next-token")
+    GENERATES = "centre-to-periphery"
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -131,14 +194,12 @@ class NextToken(HiARM):
     def forward(self, x_s: Tensor, q_s: Tensor, q_d: Tensor,
                 conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `HiARM.forward`. A token sees only the tokens before it."""
-        zh_s, zh_d = self.arranged(self.C_s[q_s]), self.arranged(self.C_d[q_d])
-        dense = self.in_d(zh_d).unflatten(1, (J_S, R))
-        x = torch.cat([self.in_s(zh_s)[:, :, None], dense], 2) + self.slot_l  # [B, 16, 1 + R, W]
+        sparse, dense = self.in_s(self.C_s[q_s])[:, :, None], self.in_d(self.C_d[q_d])
+        x = torch.cat([sparse, dense.unflatten(1, (J_S, R))], 2) + self.slot_l  # [B, 16, 1 + R, W]
         g_0, place = self.places(x_s, conf)
         x = torch.cat([g_0, x.flatten(1, 2)[:, :-1]], 1) + place  # [B, 64, W]
         p = self.stack(x, self.mask_t).unflatten(1, (J_S, 1 + R))
-        logits = self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
-        return tuple(self.arranged(of, back=True) for of in logits)
+        return self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
 
     def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
         """As `HiARM.rollout`, in 64 steps."""
@@ -183,8 +244,7 @@ class NextToken(HiARM):
             made[slot > 0].append(zh)
             said[slot > 0].append(logits)
             x = embed(zh) + self.slot_l[slot]
-        return tuple(tuple(self.arranged(torch.stack(of, 1), back=True) for of in both)
-                     for both in (made, said))
+        return tuple(tuple(torch.stack(of, 1) for of in both) for both in (made, said))
 
 
 class Classifier(HiARM):
@@ -192,7 +252,7 @@ class Classifier(HiARM):
     every other, but there is no past to see. Within a part, dense tokens still see the sparse one.
     LSAB and the embeddings of dense tokens have no use here."""
 
-    GENERATES = ("classification",)
+    GENERATES = "classification"
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -220,7 +280,16 @@ class Classifier(HiARM):
         return self.one_pass(x_s, conf, pick)
 
 
+class JointOrderNextToken(JointOrder, NextToken):
+    """Both: the joints' numbers give the order, and every token is a step."""
+
+    GENERATES = "next-token"
+
+
+KINDS = {kind.GENERATES: kind
+         for kind in (HiARM, JointOrder, NextToken, JointOrderNextToken, Classifier)}
+
+
 def new_hipart(config: Config) -> HiPART:
     """An untrained HiPART with the transformer that config.generation asks for."""
-    kinds = (HiARM, NextToken, Classifier)
-    return HiPART(config, next(kind for kind in kinds if config.generation in kind.GENERATES))
+    return HiPART(config, KINDS[config.generation])

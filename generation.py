@@ -118,5 +118,4 @@ def generate(hiarm: nn.Module, x_s: Tensor, conf: Tensor | None, pick: Callable 
         for block in LSAB:  # Eq. 9, [B (1 + R), W]
             x = block(x, 1 + R)
         g = x.view(-1, 1 + R, W).mean(1)
-    made = torch.stack(made_s, 1), torch.cat(made_d, 1)
-    return tuple(hiarm.arranged(zh, back=True) for zh in made)
+    return torch.stack(made_s, 1), torch.cat(made_d, 1)

@@ -44,11 +44,8 @@ J, J_S, J_D, J_F = 17, 16, 48, 96
 R = J_D // J_S
 
 
-# How tokens may be generated (Table 4). HiARM is for the first two, baselines.py for the others.
-# Parts come from the centre to the periphery, or in the order of joint numbers (JOINT_ORDER).
-# Sparse to dense: a sparse token, then its R dense ones side by side; else one token at a time.
+# How tokens may be generated (Table 4). "both" is HiARM, and baselines.py has the others.
 GENERATIONS = ("both", "sparse-to-dense", "centre-to-periphery", "next-token", "classification")
-JOINT_ORDER = ("sparse-to-dense", "next-token")
 
 
 @dataclass(frozen=True)
@@ -512,13 +509,14 @@ class HiARM(nn.Module):
     `one_pass` can do without any. A fourth, soft_targets, changes the loss (`token_loss`).
     """
 
-    GENERATES = GENERATIONS[:2]
+    GENERATES = "both"  # of GENERATIONS
+
 
     def __init__(self, config: Config):
         super().__init__()
         c, W = config, config.width
-        if c.generation not in self.GENERATES:
-            raise ValueError(f"{type(self).__name__} is for {' and '.join(self.GENERATES)}, found "
+        if c.generation != self.GENERATES:
+            raise ValueError(f"{type(self).__name__} generates {self.GENERATES}, found "
                              f"{c.generation}: baselines.new_hipart makes what is for it")
         self.config = c
         self.register_buffer("C_s", torch.randn(c.K_s, c.D))
@@ -552,16 +550,6 @@ class HiARM(nn.Module):
         # GCSAB (Eq. 10): a position sees itself and the parts before it.
         mask_h = torch.ones(J_S, J_S, dtype=torch.bool).tril()
         self.register_buffer("mask_h", mask_h, persistent=False)
-        order = torch.tensor(sorted(range(J_S), key=PART_JOINT.__getitem__))
-        self.register_buffer("joint_order", order, persistent=False)
-
-    def arranged(self, x: Tensor, back: bool = False) -> Tensor:
-        """x [B, 16 n, ...], n rows for each part -> its parts in the order of generation, or from
-        that order back. In the paper's order nothing moves."""
-        if self.config.generation not in JOINT_ORDER:
-            return x
-        order = self.joint_order.argsort() if back else self.joint_order
-        return x.unflatten(1, (J_S, -1))[:, order].flatten(1, 2)
 
     @torch.no_grad()
     def set_codebooks(self, msst: MSST, x_f: Tensor) -> None:
@@ -575,13 +563,13 @@ class HiARM(nn.Module):
 
     def begin(self, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor, Tensor]:
         """x_s [B, 17, 2] -> the SOS token g^0 = P_c(x_s) [B, 1, W], and what is added at every
-        position [B or 1, 16, W], in the order of generation."""
+        position [B or 1, 16, W]."""
         visible = visible_joints(x_s, conf)
         x = hide_missing(x_s, visible).flatten(1)
         g_0, position = self.P_c(x) + self.missing(1 - visible), self.part[None]
         if self.config.condition == "every":
             position = position + self.P_e(torch.cat([x, visible], 1)).unflatten(1, (J_S, -1))
-        return g_0[:, None], self.arranged(position)
+        return g_0[:, None], position
 
     def summarize(self, zh_s: Tensor, zh_d: Tensor) -> Tensor:
         """Eq. 9: g^i = mean(LSAB(zh_s^i, zh_d^(i,1..R))), one vector for what a part has become.
@@ -607,16 +595,15 @@ class HiARM(nn.Module):
         """Teacher-forced logits for the true tokens q_s [B, 16] and q_d [B, 48]:
         logits_s [B, 16, K_s] and logits_d [B, 48, K_d]. A part sees only the parts before it, and
         its dense logits also see its own true sparse token."""
-        zh_s, zh_d = self.arranged(self.C_s[q_s]), self.arranged(self.C_d[q_d])
-        zh_d, (g_0, position) = zh_d.unflatten(1, (J_S, R)), self.begin(x_s, conf)
+        zh_s, zh_d = self.C_s[q_s], self.C_d[q_d].unflatten(1, (J_S, R))
+        g_0, position = self.begin(x_s, conf)
         g = self.summarize(zh_s[:, :-1], zh_d[:, :-1])  # g^1..g^15: nothing follows the last part
         h = self.remember(torch.cat([g_0, g], 1) + position, self.mask_h)  # [B, 16, W]
         # We count parts from 0, the paper from 1: h^i predicts our part i, which is its pair i + 1.
         dense = self.in_s(zh_s)[:, :, None].expand(-1, -1, R, -1)
         slots = torch.cat([h[:, :, None], dense], 2) + self.slot_p  # [B, 16, 1 + R, W]
         p = self.predict(slots.flatten(0, 1), self.mask_p).unflatten(0, (-1, J_S))
-        logits = self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
-        return tuple(self.arranged(of, back=True) for of in logits)
+        return self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
 
     def log_prob(self, x_s: Tensor, q_s: Tensor, q_d: Tensor, conf: Tensor | None = None) -> Tensor:
         """log P(q_s, q_d | x_s) [B], the natural logarithm, summed over the 64 tokens (Eq. 7, 8).
@@ -644,8 +631,7 @@ class HiARM(nn.Module):
             zh_d = self.pick(logits_d, self.C_d)  # [B, R, D]
             g = self.summarize(zh_s, zh_d[:, None])
             steps.append(dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s, zh_d=zh_d))
-        return {name: self.arranged(torch.cat([step[name] for step in steps], 1), back=True)
-                for name in steps[0]}
+        return {name: torch.cat([step[name] for step in steps], 1) for name in steps[0]}
 
     def generate(self, x_s: Tensor, conf: Tensor | None, pick=None) -> tuple[Tensor, Tensor]:
         """zh_s [B, 16, D] and zh_d [B, 48, D] of `rollout`, the fast way. `pick` may stand in for
@@ -662,8 +648,7 @@ class HiARM(nn.Module):
         zh_s = pick(self.head_s(slots).flatten(0, 1), self.C_s)  # [B 16, D]
         slots = self.predict(self.in_s(zh_s)[:, None] + self.slot_p[1:], caches=here)
         zh_d = pick(self.head_d(slots).flatten(0, 1), self.C_d)  # [B 16 R, D]
-        made = (zh.unflatten(0, (len(x_s), -1)) for zh in (zh_s, zh_d))
-        return tuple(self.arranged(zh, back=True) for zh in made)
+        return tuple(zh.unflatten(0, (len(x_s), -1)) for zh in (zh_s, zh_d))
 
     def pick(self, logits: Tensor, C: Tensor) -> Tensor:
         """What a step hands on: logits [B, n, K], codebook C [K, D] -> [B, n, D]."""
@@ -797,8 +782,7 @@ def token_loss(logits: Tensor, q: Tensor, z: Tensor, C: Tensor, m: Tensor, sprea
 # Stage 3: lifting (Fig. 11)
 
 
-def lifting_features(x: Tensor, conf: Tensor | None = None, levels: str = "dense+fine"
-                     ) -> dict[str, Tensor]:
+def lifting_features(x: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
     """What a lifter sees of x [B, 17 or 161, 2] (normalised image coordinates): offsets down the
     hierarchy. Raw coordinates train far worse: a network would spend itself on these differences.
 
@@ -807,9 +791,7 @@ def lifting_features(x: Tensor, conf: Tensor | None = None, levels: str = "dense
     dense [B, 48, 6]   the mean of the point's part minus the pelvis, that mean minus the part's
                        sparse joint, and the point minus that mean
     fine [B, 96, 2]    the point minus its dense point
-    dense and fine are absent for 17 points. ValueError for any other number of points. levels
-    (Table 5) "dense": every fine point is its dense point, and so tells nothing; "fine": every
-    dense point is the mean of its two fine points.
+    dense and fine are absent for 17 points. ValueError for any other number of points.
     """
     if x.shape[1:] not in ((J, 2), (J + J_D + J_F, 2)):
         raise ValueError("a lifter takes [B, 17, 2] or [B, 161, 2] (17 + 48 + 96 points), "
@@ -820,10 +802,6 @@ def lifting_features(x: Tensor, conf: Tensor | None = None, levels: str = "dense
     if x.shape[1] == J:
         return dict(sparse=sparse)
     x_d, x_f = x[:, J : J + J_D], x[:, J + J_D :]
-    if levels == "dense":
-        x_f = x_d.repeat_interleave(2, 1)
-    elif levels == "fine":
-        x_d = x_f.unflatten(1, (J_D, 2)).mean(2)
     mean = x_d.unflatten(1, (J_S, R)).mean(2)  # [B, 16, 2]
     # An index would be copied to a GPU in every step, and waited for.
     own, seen = (torch.stack([t[:, j] for j in PART_JOINT], 1) for t in (x_s, visible))
@@ -837,8 +815,6 @@ class Lifter(nn.Module):
     """What all lifters share: features and targets are standardised with the training set's
     statistics, which are kept as buffers. n_points is 17, or 161 = 17 + 48 + 96."""
 
-    levels = "dense+fine"  # which of them it sees (`lifting_features`)
-
     def __init__(self, n_points: int):
         super().__init__()
         self.n_points = n_points
@@ -849,7 +825,7 @@ class Lifter(nn.Module):
     @torch.no_grad()
     def standardize(self, x: Tensor, y: Tensor, conf: Tensor | None = None) -> None:
         """Take the statistics from training samples x [N, n_points, 2] and y [N, 17, 3] mm."""
-        for name, t in (lifting_features(x, conf, self.levels) | dict(y=y)).items():
+        for name, t in (lifting_features(x, conf) | dict(y=y)).items():
             getattr(self, f"mean_{name}").copy_(t.mean(0))
             getattr(self, f"std_{name}").copy_(t.std(0, correction=0).clamp_min(1e-6))
         # One scale for all joints, as MPJPE weighs the millimetres of all joints alike.
@@ -861,7 +837,7 @@ class Lifter(nn.Module):
             raise ValueError(
                 f"this lifter was made for {self.n_points} points, found x {list(x.shape)}")
         return {name: (t - getattr(self, f"mean_{name}")) / getattr(self, f"std_{name}")
-                for name, t in lifting_features(x, conf, self.levels).items()}
+                for name, t in lifting_features(x, conf).items()}
 
 
 class SpatialLifter(Lifter):

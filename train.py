@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines import MLPLifter, Regressor, new_hipart
+from baselines import MLPLifter, OneLevel, Regressor, new_hipart
 from checkpoints import (
     Run,
     build,
@@ -449,8 +449,7 @@ def new_lifter(t: Training, name: str) -> nn.Module:
     kind = SpatialLifter if t.lifter == "spatial" else MLPLifter
     points = J if name.startswith("sparse") else J + J_D + J_F
     model = kind(points, t.lifter_width, t.lifter_blocks)
-    model.levels = t.levels
-    return model
+    return OneLevel(model, t.levels) if points > J and t.levels != "dense+fine" else model
 
 
 @torch.no_grad()

@@ -12,13 +12,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_hipart import TINY, as_tuple, hidden_joints, lifters, masked, randomize, tokens
+from test_hipart import (
+    TINY,
+    as_tuple,
+    assert_differ,
+    assert_same,
+    hidden_joints,
+    lifters,
+    masked,
+    randomize,
+    tokens,
+)
 
 import baselines
 import hipart
-from baselines import Classifier, MLPLifter, NextToken, Regressor, ResidualMLP, new_hipart
+from baselines import KINDS, MLPLifter, OneLevel, Regressor, ResidualMLP, new_hipart
 from generation import lean_mode
-from hipart import GENERATIONS, PART_JOINT, SCALE, Config, HiARM, detected_pelvis
+from hipart import GENERATIONS, PART_JOINT, SCALE, Config, SpatialLifter, detected_pelvis
 
 
 @torch.no_grad()
@@ -90,10 +100,36 @@ def test_the_regressor_densifies_in_the_frame_of_the_pelvis():
         torch.testing.assert_close(moved, got + shift, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [MLPLifter, SpatialLifter])
+@pytest.mark.parametrize("levels", ["dense", "fine"])
+def test_a_lifter_of_one_level_is_blind_to_the_other(kind, levels):
+    """Table 5: whatever the other level holds, even in the statistics, comes out the same; and the
+    missing level is what the docstring says."""
+    lifter = OneLevel(randomize(kind(161, 12, 2), 0.2), levels).double().eval()
+    x, conf = torch.randn(9, 161, 2, dtype=torch.float64), torch.ones(9, 17)
+    own, rest = (slice(17, 65), slice(65, 161))[:: 1 if levels == "dense" else -1]
+    other, seen, y = x.clone(), x.clone(), torch.randn(9, 17, 3, dtype=torch.float64)
+    other[:, rest] = torch.randn_like(other[:, rest])
+    for k in range(48):
+        pair = [65 + 2 * k, 66 + 2 * k]
+        if levels == "dense":
+            seen[:, pair] = x[:, 17 + k, None]
+        else:
+            seen[:, 17 + k] = x[:, pair].mean(1)
+    found = []
+    for points in (x, other, seen):
+        lifter.standardize(points, y, conf)
+        found.append(lifter(points, conf))
+    assert_same(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-6)
+    moved = x.clone()
+    moved[:, own] += 0.1 * torch.randn_like(moved[:, own])
+    assert_differ(lifter(moved, conf), found[0])
+
+
 # --------------------------------------------------------------------------------------------------
 # Ways to generate
 
-CLASSES = dict(zip(GENERATIONS, (HiARM, HiARM, NextToken, NextToken, Classifier), strict=True))
 # The parts in the order in which they are generated.
 BY_JOINT = sorted(range(16), key=lambda part: PART_JOINT[part])
 ORDERS = {name: BY_JOINT if name in ("sparse-to-dense", "next-token") else list(range(16))
@@ -126,7 +162,7 @@ def test_a_token_sees_what_comes_before_it_in_its_order_and_nothing_else(name):
     """By autograd: every token has a code of its own, so that gradients say which of them reach
     which logits."""
     model = generator(name, K_s=16, K_d=48)
-    assert type(model) is CLASSES[name]
+    assert type(model) is KINDS[name]
     codes = [model.C_s.requires_grad_(), model.C_d.requires_grad_()]
     x_s = torch.randn(1, 17, 2, dtype=torch.float64)
     logits = model(x_s, torch.arange(16)[None], torch.arange(48)[None])
@@ -174,7 +210,7 @@ def test_probabilities_of_all_token_sequences_sum_to_one(name, monkeypatch):
     order of joint numbers is not that of the parts."""
     for module in (hipart, baselines):
         monkeypatch.setattr(module, "J_S", 2)
-    monkeypatch.setattr(hipart, "PART_JOINT", (4, 1))
+        monkeypatch.setattr(module, "PART_JOINT", (4, 1))
     model = generator(name, K_s=3, K_d=2)
     q = torch.tensor(list(itertools.product(*[range(3)] * 2, *[range(2)] * 6)))
     x_s = torch.randn(1, 17, 2, dtype=torch.float64).expand(len(q), -1, -1)
@@ -239,5 +275,5 @@ def test_other_ways_to_generate_are_refused(options, words):
 
 
 def test_hiarm_does_not_pretend_to_be_another_generator():
-    with pytest.raises(ValueError, match="HiARM is for both and sparse-to-dense, found next-token"):
+    with pytest.raises(ValueError, match="HiARM generates both, found next-token"):
         hipart.HiPART(replace(TINY, generation="next-token"))

@@ -1648,34 +1648,6 @@ def test_lifting_features_equal_plain_loops(with_conf):
     assert list(alone) == ["sparse"] and torch.equal(alone["sparse"], got["sparse"])
 
 
-@pytest.mark.parametrize("kind", [MLPLifter, SpatialLifter])
-@pytest.mark.parametrize("levels", ["dense", "fine"])
-def test_a_lifter_of_one_level_is_blind_to_the_other(kind, levels):
-    """Table 5: whatever the other level holds, even in the statistics, comes out the same; and the
-    missing level is what the docstring says."""
-    lifter, x, conf = randomize(kind(161, 12, 2), 0.2).double().eval(), torch.randn(
-        9, 161, 2, dtype=torch.float64), torch.ones(9, 17)
-    lifter.levels = levels
-    own, rest = (slice(17, 65), slice(65, 161))[:: 1 if levels == "dense" else -1]
-    other, seen, y = x.clone(), x.clone(), torch.randn(9, 17, 3, dtype=torch.float64)
-    other[:, rest] = torch.randn_like(other[:, rest])
-    for k in range(48):
-        pair = [65 + 2 * k, 66 + 2 * k]
-        if levels == "dense":
-            seen[:, pair] = x[:, 17 + k, None]
-        else:
-            seen[:, 17 + k] = x[:, pair].mean(1)
-    found = []
-    for points in (x, other, seen):
-        lifter.standardize(points, y, conf)
-        found.append(lifter(points, conf))
-    assert_same(found[0], found[1])
-    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-6)
-    moved = x.clone()
-    moved[:, own] += 0.1 * torch.randn_like(moved[:, own])
-    assert_differ(lifter(moved, conf), found[0])
-
-
 def test_offsets_do_not_depend_on_the_place_in_the_image():
     x, shift = (
         torch.randn(3, 161, 2, dtype=torch.float64),
