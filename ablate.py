@@ -85,10 +85,9 @@ class Job:
     def finished(self) -> bool:
         return is_finished(self.run, self.name)
 
-    def samples(self) -> int:
-        """How many this training sees, each epoch anew."""
+    def samples(self, n: int) -> int:
+        """How many of n training samples this training sees, each epoch anew."""
         t = self.run.training
-        n = read_json(Path(self.run.data, "meta.json"), META_BYTES)["splits"]["train"]["n"]
         return getattr(t, f"epochs_{self.stage}") * min(n, t.limit or n)
 
 
@@ -278,24 +277,32 @@ def as_figure(study: Study, found: dict, preset: str) -> Figure:
     return fig
 
 
-def dry_run(chains: dict[tuple[str, int], list[Job]]) -> str:
-    """What is there, what would be trained and for how long. A stage that variants share stands at
-    the first of them."""
+def training_samples(data: str) -> int:
+    """How many there are, or one sentence and exit status 2 if the data set has none."""
+    try:
+        return int(read_json(Path(data, "meta.json"), META_BYTES)["splits"]["train"]["n"])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        stop(f"{data} holds no data set to train on: make one with `python prepare_data.py`")
+
+
+def dry_run(chains: dict[tuple[str, int], list[Job]], n: int) -> str:
+    """What is there, what would be trained and for how long, with n training samples. A stage that
+    variants share stands at the first of them."""
     rows, took, left = {}, defaultdict(list), {}
     for (name, seed), jobs in chains.items():
         for job in (job for job in jobs if job.run.path not in rows):
             rows[job.run.path] = [name, str(seed), job.kind, "to train"]
             if job.finished():
                 seconds = load_finished(job.run, job.name)["seconds"]
-                took[job.kind].append(seconds / job.samples())
+                took[job.kind].append(seconds / job.samples(n))
                 rows[job.run.path][3] = f"there, took {seconds:.0f} s"
             else:
                 left[job.run.path] = job
     total = 0.0
     for path, job in left.items():
         rate = median(took[job.kind]) if took[job.kind] else RATES[job.kind] / 1e3
-        rows[path][3] += f", about {rate * job.samples():.0f} s"
-        total += rate * job.samples()
+        rows[path][3] += f", about {rate * job.samples(n):.0f} s"
+        total += rate * job.samples(n)
     return (f"{table(['variant', 'seed', 'training', 'state'], [*rows.values()])}\n\n"
             f"{len(left)} of {len(rows)} trainings are left: about {total / 60:.0f} minutes, by "
             "what others took here, or where there are none, by small models on two cores.")
@@ -331,8 +338,7 @@ def main() -> None:
         stop(f"--seeds must be at least 1, found {args.seeds}")
     which = f"table {args.table}" if args.table else f"figure {args.figure}"
     study, watch = STUDIES[which], Watch()
-    if study.trains and not Path(args.data, "meta.json").exists():
-        stop(f"{args.data} holds no data set: make one with `python prepare_data.py`")
+    n = training_samples(args.data) if study.trains else 0
     like = Run(FOLDER, Config(), Training(), choose_device(args.device), data=args.data,
                watch=watch)
     torch.set_float32_matmul_precision("high")
@@ -340,7 +346,7 @@ def main() -> None:
     chains = {(v.name, seed): jobs_of(v, study, args.preset, seed, like)
               for seed in range(args.seeds) for v in made} if study.trains else {}
     if args.dry_run:
-        return print(dry_run(chains))
+        return print(dry_run(chains, n))
     found = defaultdict(lambda: defaultdict(list))
     with alone_in(FOLDER), watch.listening():
         for variant in (v for v in made if study.costs):

@@ -523,7 +523,7 @@ def open_splits(run: Run, stages: int) -> tuple[dict[str, Split], dict[str, str]
 def table_over_runs(runs: list[Run]) -> str:
     """The short table as mean and spread over runs that have been evaluated. Of each run, the
     lifters of the first seed count."""
-    splits, models = defaultdict(dict), defaultdict(list)
+    splits, models, samples = defaultdict(dict), defaultdict(list), set()
     for i, run in enumerate(runs):
         path = run.path / f"evaluation{of_data(run)}.json"
         try:
@@ -531,11 +531,12 @@ def table_over_runs(runs: list[Run]) -> str:
             tested = {name: s for name, s in numbers["splits"].items()
                       if name not in ("train", "val")}
             short_table(tested, 1, numbers["training"])  # or something is missing
-            if i and tested.keys() != splits.keys():
-                raise ValueError("other splits")
+            samples.add(numbers["samples"])
+            if len(samples) > 1:
+                raise ValueError("other data")
         except (ValueError, LookupError, TypeError, AttributeError):
             stop(f"{path} does not hold what the others do, the errors of all inputs of the lifter "
-                 f"on the same splits: make it with `python evaluate.py --name {run.path.name}`")
+                 f"on the same data: make it with `python evaluate.py --name {run.path.name}`")
         for name, s in tested.items():
             splits[name] |= {key[:-1] + str(i): s[key] for key in s if key.endswith("/0")}
         for model, of in numbers["training"].items():
@@ -603,8 +604,8 @@ def main() -> None:
                                       3: "the errors in 3D"}, args.seeds)
         text += f"\n{rest}\n"
         print(rest)
-    numbers = dict(run=run.path.name, about=header, training=about, splits=summaries,
-                   codebooks=codebooks)
+    numbers = dict(run=run.path.name, about=header, samples=run.same_samples(), training=about,
+                   splits=summaries, codebooks=codebooks)
     write(full, text)
     write(run.path / f"evaluation{at}.json", json.dumps(numbers, indent=1))
     print(f"The full report is {full}, and its numbers are in "

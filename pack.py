@@ -49,16 +49,20 @@ def pack(run: Run, folder: Path) -> dict[str, float]:
     samples = {name: block[name].numpy() for name in ("x_s", "conf", "x_f", "y")}
     samples["w"] = np.array(split.w)
     numbers = errors(samples, load_hipart(run), load_lifter(run, "generated"))
-    folder.mkdir(exist_ok=True)
+    beside = folder.with_suffix(".tmp")  # there is always a whole folder of weights
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
     for name in CHECKPOINTS:
         saved = {k: v for k, v in load_finished(run, name).items() if k not in LEFT_OUT}
         saved["model"] = {k: halved(v) for k, v in saved["model"].items()}
-        save_checkpoint(folder / f"{name}.pt", **saved)
-    np.savez_compressed(folder / "samples.npz", **samples)
-    write(folder / "numbers.json", json.dumps(numbers, indent=1) + "\n")
+        save_checkpoint(beside / f"{name}.pt", **saved)
+    np.savez_compressed(beside / "samples.npz", **samples)
+    write(beside / "numbers.json", json.dumps(numbers, indent=1) + "\n")
     for name in ("log.jsonl", "table.md", "hypotheses.json"):  # the last: a temperature for lift.py
         if (run.path / name).exists():
-            shutil.copy(run.path / name, folder / name)
+            shutil.copy(run.path / name, beside / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
     return numbers
 
 

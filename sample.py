@@ -3,6 +3,7 @@
     python sample.py                                    # runs/standard on data/demo, test split
     python sample.py --name quick --split unseen --n 6
     python sample.py --tokens random --without no_local # Fig. 14: beside a run with --lambda_l 0
+    python sample.py --tokens parts --split val         # codes by the part that uses them most
 
 Writes PNG files to runs/NAME/figures and needs no display. A run gets the figures of the stages
 that it has been trained for:
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 
 from checkpoints import Run, stop
 from curves import learning_curves
-from evaluate import alignment, left_out, mpjpe, open_run, part_cosines
+from evaluate import alignment, left_out, mean_where, mpjpe, open_run, part_cosines
 from hipart import (
     J_D,
     J_S,
@@ -117,21 +118,56 @@ def predict(split: Split, rows: np.ndarray, msst: MSST, hipart: HiPART | None = 
 
 @torch.no_grad()
 def similarities(msst: MSST, x_f: Tensor, tokens: str) -> dict:
-    """Cosine similarities: among 100 sparse codes, among 100 dense codes and across (Fig. 7), and
-    of parts of true poses x_f (model frame): the sparse embedding of part i (row) with the mean
-    dense embedding of part k, [16, 16]."""
-    codes = []
-    for quantizer in (msst.Q_s, msst.Q_d):
+    """Cosine similarities: among sparse codes, among dense codes and across (Fig. 7), and of parts
+    of true poses x_f [n, 96, 2] (model frame): the sparse embedding of part i (row) with the mean
+    dense embedding of part k, [16, 16].
+
+    tokens: the "first" or "random" 100 codes of each codebook, or "parts": all that x_f uses, in
+    the order of the part that uses each most. Then starts holds where each part's codes begin,
+    [16] for both codebooks, and apart says how much closer codes of the same part are than others.
+    """
+    codes, owners = [], []
+    for quantizer, q in zip((msst.Q_s, msst.Q_d), msst.encode(x_f), strict=True):
         C = F.normalize(quantizer.codebook, dim=-1).cpu()
-        if tokens == "random":
-            C = C[torch.randperm(len(C), generator=torch.Generator().manual_seed(0))]
-        codes.append(C[:100])
+        if tokens == "parts":
+            order, owner = codes_by_part(q.cpu(), len(C))
+            owners.append(owner)
+        elif tokens == "random":
+            order = torch.randperm(len(C), generator=torch.Generator().manual_seed(0))[:100]
+        else:
+            order = torch.arange(len(C))[:100]
+        codes.append(C[order])
     o = msst(x_f)
-    parts = part_cosines(o["zh_s"], o["zh_d"]).mean(0)  # [16, 16]
     C_s, C_d = codes
-    return dict(
-        sparse=(C_s @ C_s.T).numpy(), dense=(C_d @ C_d.T).numpy(), across=(C_d @ C_s.T).numpy(),
-        parts=parts.cpu().numpy(), alignment=float(alignment(o["zh_s"], o["zh_d"]).mean()))
+    cosines = dict(sparse=C_s @ C_s.T, dense=C_d @ C_d.T, across=C_d @ C_s.T,
+                   parts=part_cosines(o["zh_s"], o["zh_d"]).mean(0).cpu())
+    found = {name: cosine.numpy() for name, cosine in cosines.items()}
+    found["alignment"] = float(alignment(o["zh_s"], o["zh_d"]).mean())
+    if tokens == "parts":
+        s, d = owners
+        found["starts"] = [np.searchsorted(owner, np.arange(J_S)) for owner in (s, d)]
+        found["apart"] = {name: own_minus_others(found[name], *pair) for name, pair in
+                          dict(sparse=(s, s), dense=(d, d), across=(d, s)).items()}
+    return found
+
+
+def codes_by_part(q: Tensor, K: int) -> tuple[Tensor, np.ndarray]:
+    """Tokens q [n, 16 or 48] of K codes -> the codes that are used, ordered by the part that uses
+    each most, and that part of each."""
+    part = torch.arange(q.shape[1]) // (q.shape[1] // J_S)
+    uses = torch.bincount((part * K + q).flatten(), minlength=J_S * K).view(J_S, K)
+    used = uses.sum(0).nonzero().squeeze(1)
+    owner, order = uses[:, used].argmax(0).sort(stable=True)
+    return used[order], owner.numpy()
+
+
+def own_minus_others(cosine: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
+    """The mean of cosine [n, m] where row and column belong to the same part, minus the mean of the
+    rest. A code is not compared with itself."""
+    same = rows[:, None] == columns
+    counts = ~np.eye(len(rows), dtype=bool) if rows is columns else np.ones_like(same)
+    return float(mean_where(cosine.ravel(), (same & counts).ravel())
+                 - mean_where(cosine.ravel(), ~same.ravel()))
 
 
 @torch.no_grad()
@@ -282,22 +318,41 @@ def action(p: dict, i: int, names: list[str]) -> str:
 
 def draw_similarity(path: Path, runs: dict[str, dict]) -> None:
     """Fig. 7 and 14: a row for every run."""
-    fig, axes = plt.subplots(len(runs), 4, figsize=(12, 0.5 + 2.9 * len(runs)),
+    fig, axes = plt.subplots(len(runs), 4, figsize=(12, 0.5 + 3.1 * len(runs)),
                              layout="constrained", squeeze=False)
     for row, (name, s) in zip(axes, runs.items(), strict=True):
+        apart = {key: f"\nown part - others = {value:.2f}" for key, value in
+                 s.get("apart", {}).items()}
         panels = {
             "sparse": ("among sparse codes", "sparse code", "sparse code"),
             "dense": ("among dense codes", "dense code", "dense code"),
             "across": ("sparse with dense codes", "sparse code", "dense code"),
-            "parts": (f"parts: own - others = {s['alignment']:.2f}",
+            "parts": (f"mean tokens of parts:\nown - others = {s['alignment']:.2f}",
                       "dense tokens of part", "sparse token of part")}
         for ax, (key, (title, x, y)) in zip(row, panels.items(), strict=True):
             image = ax.imshow(s[key], vmin=-1, vmax=1, cmap="PuOr_r", interpolation="nearest")
             ax.set(xlabel=x, ylabel=y, xticks=(), yticks=())
-            ax.set_title(title, fontsize=11)
+            ax.set_title(title + apart.get(key, ""), fontsize=11)
+        if "starts" in s:
+            draw_parts(row, s)
         row[0].set_ylabel(f"{name}\n\nsparse code")
     fig.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
     save(fig, path)
+
+
+def draw_parts(row, s: dict) -> None:
+    """Lines between the codes of two parts, and the parts' names."""
+    sparse, dense = s["starts"]
+    for ax, key, left, below in zip(row, ("sparse", "dense", "across"), (sparse, dense, dense),
+                                    (sparse, dense, sparse), strict=False):
+        height, width = s[key].shape
+        for starts, line in ((left, ax.axhline), (below, ax.axvline)):
+            for start in starts[1:]:
+                line(start - 0.5, color="black", lw=0.4)
+        middle = (left + np.append(left[1:], height)) / 2 - 0.5
+        shown = np.diff(np.append(left, height)) > 0  # a part may have no code of its own
+        ax.set_yticks(middle[shown], np.array(PART_NAMES)[shown], fontsize=6)
+    row[3].set_yticks(range(J_S), PART_NAMES, fontsize=6)
 
 
 def draw_swap(path: Path, moved: np.ndarray, poses: dict, x_s: np.ndarray) -> None:
@@ -453,8 +508,8 @@ def main() -> None:
     a.add_argument("--split", default="test", help="of the data; default: test")
     a.add_argument("--n", type=int, default=4, help="samples in a figure of several")
     a.add_argument("--seed", type=int, default=0, help="which samples are drawn")
-    a.add_argument("--tokens", default="first", choices=("first", "random"),
-                   help="which 100 codes similarity.png shows")
+    a.add_argument("--tokens", default="first", choices=("first", "random", "parts"),
+                   help="which codes similarity.png shows: 100, or all that are used, by part")
     a.add_argument("--without", help="a second run for similarity.png, trained with --lambda_l 0; "
                    "stage 1 is enough")
     a.add_argument("--device", help="cuda or cpu; default: cuda if there is one, else cpu")

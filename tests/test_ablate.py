@@ -169,10 +169,14 @@ def test_what_there_is(tiny, capsys):
     assert all(f"--{which}" in said and study.title in said for which, study in STUDIES.items())
 
 
-def test_bad_input_is_said_in_a_sentence(tiny, capsys, monkeypatch):
+def test_bad_input_is_said_in_a_sentence(tiny, tmp_path, capsys, monkeypatch):
     assert "--seeds must be at least 1, found 0" in refused(capsys, tiny, "--table", "3", seeds=0)
-    monkeypatch.setattr(sys, "argv", ["ablate.py", "--table", "3", "--data", "nowhere"])
-    assert "nowhere holds no data set: make one" in refused(capsys, ablate.main)
+    (tmp_path / "testing").mkdir()
+    (tmp_path / "testing/meta.json").write_text('{"splits": {"test": {"n": 5}}}')
+    for data in ("nowhere", "testing"):
+        for more in ([], ["--dry-run"]):
+            monkeypatch.setattr(sys, "argv", ["ablate.py", "--table", "3", "--data", data, *more])
+            assert f"{data} holds no data set to train on: " in refused(capsys, ablate.main)
 
 
 # --------------------------------------------------------------------------------------------------

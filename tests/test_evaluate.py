@@ -558,8 +558,9 @@ def test_several_runs_are_compared(run, data, street, tmp_path, monkeypatch, cap
 
     assert "--seeds" in refused("--seeds", "2") and "--occlusion" in refused("--occlusion")
     assert "evaluation_street.json" in refused("--data", str(street))  # never evaluated
+    other_data = result[2] | dict(samples="of other data")
     numbers["splits"]["unseen"].pop("mpjpe/sparse_long/0")
-    for damage in (numbers, [], 3, dict(splits=dict(test=3), training=3)):
+    for damage in (other_data, numbers, [], 3, dict(splits=dict(test=3), training=3)):
         path.write_text(json.dumps(damage))
         assert "evaluate.py --name other`" in refused()
 

@@ -32,7 +32,11 @@ def check(folder):
 @pytest.fixture(scope="module")
 def packed(tiny_run, tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed") / "weights"
+    folder.mkdir()
+    (folder / "stage3_sparse_0.pt").write_text("of an earlier run")
     pack.pack(run_at(tiny_run / "runs/tiny", tiny_data / "tiny"), folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["weights"]
+    assert not (folder / "stage3_sparse_0.pt").exists()
     return folder
 
 

@@ -196,6 +196,33 @@ def test_similarities(model, x_f):
     np.testing.assert_array_equal(mixed["sparse"], again["sparse"])
 
 
+def test_similarities_by_part(model, x_f):
+    """By loops: who uses a code most, in which order codes come, and how close they are."""
+    s = sample.similarities(model.msst, x_f, "parts")
+    codes, owners = [], []
+    for quantizer, q in zip((model.msst.Q_s, model.msst.Q_d), model.msst.encode(x_f), strict=True):
+        uses = np.zeros((16, len(quantizer.codebook)), int)
+        for pose in q.numpy():
+            for at, code in enumerate(pose):
+                uses[at * 16 // len(pose), code] += 1
+        used = sorted(np.flatnonzero(uses.sum(0)), key=lambda code: (uses[:, code].argmax(), code))
+        C = quantizer.codebook.numpy()[used]
+        codes.append(C / np.linalg.norm(C, axis=1, keepdims=True))
+        owners.append(uses[:, used].argmax(0))
+    for name, down, across in (("sparse", 0, 0), ("dense", 1, 1), ("across", 1, 0)):
+        cosine = codes[down] @ codes[across].T
+        np.testing.assert_allclose(s[name], cosine, atol=1e-5)
+        own, others = [], []
+        for i, j in np.ndindex(cosine.shape):
+            if name == "across" or i != j:
+                same = owners[down][i] == owners[across][j]
+                (own if same else others).append(cosine[i, j])
+        expected = np.mean(own) - np.mean(others) if own and others else np.nan
+        np.testing.assert_allclose(s["apart"][name], expected, atol=1e-5)
+    for starts, owner in zip(s["starts"], owners, strict=True):
+        assert list(starts) == [sum(owner < part) for part in range(16)]
+
+
 def test_100_codes_at_the_most():
     msst = MSST(Config(D=8, K_s=120, K_d=130, encoder_blocks=1, encoder_width=8, decoder_width=8,
                        token_hidden=4)).eval()  # fmt: skip
@@ -300,12 +327,15 @@ def drawn(monkeypatch):
 
 def test_more_samples_than_there_are_and_another_split(run, data, monkeypatch, drawn):
     monkeypatch.setattr(sample, "POOL", 2)
-    args = ("--data", data, "--split", "unseen", "--n", 9, "--tokens", "random")
+    args = ("--data", data, "--split", "unseen", "--n", 9, "--tokens", "parts")
     main(monkeypatch, run, *args)
     assert list(drawn) == names_up_to(3)
     panels = {name: len(fig.axes) for name, fig in drawn.items()}
     assert panels["poses_random.png"] == panels["poses_worst.png"] == 2 * 5
     assert panels["similarity.png"] == 4 + 1  # one row, and its colour bar
+    assert "own part - others" in drawn["similarity.png"].axes[0].get_title()
+    names = [label.get_text() for label in drawn["similarity.png"].axes[1].get_yticklabels()]
+    assert names and set(names) <= set(sample.PART_NAMES)
     assert panels["densified.png"] == 2 * 4 and panels["reconstruction.png"] == 4
     assert [ax.axison for ax in drawn["reconstruction.png"].axes] == [True, True, False, False]
 
