@@ -2,19 +2,33 @@
 
     MLPLifter    lifts 2D points to 3D like hipart.SpatialLifter, at a cost that a CPU can afford
     Regressor    densifies a sparse pose like hipart.HiPART, without tokens, in one step
+    OneLevel     a lifter that sees the dense or the fine points alone (Table 5)
+    JointOrder   generates parts like hipart.HiARM, but in the order of joint numbers (Table 4)
+    NextToken    generates tokens like hipart.HiARM, one at a time (Table 4)
+    Classifier   the same, all parts at once (Table 4)
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from generation import LeanBlock, linear, norm
 from hipart import (
     J_D,
     J_F,
+    J_S,
+    PART_JOINT,
+    Config,
+    HiARM,
+    HiPART,
     J,
     Lifter,
+    R,
     detected_pelvis,
     from_model_frame,
     hide_missing,
+    run_blocks,
     to_model_frame,
     visible_joints,
 )
@@ -67,6 +81,31 @@ class MLPLifter(Lifter):
         return y * self.std_y + self.mean_y
 
 
+class OneLevel(nn.Module):
+    """A lifter of 161 points that sees one of the two levels alone (Table 5). "dense": every fine
+    point becomes its dense point, and so tells nothing. "fine": every dense point becomes the mean
+    of its two fine points. The network and its cost stay the same."""
+
+    def __init__(self, lifter: Lifter, levels: str):
+        super().__init__()
+        self.lifter, self.levels = lifter, levels
+
+    def seen(self, x: Tensor) -> Tensor:
+        """x [B, 161, 2] -> what the lifter is given, [B, 161, 2]."""
+        x_s, x_d, x_f = x.split((J, J_D, J_F), 1)
+        if self.levels == "dense":
+            x_f = x_d.repeat_interleave(2, 1)
+        else:
+            x_d = x_f.unflatten(1, (J_D, 2)).mean(2)
+        return torch.cat([x_s, x_d, x_f], 1)
+
+    def standardize(self, x: Tensor, y: Tensor, conf: Tensor | None = None) -> None:
+        self.lifter.standardize(self.seen(x), y, conf)
+
+    def forward(self, x: Tensor, conf: Tensor | None = None) -> Tensor:
+        return self.lifter(self.seen(x), conf)
+
+
 class Regressor(nn.Module):
     """The plain alternative to tokens: an MLP from the sparse pose straight to the dense and fine
     points. Trained on the mean distance, it learns where a point most likely is."""
@@ -88,3 +127,169 @@ class Regressor(nn.Module):
         pelvis = detected_pelvis(x_s, conf)
         x_d, x_f = self(to_model_frame(x_s, pelvis), conf)
         return from_model_frame(x_d, pelvis), from_model_frame(x_f, pelvis)
+
+
+# --------------------------------------------------------------------------------------------------
+# Other ways to generate (Table 4), with HiARM's parts and its interface
+
+
+class JointOrder(HiARM):
+    """The parts in the order of joint numbers, and not from the centre to the periphery. What is
+    learned about a place in the order is learned for its part there."""
+
+    GENERATES = "sparse-to-dense"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        order = torch.tensor(sorted(range(J_S), key=PART_JOINT.__getitem__))
+        self.register_buffer("order", order, persistent=False)
+
+    def arranged(self, x: Tensor, back: bool = False) -> Tensor:
+        """x [B, 16 n, ...], n rows for each part -> its parts in this order, or from it back."""
+        order = self.order.argsort() if back else self.order
+        return x.unflatten(1, (J_S, -1))[:, order].flatten(1, 2)
+
+    def forward(self, x_s: Tensor, q_s: Tensor, q_d: Tensor,
+                conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `HiARM.forward`."""
+        logits = super().forward(x_s, self.arranged(q_s), self.arranged(q_d), conf)
+        return tuple(self.arranged(of, back=True) for of in logits)
+
+    def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
+        """As `HiARM.rollout`."""
+        return {k: self.arranged(v, back=True) for k, v in super().rollout(x_s, conf).items()}
+
+    def generate(self, *args) -> tuple[Tensor, Tensor]:
+        """As `HiARM.generate`."""
+        return tuple(self.arranged(zh, back=True) for zh in super().generate(*args))
+
+    def one_pass(self, *args) -> tuple[Tensor, Tensor]:
+        """As `HiARM.one_pass`."""
+        return tuple(self.arranged(zh, back=True) for zh in super().one_pass(*args))
+
+
+class NextToken(HiARM):
+    """The 64 tokens one after another, each given all before it: part after part, and in a part the
+    sparse token before its R dense ones. The blocks of LSAB, GCSAB and PH are one causal stack
+    here, so that there are as many parameters as in HiARM."""
+
+    GENERATES = "centre-to-periphery"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        mask = torch.ones(J_S * (1 + R), J_S * (1 + R), dtype=torch.bool).tril()
+        self.register_buffer("mask_t", mask, persistent=False)
+
+    def places(self, x_s: Tensor, conf: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x_s [B, 17, 2] -> the SOS token g^0 [B, 1, W], and what is added at the place of every
+        token [B or 1, 64, W], in the order of generation."""
+        g_0, position = self.begin(x_s, conf)
+        return g_0, (position[:, :, None] + self.slot_p).flatten(1, 2)
+
+    def stack(self, x: Tensor, mask: Tensor | None = None, caches=(None, None, None)) -> Tensor:
+        """x [B, T, W] through all blocks -> [B, T, W], ready for the heads."""
+        h = self.remember(run_blocks(self.LSAB, x, mask, caches[0]), mask, caches[1])
+        return self.predict(h, mask, caches[2])
+
+    def forward(self, x_s: Tensor, q_s: Tensor, q_d: Tensor,
+                conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `HiARM.forward`. A token sees only the tokens before it."""
+        sparse, dense = self.in_s(self.C_s[q_s])[:, :, None], self.in_d(self.C_d[q_d])
+        x = torch.cat([sparse, dense.unflatten(1, (J_S, R))], 2) + self.slot_l  # [B, 16, 1 + R, W]
+        g_0, place = self.places(x_s, conf)
+        x = torch.cat([g_0, x.flatten(1, 2)[:, :-1]], 1) + place  # [B, 64, W]
+        p = self.stack(x, self.mask_t).unflatten(1, (J_S, 1 + R))
+        return self.head_s(p[:, :, 0]), self.head_d(p[:, :, 1:]).flatten(1, 2)
+
+    def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
+        """As `HiARM.rollout`, in 64 steps."""
+        caches = [[[] for _ in blocks] for blocks in (self.LSAB, self.GCSAB, self.PH)]
+        layers = self.in_s, self.in_d, self.head_s, self.head_d
+        made, logits = self._one_by_one(
+            x_s, conf, lambda x: self.stack(x[:, None], caches=caches)[:, 0], layers, self.pick)
+        return dict(logits_s=logits[0], logits_d=logits[1], zh_s=made[0], zh_d=made[1])
+
+    def generate(self, x_s: Tensor, conf: Tensor | None, pick: Callable | None = None
+                 ) -> tuple[Tensor, Tensor]:
+        """As `HiARM.generate`: the steps of `rollout`, made fast as in generation.py."""
+        stacks = [([LeanBlock(block) for block in blocks], norm(last) if last else None)
+                  for blocks, last in ((self.LSAB, None), (self.GCSAB, self.norm_h),
+                                       (self.PH, self.norm_p))]
+        past = [[[] for _ in blocks] for blocks, _ in stacks]
+
+        def step(x: Tensor) -> Tensor:
+            for (blocks, last), tokens in zip(stacks, past, strict=True):
+                for block, before in zip(blocks, tokens, strict=True):
+                    x = block(x, 1, before)
+                x = last(x) if last else x
+            return x
+
+        layers = [linear(of) for of in (self.in_s, self.in_d, self.head_s, self.head_d)]
+        return self._one_by_one(x_s, conf, step, layers, pick or self.pick)[0]
+
+    def _one_by_one(self, x_s: Tensor, conf: Tensor | None, step: Callable, layers, pick: Callable
+                    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The embeddings and the logits of both levels. step: the stack, [B, W] -> [B, W]; layers:
+        what in_s, in_d, head_s and head_d are."""
+        in_s, in_d, head_s, head_d = layers
+        kinds = [(in_s, head_s, self.C_s)] + R * [(in_d, head_d, self.C_d)]
+        made, said = ([], []), ([], [])
+        g_0, place = self.places(x_s, conf)
+        x = g_0[:, 0]
+        for t, here in enumerate(place.unbind(1)):
+            slot = t % (1 + R)
+            embed, head, C = kinds[slot]
+            logits = head(step(x + here))
+            zh = pick(logits, C)
+            made[slot > 0].append(zh)
+            said[slot > 0].append(logits)
+            x = embed(zh) + self.slot_l[slot]
+        return tuple(tuple(torch.stack(of, 1) for of in both) for both in (made, said))
+
+
+class Classifier(HiARM):
+    """The tokens of all parts at once, as PCT (Geng et al. 2023) classifies them: every part sees
+    every other, but there is no past to see. Within a part, dense tokens still see the sparse one.
+    LSAB and the embeddings of dense tokens have no use here."""
+
+    GENERATES = "classification"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.mask_h.fill_(True)
+        del self.LSAB, self.in_d, self.slot_l
+
+    def summarize(self, zh_s: Tensor, zh_d: Tensor) -> Tensor:
+        """No past: 0, [B, n, W]."""
+        return zh_s.new_zeros(*zh_s.shape[:2], self.config.width)
+
+    def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
+        """As `HiARM.rollout`, in one step."""
+        logits = []
+
+        def noted(of: Tensor, C: Tensor) -> Tensor:
+            logits.append(of.unflatten(0, (len(x_s), -1)))
+            return self.pick(of, C)
+
+        zh_s, zh_d = self.one_pass(x_s, conf, noted)
+        return dict(logits_s=logits[0], logits_d=logits[1], zh_s=zh_s, zh_d=zh_d)
+
+    def generate(self, x_s: Tensor, conf: Tensor | None, pick: Callable | None = None
+                 ) -> tuple[Tensor, Tensor]:
+        """As `HiARM.generate`."""
+        return self.one_pass(x_s, conf, pick)
+
+
+class JointOrderNextToken(JointOrder, NextToken):
+    """Both: the joints' numbers give the order, and every token is a step."""
+
+    GENERATES = "next-token"
+
+
+KINDS = {kind.GENERATES: kind
+         for kind in (HiARM, JointOrder, NextToken, JointOrderNextToken, Classifier)}
+
+
+def new_hipart(config: Config) -> HiPART:
+    """An untrained HiPART with the transformer that config.generation asks for."""
+    return HiPART(config, KINDS[config.generation])

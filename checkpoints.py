@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,7 @@ def _check_content(saved: Any, run: Run) -> None:
         raise ValueError("no dictionaries")
     of, good = saved["run"], []
     for kind, own in (("config", run.config), ("training", run.training)):
+        saved[kind] = asdict(type(own)()) | saved[kind]  # it may be older than some options
         good.append(set(saved[kind]) == set(vars(own)))
         for option in fields(own):
             value, most = saved[kind][option.name], MOST_BLOCKS if "blocks" in option.name else MOST

@@ -29,9 +29,12 @@ def lean_mode() -> Iterator[None]:
 
 def poses_at_once(c, memory: int) -> int:
     """How many poses a model of the `hipart.Config` c makes at once in `memory` MB. Counted are the
-    floats of a pose, generously: the allocator needs room, too (benchmarks/memory.py)."""
+    floats of a pose, generously: the allocator needs room, too (benchmarks/memory.py). Where a part
+    is not a single step, four times as many tokens are kept, or are made at once."""
+    tokens = 1 if c.generation in ("both", "sparse-to-dense") else 4
     keys_and_values, hidden = 48 * c.width * (c.gcsab_blocks + 2), 12 * c.width * c.mlp_ratio
-    logits, decoders = 24 * c.K_d, c.decoder_width * (6 * 96 + 2 * c.token_hidden) + 48 * 14 * c.D
+    keys_and_values, logits = tokens * keys_and_values, tokens * 24 * c.K_d
+    decoders = c.decoder_width * (6 * 96 + 2 * c.token_hidden) + 48 * 14 * c.D
     return max(1, memory * 2**18 // (keys_and_values + hidden + logits + decoders))
 
 

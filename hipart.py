@@ -44,6 +44,10 @@ J, J_S, J_D, J_F = 17, 16, 48, 96
 R = J_D // J_S
 
 
+# How tokens may be generated (Table 4). "both" is HiARM, and baselines.py has the others.
+GENERATIONS = ("both", "sparse-to-dense", "centre-to-periphery", "next-token", "classification")
+
+
 @dataclass(frozen=True)
 class Config:
     """What the model is made of. The defaults are the paper's (section 5.1, appendix C) unless a
@@ -53,6 +57,7 @@ class Config:
     D: int = 128  # width of embeddings and codes
     K_s: int = 2048  # codes in the sparse codebook C_s
     K_d: int = 2048  # codes in the dense codebook C_d
+    shared_codebook: bool = False  # True: C_d is C_s, one codebook for both levels (Table 3)
     encoder_blocks: int = 4  # Mixer blocks of E_f and of E_d
     encoder_width: int = 128
     decoder_blocks: int = 1  # Mixer blocks of D_s, of D_d and of D_f
@@ -76,6 +81,7 @@ class Config:
     ph_blocks: int = 4  # Eq. 11
     dropout: float = 0.25
     lambda_d: float = 1.5  # weight of the dense tokens, Eq. 12
+    generation: str = "both"  # how tokens are generated: one of GENERATIONS (Table 4)
     condition: str = "sos"  # "sos": x_s is g^0 alone; "every" (ours): it reaches every position
     soft: bool = False  # ours: True hands on expected embeddings instead of the likeliest code
     soft_targets: float = 0.0  # ours: how far the target of Eq. 12 spreads over near codes
@@ -92,6 +98,15 @@ class Config:
                 raise ValueError(f"{name} must be from 0 to {most:g}, found {value}")
         if self.condition not in ("sos", "every"):
             raise ValueError(f"condition must be one of sos, every, found {self.condition!r}")
+        if self.shared_codebook and self.K_s != self.K_d:
+            raise ValueError(f"one codebook for both levels (shared_codebook) needs equal K_s and "
+                             f"K_d, found {self.K_s} and {self.K_d}")
+        if self.generation not in GENERATIONS:
+            raise ValueError(f"generation must be one of {', '.join(GENERATIONS)}, "
+                             f"found {self.generation!r}")
+        if self.history_dropout and self.generation not in GENERATIONS[:2]:
+            raise ValueError(f"history_dropout must be 0 with generation {self.generation}, "
+                             f"found {self.history_dropout}")
         if self.width % self.heads:
             raise ValueError(
                 f"width must be a multiple of heads, found {self.width} and {self.heads}")
@@ -321,7 +336,8 @@ class MSST(nn.Module):
         self.D_f = Decoder(2 * c.D, J_D, J_F, 2, c)
         self.fuse = nn.Linear(2 * c.D, c.D)
         self.Q_s = Quantizer(c.K_s, c.D, c.ema_decay, c.restart_below)
-        self.Q_d = Quantizer(c.K_d, c.D, c.ema_decay, c.restart_below)
+        self.Q_d = (self.Q_s if c.shared_codebook
+                    else Quantizer(c.K_d, c.D, c.ema_decay, c.restart_below))
         self.P_A = nn.Sequential(
             nn.Linear(2 * c.D, c.encoder_width),
             *[MixerBlock(J_D, c.encoder_width, c.token_hidden) for _ in range(2)])
@@ -385,18 +401,23 @@ class MSST(nn.Module):
     def update_codebooks(self, o: dict[str, Tensor]) -> None:
         """The EMA step of both codebooks, from the output of `forward`. Call it after the
         optimiser's step: codes must not move between quantization and the loss."""
+        if self.config.shared_codebook:  # one step, from the rows of both levels
+            rows, q = torch.cat([o["z_s"], o["zp_d"]], 1), torch.cat([o["q_s"], o["q_d"]], 1)
+            return self.Q_s.update(rows, q)
         self.Q_s.update(o["z_s"], o["q_s"])
         self.Q_d.update(o["zp_d"], o["q_d"])
 
     @torch.no_grad()
     def initialize_codebooks(self, x_f: Tensor, batch: int) -> None:
         """k-means on the encoder outputs of x_f [N, 96, 2], for training steps of `batch` poses:
-        first C_s, then C_d on what C_s has left to tell."""
+        first C_s, then C_d on what C_s has left to tell; one codebook for both, on all outputs."""
         z_d = torch.cat([self.E_f(some) for some in x_f.split(1024)])
-        z_s = self.E_d(z_d)
-        self.Q_s.initialize(z_s.flatten(0, 1), batch * J_S)
+        z_s, shared = self.E_d(z_d), self.config.shared_codebook
+        if not shared:
+            self.Q_s.initialize(z_s.flatten(0, 1), batch * J_S)
         zp_d = self.fuse(torch.cat([z_d, self.D_s(self.Q_s(z_s)[0])], -1))
-        self.Q_d.initialize(zp_d.flatten(0, 1), batch * J_D)
+        rows = torch.cat([z_s, zp_d], 1) if shared else zp_d
+        self.Q_d.initialize(rows.flatten(0, 1), batch * rows.shape[1])
 
 
 def local_alignment(zh_s: Tensor, zh_d: Tensor, tau: float, cosine: bool = True) -> Tensor:
@@ -488,9 +509,15 @@ class HiARM(nn.Module):
     `one_pass` can do without any. A fourth, soft_targets, changes the loss (`token_loss`).
     """
 
+    GENERATES = "both"  # of GENERATIONS
+
+
     def __init__(self, config: Config):
         super().__init__()
         c, W = config, config.width
+        if c.generation != self.GENERATES:
+            raise ValueError(f"{type(self).__name__} generates {self.GENERATES}, found "
+                             f"{c.generation}: baselines.new_hipart makes what is for it")
         self.config = c
         self.register_buffer("C_s", torch.randn(c.K_s, c.D))
         self.register_buffer("C_d", torch.randn(c.K_d, c.D))
@@ -606,17 +633,22 @@ class HiARM(nn.Module):
             steps.append(dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s, zh_d=zh_d))
         return {name: torch.cat([step[name] for step in steps], 1) for name in steps[0]}
 
-    def one_pass(self, x_s: Tensor, conf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """zh_s [B, 16, D] and zh_d [B, 48, D] of all parts at once, with no past: g^1..g^15 are 0.
-        This is the "classification" of the paper's Table 4, as PCT does it."""
-        g_0, position = self.begin(x_s, conf)
+    def generate(self, x_s: Tensor, conf: Tensor | None, pick=None) -> tuple[Tensor, Tensor]:
+        """zh_s [B, 16, D] and zh_d [B, 48, D] of `rollout`, the fast way. `pick` may stand in for
+        the method of that name; it gets logits [B n, K] of n tokens of every pose."""
+        return generate(self, x_s, conf, pick)
+
+    def one_pass(self, x_s: Tensor, conf: Tensor | None = None, pick=None
+                 ) -> tuple[Tensor, Tensor]:
+        """The same of all parts at once, with no past: g^1..g^15 are 0."""
+        pick, (g_0, position) = pick or self.pick, self.begin(x_s, conf)
         h = self.remember(F.pad(g_0, (0, 0, 0, J_S - 1)) + position, self.mask_h)  # [B, 16, W]
         here = [[] for _ in self.PH]  # keys and values of the sparse slots
         slots = self.predict(h.reshape(-1, 1, h.shape[-1]) + self.slot_p[:1], caches=here)
-        zh_s = self.pick(self.head_s(slots), self.C_s)  # [B 16, 1, D]
-        slots = self.predict(self.in_s(zh_s) + self.slot_p[1:], caches=here)  # [B 16, R, W]
-        zh_d = self.pick(self.head_d(slots), self.C_d)
-        return zh_s.view(len(x_s), J_S, -1), zh_d.view(len(x_s), J_D, -1)
+        zh_s = pick(self.head_s(slots).flatten(0, 1), self.C_s)  # [B 16, D]
+        slots = self.predict(self.in_s(zh_s)[:, None] + self.slot_p[1:], caches=here)
+        zh_d = pick(self.head_d(slots).flatten(0, 1), self.C_d)  # [B 16 R, D]
+        return tuple(zh.unflatten(0, (len(x_s), -1)) for zh in (zh_s, zh_d))
 
     def pick(self, logits: Tensor, C: Tensor) -> Tensor:
         """What a step hands on: logits [B, n, K], codebook C [K, D] -> [B, n, D]."""
@@ -629,12 +661,13 @@ def token_log_prob(logits: Tensor, q: Tensor) -> Tensor:
 
 
 class HiPART(nn.Module):
-    """Stages 1 and 2 together: a sparse 2D pose in, dense and fine 2D poses out."""
+    """Stages 1 and 2 together: a sparse 2D pose in, dense and fine 2D poses out. `generator` makes
+    the transformer; baselines.py has others than HiARM."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, generator=HiARM):
         super().__init__()
         self.config = config
-        self.msst, self.hiarm = MSST(config), HiARM(config)
+        self.msst, self.hiarm = MSST(config), generator(config)
 
     def loss(self, x_s: Tensor, conf: Tensor | None, x_d: Tensor, x_f: Tensor, z_s: Tensor,
              zp_d: Tensor, q_s: Tensor, q_d: Tensor, on_rollout: bool = False
@@ -680,7 +713,7 @@ class HiPART(nn.Module):
                 x, c = x_s[rows], None if conf is None else conf[rows]
                 pelvis = detected_pelvis(x, c)
                 x = to_model_frame(x, pelvis)
-                made = generate(self.hiarm, x, c) if history else self.hiarm.one_pass(x, c)
+                made = self.hiarm.generate(x, c) if history else self.hiarm.one_pass(x, c)
                 made = self.msst.decode_embeddings(*made)
                 x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
         return x_d, x_f
@@ -724,7 +757,7 @@ class HiPART(nn.Module):
                 rows = torch.arange(i, min(i + at_once, N), device=x_s.device)
                 x, c = x_s[rows // n], None if conf is None else conf[rows // n]
                 pelvis = detected_pelvis(x, c)
-                made = generate(self.hiarm, to_model_frame(x, pelvis), c, draw)
+                made = self.hiarm.generate(to_model_frame(x, pelvis), c, draw)
                 made = self.msst.decode_embeddings(*made)
                 x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
         return tuple(y.unflatten(0, (-1, n)) for y in (x_d, x_f, log_prob))

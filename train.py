@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines import MLPLifter, Regressor
+from baselines import MLPLifter, OneLevel, Regressor, new_hipart
 from checkpoints import (
     Run,
     build,
@@ -74,6 +74,7 @@ class Training:
     lifter: str = "spatial"  # Fig. 11; "mlp" (after Martinez et al. 2017) is for small machines
     lifter_width: int = 96
     lifter_blocks: int = 12
+    levels: str = "dense+fine"  # which of them a lifter sees: dense+fine, dense or fine (Table 5)
     epochs_3: int = 25
     batch_3: int = 256
     lr_3: float = 1e-3
@@ -86,6 +87,9 @@ class Training:
     def __post_init__(self):
         if self.lifter not in ("spatial", "mlp"):
             raise ValueError(f"lifter must be one of spatial, mlp, found {self.lifter!r}")
+        if self.levels not in ("dense+fine", "dense", "fine"):
+            raise ValueError("levels must be one of dense+fine, dense, fine, "
+                             f"found {self.levels!r}")
         if self.lifter == "spatial" and self.lifter_width % 6:
             raise ValueError("lifter_width must be a multiple of the spatial lifter's 6 heads, "
                              f"found {self.lifter_width}")
@@ -157,7 +161,8 @@ def load_hipart(run: Run) -> HiPART:
         stop(f"{run.path}: stage 2 was trained on other data than stage1.pt; {again}")
     both = {f"msst.{name}": value for name, value in first["model"].items()}
     both |= {f"hiarm.{name}": value for name, value in second["model"].items()}
-    model = build(lambda: HiPART(Config(**second["config"])), second | dict(model=both), run.device)
+    model = build(lambda: new_hipart(Config(**second["config"])), second | dict(model=both),
+                  run.device)
     if not torch.equal(model.msst.Q_s.codebook, model.hiarm.C_s):
         stop(f"{run.path}: stage 2 was trained on another tokenizer than stage1.pt; {again}")
     return model
@@ -244,7 +249,7 @@ def stage_1(run: Run) -> None:
         stop(f"{train.n} training samples are too few to start {c.K_s} and {c.K_d} codes: "
              "lower --K_s and --K_d")
     torch.manual_seed(run.seed)
-    model = HiPART(c).msst.to(run.device)
+    model = new_hipart(c).msst.to(run.device)
     optimizer = adamw(model, t.lr_1, t.weight_decay_1)
     loop = Loop(run, "stage1", model, optimizer, t.epochs_1, train.steps(t.batch_1),
                 warmup_cosine(t.warmup_1))
@@ -304,7 +309,7 @@ def stage_2(run: Run) -> None:
     c, t = run.config, run.training
     train, val = run.split("train", has_mesh=True), run.split("val")
     torch.manual_seed(run.seed)
-    model = HiPART(c).to(run.device)
+    model = new_hipart(c).to(run.device)
     restore(model.msst, load_finished(run, "stage1", same_data=True))
     some = train.read(slice(0, 1024), run.rng(2, 10**6))
     model.hiarm.set_codebooks(model.msst, in_model_frame(some)["x_f"])
@@ -443,7 +448,8 @@ def new_lifter(t: Training, name: str) -> nn.Module:
     """An untrained lifter for input `name`, of 17 or 161 points."""
     kind = SpatialLifter if t.lifter == "spatial" else MLPLifter
     points = J if name.startswith("sparse") else J + J_D + J_F
-    return kind(points, t.lifter_width, t.lifter_blocks)
+    model = kind(points, t.lifter_width, t.lifter_blocks)
+    return OneLevel(model, t.levels) if points > J and t.levels != "dense+fine" else model
 
 
 @torch.no_grad()
@@ -540,7 +546,7 @@ def disk_needed(run: Run, stages: tuple[int, ...], seeds: int) -> int:
     """About how many bytes these stages of a run still write: every checkpoint holds a model and
     two running means of its gradients; one more is written beside the last."""
     t = run.training
-    hipart, lifters = HiPART(run.config), [new_lifter(t, name) for name in INPUTS]
+    hipart, lifters = new_hipart(run.config), [new_lifter(t, name) for name in INPUTS]
     models = {1: [hipart.msst], 2: [hipart.hiarm],
               3: [Regressor(t.regressor_width), *lifters * seeds]}
     sizes = [12 * sum(v.numel() for v in model.state_dict().values())

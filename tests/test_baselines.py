@@ -1,15 +1,34 @@
-"""baselines.py: the plain MLP in NumPy, and what the baselines make of missing joints.
+"""baselines.py: the plain MLP in NumPy, what the baselines make of missing joints, and the ways to
+generate tokens (HiARM's in the order of joint numbers, too).
 
 What a lifter must do whatever its kind is tested in test_hipart.py for both kinds.
 """
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from test_hipart import as_tuple, hidden_joints, lifters, randomize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_hipart import (
+    TINY,
+    as_tuple,
+    assert_differ,
+    assert_same,
+    hidden_joints,
+    lifters,
+    masked,
+    randomize,
+    tokens,
+)
 
-from baselines import MLPLifter, Regressor, ResidualMLP
-from hipart import SCALE, detected_pelvis
+import baselines
+import hipart
+from baselines import KINDS, MLPLifter, OneLevel, Regressor, ResidualMLP, new_hipart
+from generation import lean_mode
+from hipart import GENERATIONS, PART_JOINT, SCALE, Config, SpatialLifter, detected_pelvis
 
 
 @torch.no_grad()
@@ -79,3 +98,182 @@ def test_the_regressor_densifies_in_the_frame_of_the_pelvis():
     ):
         torch.testing.assert_close(got, inside * SCALE + pelvis)
         torch.testing.assert_close(moved, got + shift, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [MLPLifter, SpatialLifter])
+@pytest.mark.parametrize("levels", ["dense", "fine"])
+def test_a_lifter_of_one_level_is_blind_to_the_other(kind, levels):
+    """Table 5: whatever the other level holds, even in the statistics, comes out the same; and the
+    missing level is what the docstring says."""
+    lifter = OneLevel(randomize(kind(161, 12, 2), 0.2), levels).double().eval()
+    x, conf = torch.randn(9, 161, 2, dtype=torch.float64), torch.ones(9, 17)
+    own, rest = (slice(17, 65), slice(65, 161))[:: 1 if levels == "dense" else -1]
+    other, seen, y = x.clone(), x.clone(), torch.randn(9, 17, 3, dtype=torch.float64)
+    other[:, rest] = torch.randn_like(other[:, rest])
+    for k in range(48):
+        pair = [65 + 2 * k, 66 + 2 * k]
+        if levels == "dense":
+            seen[:, pair] = x[:, 17 + k, None]
+        else:
+            seen[:, 17 + k] = x[:, pair].mean(1)
+    found = []
+    for points in (x, other, seen):
+        lifter.standardize(points, y, conf)
+        found.append(lifter(points, conf))
+    assert_same(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-6)
+    moved = x.clone()
+    moved[:, own] += 0.1 * torch.randn_like(moved[:, own])
+    assert_differ(lifter(moved, conf), found[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Ways to generate
+
+# The parts in the order in which they are generated.
+BY_JOINT = sorted(range(16), key=lambda part: PART_JOINT[part])
+ORDERS = {name: BY_JOINT if name in ("sparse-to-dense", "next-token") else list(range(16))
+          for name in GENERATIONS}
+
+
+def generator(name, seed=0, **options):
+    return randomize(new_hipart(replace(TINY, generation=name, **options)), 0.3,
+                     seed).hiarm.double().eval()
+
+
+def reaches(name):
+    """Which tokens reach the logits of which: [64, 64], by sparse tokens and then dense ones."""
+    place = {part: k for k, part in enumerate(ORDERS[name])}
+    kinds = [(part, -1) for part in range(16)] + [(i // 3, i % 3) for i in range(48)]
+
+    def before(a, b):
+        own, earlier = a[0] == b[0], place[a[0]] < place[b[0]]
+        if name == "classification":
+            return own and a[1] < 0 <= b[1]
+        if name in ("both", "sparse-to-dense"):
+            return earlier or own and a[1] < 0 <= b[1]
+        return earlier or own and a[1] < b[1]
+
+    return [[before(a, b) for b in kinds] for a in kinds]
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_a_token_sees_what_comes_before_it_in_its_order_and_nothing_else(name):
+    """By autograd: every token has a code of its own, so that gradients say which of them reach
+    which logits."""
+    model = generator(name, K_s=16, K_d=48)
+    assert type(model) is KINDS[name]
+    codes = [model.C_s.requires_grad_(), model.C_d.requires_grad_()]
+    x_s = torch.randn(1, 17, 2, dtype=torch.float64)
+    logits = model(x_s, torch.arange(16)[None], torch.arange(48)[None])
+    every = [of for level in logits for of in level[0].unbind()]
+    rows = []
+    for of in every:
+        grads = torch.autograd.grad((of * torch.randn_like(of)).sum(), codes, retain_graph=True,
+                                    materialize_grads=True)
+        rows.append(torch.cat([g.abs().sum(-1) > 0 for g in grads]))
+    assert torch.stack(rows).T.tolist() == reaches(name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_the_rollout_is_the_forward_on_its_own_tokens(name):
+    model, (x_s, conf) = generator(name), masked(1, 5)
+    x_s, conf = x_s.double(), conf.double()
+    o = model.rollout(x_s, conf)
+    q_s, q_d = tokens(model, x_s, conf)
+    for got, logits in zip(("logits_s", "logits_d"), model(x_s, q_s, q_d, conf), strict=True):
+        torch.testing.assert_close(o[got], logits, rtol=0, atol=1e-9)
+    assert torch.equal(o["zh_s"], model.C_s[q_s]) and torch.equal(o["zh_d"], model.C_d[q_d])
+    assert len(torch.unique(q_s)) > 1
+
+
+@pytest.mark.parametrize("condition, soft", [("sos", False), ("every", True)])
+@pytest.mark.parametrize("name", GENERATIONS[1:])
+@given(seed=st.integers(0, 2**31), B=st.integers(1, 4), with_conf=st.booleans())
+@settings(max_examples=5, deadline=None)
+def test_the_fast_way_equals_the_rollout(name, condition, soft, seed, B, with_conf):
+    model, (x_s, conf) = generator(name, seed, condition=condition, soft=soft), masked(seed, B)
+    x_s, conf = x_s.double(), conf.double() if with_conf else None
+    with torch.no_grad():
+        o = model.rollout(x_s, conf)
+    with lean_mode():
+        zh_s, zh_d = model.generate(x_s, conf)
+    torch.testing.assert_close(zh_s, o["zh_s"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(zh_d, o["zh_d"], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", GENERATIONS[1:])
+def test_probabilities_of_all_token_sequences_sum_to_one(name, monkeypatch):
+    """A body of two parts, as for HiARM in test_hipart.py; of joint 4 and joint 1, so that the
+    order of joint numbers is not that of the parts."""
+    for module in (hipart, baselines):
+        monkeypatch.setattr(module, "J_S", 2)
+        monkeypatch.setattr(module, "PART_JOINT", (4, 1))
+    model = generator(name, K_s=3, K_d=2)
+    q = torch.tensor(list(itertools.product(*[range(3)] * 2, *[range(2)] * 6)))
+    x_s = torch.randn(1, 17, 2, dtype=torch.float64).expand(len(q), -1, -1)
+    p = model.log_prob(x_s, q[:, :2], q[:, 2:]).exp()
+    assert len(q) == 576 and float(p.max()) > 2 / 576
+    assert float(p.sum()) == pytest.approx(1, abs=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", GENERATIONS[1:])
+def test_samples_have_the_log_prob_of_their_tokens(name):
+    model = randomize(new_hipart(replace(TINY, generation=name)), 0.3).eval()
+    model.hiarm.set_codebooks(model.msst, torch.randn(2, 96, 2))
+    model, (x_s, conf), seen = model.double(), masked(2, 3), []
+    decode = model.msst.decode_embeddings
+    model.msst.decode_embeddings = lambda *z: (seen.append(z), decode(*z))[1]
+    x_s, conf = x_s.double() * SCALE, conf.double()
+    _, _, log_prob = model.sample(x_s, conf, 2, generator=torch.Generator().manual_seed(0))
+    q_s, q_d = (torch.cdist(z, C).argmin(-1)
+                for z, C in zip(seen[0], (model.hiarm.C_s, model.hiarm.C_d), strict=True))
+    many, c = x_s.repeat_interleave(2, 0), conf.repeat_interleave(2, 0)
+    framed = (many - detected_pelvis(many, c)) / SCALE
+    torch.testing.assert_close(log_prob.flatten(), model.hiarm.log_prob(framed, q_s, q_d, c),
+                               rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_rollout", [False, True])
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_training_reaches_every_weight(name, on_rollout):
+    """A weight without a gradient would have no use, and several processes would refuse it."""
+    config = replace(TINY, generation=name, condition="every", soft=True)
+    model = randomize(new_hipart(config), 0.3)
+    model.msst.requires_grad_(False)
+    n, conf = 2, torch.ones(2, 17)
+    conf[:, 3] = 0
+    loss, _, _ = model.loss(
+        torch.randn(n, 17, 2), conf, torch.randn(n, 48, 2), torch.randn(n, 96, 2),
+        torch.randn(n, 16, TINY.D), torch.randn(n, 48, TINY.D), torch.randint(TINY.K_s, (n, 16)),
+        torch.randint(TINY.K_d, (n, 48)), on_rollout=on_rollout)
+    loss.backward()
+    silent = [k for k, p in model.hiarm.named_parameters()
+              if p.grad is None or float(p.grad.abs().max()) == 0]
+    assert silent == []
+
+
+def test_all_but_the_classifier_have_as_many_parameters():
+    """And that one lacks a block, as in Table 4 (2.2 million to 2.4)."""
+    count = {name: sum(p.numel() for p in new_hipart(Config(generation=name)).hiarm.parameters())
+             for name in GENERATIONS}
+    assert len({count[name] for name in GENERATIONS[:4]}) == 1
+    assert 0.19e6 < count["both"] - count["classification"] < 0.23e6
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(generation="diffusion"), "generation must be one of both"),
+    (dict(generation="next-token", history_dropout=0.5), "history_dropout must be 0"),
+    (dict(generation="classification", history_dropout=0.5), "history_dropout must be 0"),
+])
+def test_other_ways_to_generate_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        replace(TINY, **options)
+
+
+def test_hiarm_does_not_pretend_to_be_another_generator():
+    with pytest.raises(ValueError, match="HiARM generates both, found next-token"):
+        hipart.HiPART(replace(TINY, generation="next-token"))

@@ -10,7 +10,7 @@ import os
 import shutil
 import types
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -219,6 +219,33 @@ def test_a_good_checkpoint_is_read(run, good):
     torch.manual_seed(0)  # to plan a model without memory draws no random numbers
     assert expected.keys() == MSST(options(Config)).state_dict().keys()
     assert torch.equal(state, torch.get_rng_state())
+
+
+NEW_OPTIONS = dict(config=("shared_codebook", "generation"), training=("levels",))
+
+
+def test_checkpoints_older_than_an_option_have_its_default(tiny_data, tiny_run, tmp_path):
+    """They load, and a run goes on from them; with another value of the option it does not."""
+    names = ("stage1", "stage2", "stage3_sparse_0")
+    for name in names:
+        saved = torch.load(tiny_run / f"runs/tiny/{name}.pt", weights_only=True)
+        for part, new in NEW_OPTIONS.items():
+            for option in new:
+                del saved[part][option]
+        torch.save(saved, tmp_path / f"{name}.pt")
+    run = Run(tmp_path, Config(), train.Training(), torch.device("cpu"))
+    saved = load_checkpoint(run, "stage1")
+    config, training = Config(**saved["config"]), train.Training(**saved["training"])
+    assert (config.generation, training.levels) == ("both", "dense+fine")
+    run = replace(run, config=config, training=training, data=f"{tiny_data}/tiny", resume=True)
+    weights = train.load_hipart(run).state_dict(), train.load_lifter(run, "sparse").state_dict()
+    assert len(weights[0]) > 50 and len(weights[1]) > 5
+    train.stage_1(run)  # finished already: to go on is to do nothing
+    other = replace(run, config=replace(config, generation="sparse-to-dense"))
+    with pytest.raises(SystemExit):
+        train.stage_1(other)
+    kept = torch.load(tmp_path / "stage1.pt", weights_only=True)
+    assert not set(NEW_OPTIONS["config"]) & set(kept["config"])  # nothing was written
 
 
 class Encoded:

@@ -644,6 +644,47 @@ def test_drop_path_drops_whole_branches_of_a_sample_and_rescales():
     assert 0.3 < float(kept) < 0.8  # expected 0.5625
 
 
+SHARED = dataclasses.replace(TINY, K_d=TINY.K_s, shared_codebook=True)
+
+
+def test_one_codebook_for_both_levels_is_one_codebook():
+    """Table 3. It is filled from the rows of both levels, moves once a step by the rows of both,
+    and comes back from a checkpoint as one."""
+    torch.manual_seed(0)
+    model, x_f = MSST(SHARED).train(), torch.randn(9, 96, 2)
+    assert model.Q_s is model.Q_d
+    with torch.no_grad():
+        inactive = model.tokenize(x_f)
+    seen = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(hipart.Quantizer, "initialize", lambda self, *args: seen.append(args))
+        model.initialize_codebooks(x_f, 9)
+    (rows, per_step), = seen
+    both = torch.cat([inactive["z_s"], inactive["zp_d"]], 1).flatten(0, 1)
+    torch.testing.assert_close(rows, both)
+    assert per_step == 9 * 64
+    model.initialize_codebooks(x_f, 9)
+    alone = copy.deepcopy(model.Q_s)
+    o = model(x_f)
+    torch.manual_seed(1)
+    model.update_codebooks(o)
+    torch.manual_seed(1)
+    alone.update(torch.cat([o["z_s"], o["zp_d"]], 1), torch.cat([o["q_s"], o["q_d"]], 1))
+    assert all(map(torch.equal, model.Q_s.state_dict().values(), alone.state_dict().values()))
+    q_s, q_d = torch.tensor([[0] * 16]), torch.tensor([[0] * 48])
+    hiarm = HiARM(SHARED)
+    hiarm.set_codebooks(model, x_f)
+    assert torch.equal(hiarm.C_s[q_s][:, 0], hiarm.C_d[q_d][:, 0])
+    loaded = MSST(SHARED)
+    loaded.load_state_dict(model.state_dict())
+    assert loaded.Q_s is loaded.Q_d and torch.equal(loaded.Q_d.codebook, model.Q_s.codebook)
+
+
+def test_one_codebook_for_both_levels_has_one_size():
+    with pytest.raises(ValueError, match="needs equal K_s and K_d, found 11 and 13"):
+        dataclasses.replace(TINY, shared_codebook=True)
+
+
 # --------------------------------------------------------------------------------------------------
 # Stage 2
 
