@@ -367,10 +367,6 @@ class Split:
         """The same samples, but `batches` are of windows of so many frames, for a lifter that gives
         every pose of a window, or its centre alone. limit: about so many samples, in whole
         sequences that are evenly spread (0: all). ValueError if there are no sequences."""
-        if "sequence" not in self.arrays:
-            raise ValueError(f"{self.meta['name']} has single frames, and no sequences: make some "
-                             "with `python prepare_data.py --sequences`, and add "
-                             "--data data/sequences")
         run = np.cumsum(self.begins()) - 1
         share = limit / self.n if 0 < limit < self.n else 1
         other = self._chosen(self.rows[run * share % 1 < share])
@@ -378,7 +374,12 @@ class Split:
         return other
 
     def begins(self) -> np.ndarray:
-        """Which samples do not show the moment after the one before them, [n]."""
+        """Which samples do not show the moment after the one before them, [n]. ValueError if there
+        are no sequences."""
+        if "sequence" not in self.arrays:
+            raise ValueError(f"{shown(self.meta.get('name'))} has single frames, and no sequences: "
+                             "make some with `python prepare_data.py --sequences`, and add "
+                             "--data data/sequences")
         return begins(*(self.arrays[name][self.rows] for name in ("sequence", "frame")))
 
     def spread(self, n: int) -> "Split":

@@ -42,7 +42,7 @@ def windows_for_all(begins, frames, every):
     at, half = np.arange(len(begins)) - first, frames // 2
     if not every:
         rows, _ = windows(begins, np.arange(len(begins)), frames)
-        return rows, np.broadcast_to(np.arange(frames) == half, rows.shape)
+        return rows, np.tile(np.arange(frames) == half, (len(rows), 1))
     # Side by side. What that leaves at the end of a run is in a window around the last frame.
     left = (at == last - first) & (at % frames < half)
     centres = np.flatnonzero((at % frames == half) | left)
