@@ -59,7 +59,6 @@ from survival import Watch, stop, write
 from tables import LOW_CONF, describe, report, short_table, summarize, table, temporal_table
 from train import (
     INPUTS,
-    TEMPORAL,
     TEMPORAL_INPUTS,
     Training,
     checkpoints_of,
@@ -455,12 +454,12 @@ def report_temporal(run: Run, seeds: int, at: str) -> None:
     same samples, as many of the seeds as have been trained."""
     there = {path.stem.removeprefix("stage3_").rpartition("_")[0]
              for path in run.path.glob("stage3_*_*.pt")}
-    names = [name for kind in TEMPORAL for name in sorted(there) if name.startswith(kind)]
-    if not names:
+    kinds = {name.removesuffix(input_of(name)) for name in there} - {""}
+    if not kinds:
         stop(f"{run.path} has no lifters of sequences: train some with `python train.py --name "
              f"{run.path.name} --stage 3 --lifter mixste --frames 27 --data data/sequences`")
     seeds_of = {name: [seed for seed in range(seeds) if is_finished(run, f"stage3_{name}_{seed}")]
-                for name in (*TEMPORAL_INPUTS, *names)}
+                for kind in ("", *sorted(kinds)) for name in map(kind.__add__, TEMPORAL_INPUTS)}
     lifters = {(name, seed): load_lifter(run, name, seed)
                for name, of in seeds_of.items() for seed in of}
     splits = {name: split for name, split in open_splits(run, 1)[0].items() if name != "val"}
