@@ -95,11 +95,13 @@ class Run:
         kept = [r for r in self.logged() if r["model"] != model or r["epoch"] <= epoch]
         write(self.path / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
 
-    def split(self, name: str, has_mesh: bool = False) -> Split:
-        """A split of the data, and of the training split as many samples as Training.limit says."""
+    def split(self, name: str, has_mesh: bool = False, **windows) -> Split:
+        """A split of the data, and of the training split as many samples as Training.limit says.
+        windows: `frames` and `every` of `Split.in_windows`."""
         limit = self.training.limit if name == "train" else 0
         try:
-            split = Data(self.data, name, self.device, limit, has_mesh)
+            split = Data(self.data, name, self.device, 0 if windows else limit, has_mesh)
+            split = split.in_windows(**windows, limit=limit) if windows else split
         except (ValueError, OSError) as e:
             stop(str(e))
         self.same_samples()
@@ -112,7 +114,7 @@ class Run:
 
 
 class Data(Split):
-    """A split whose files may be cut short while it is read."""
+    """A split whose files may be cut short while it is read, or may hold no sequences."""
 
     def read(self, *args, **options) -> dict[str, Tensor]:
         """As `Split.read`, or one sentence and exit status 2."""
@@ -120,6 +122,13 @@ class Data(Split):
             return super().read(*args, **options)
         except (ValueError, OSError) as e:
             stop(f"{e}: make the data set again")
+
+    def begins(self) -> np.ndarray:
+        """As `Split.begins`, or one sentence and exit status 2."""
+        try:
+            return super().begins()
+        except ValueError as e:
+            stop(str(e))
 
 
 def _rounded(v):

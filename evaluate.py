@@ -4,6 +4,7 @@
     python evaluate.py --name quick --seeds 3   # mean and spread over the lifters of three seeds
     python evaluate.py --name quick quick_1     # the same over runs that have been evaluated
     python evaluate.py --occlusion              # joints hidden on purpose: like 3DPW-AdvOcc
+    python evaluate.py --temporal --data data/sequences     # lifters of sequences
     torchrun --nproc_per_node=2 evaluate.py     # samples shared out over two processes
 
 Prints a short table. The full report goes to runs/NAME/table.md, and every number behind it to
@@ -13,6 +14,7 @@ end with that of the data. A run gets the tables of the stages that it has been 
     stage 1   how well the tokenizer rebuilds true poses, and how it uses its codebooks
     stage 2   where the error of generated 2D poses comes from                     Fig. 12
     stage 3   3D errors for every input of the lifter, per action                  Table 1
+              the same with lifters of sequences (--temporal)                      Tables 6 and 10
 
 It goes one way: `measure` gives every sample of a split a row of numbers, `summarize` averages
 them, and tables are text.
@@ -35,7 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from baselines import Regressor
-from checkpoints import WEIGHTS, Run, choose_device, load_finished
+from checkpoints import WEIGHTS, Run, choose_device, is_finished, load_finished
 from distributed import gather, part, rank
 from hipart import (
     J_D,
@@ -54,11 +56,13 @@ from hipart import (
 from sources.dataset import Split, in_model_frame
 from sources.files import read_json
 from survival import Watch, stop, write
-from tables import LOW_CONF, describe, report, short_table, summarize, table
+from tables import LOW_CONF, describe, report, short_table, summarize, table, temporal_table
 from train import (
     INPUTS,
+    TEMPORAL_INPUTS,
     Training,
     checkpoints_of,
+    input_of,
     lift,
     lifter_input,
     load_hipart,
@@ -196,12 +200,12 @@ def measure_block(kind: str, block: dict[str, Tensor], truth: dict[str, Tensor],
     # Densifying is the slow part: once for all that looks at it.
     densifiers = ["generated"] * bool(models.hipart) + ["regressor"] * bool(models.regressor)
     points = {name: lifter_input(name, block, models.hipart, models.regressor)
-              for name in {*densifiers, *(name for name, _ in lifters)}}
+              for name in {*densifiers, *(input_of(name) for name, _ in lifters)}}
     if models.hipart:
         fine = {name: points[name][:, J + J_D :] for name in densifiers}
         rows |= rows_2d(kind, block, truth, fine, split.w, models.hipart)
     for (name, seed), lifter in lifters.items():
-        y = lift(lifter, points[name], block["conf"]).cpu()
+        y = lift(lifter, points[input_of(name)], block["conf"], block["begins"]).cpu()
         rows |= rows_3d(name, seed, y, block, split.meta.get("joints_14"))
         if kind == "detected":
             rows |= rows_of_missing_joints(name, seed, y, block, models)
@@ -272,10 +276,10 @@ def rows_3d(name: str, seed: int, y: Tensor, block: dict[str, Tensor],
             joints_14: list[int] | None) -> dict[str, np.ndarray]:
     """3D errors of one lifter: y [n, 17, 3] mm as predicted."""
     true, this = block["y"].cpu(), f"{name}/{seed}"
-    known = block["has_mesh"] if name.startswith("ground_truth") else None
+    known = block["has_mesh"] if input_of(name).startswith("ground_truth") else None
     rows = {f"mpjpe/{this}": column(mpjpe(y, true), known),
             f"pa_mpjpe/{this}": column(pa_mpjpe(y, true), known)}
-    if name.startswith("sparse"):  # what inputs with ground truth are compared with
+    if input_of(name).startswith("sparse"):  # what inputs with ground truth are compared with
         rows[f"mpjpe_with_mesh/{this}"] = column(mpjpe(y, true), block["has_mesh"])
     if joints_14:
         pair = (y - y[:, :1])[:, joints_14], true[:, joints_14]
@@ -442,6 +446,42 @@ def report_occlusion(run: Run, models: Models, at: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Lifters of sequences
+
+
+def report_temporal(run: Run, seeds: int, at: str) -> None:
+    """Print and write the table of --temporal: lifters of sequences, and of single frames on the
+    same samples, as many of the seeds as have been trained."""
+    there = {path.stem.removeprefix("stage3_").rpartition("_")[0]
+             for path in run.path.glob("stage3_*_*.pt")}
+    kinds = {name.removesuffix(input_of(name)) for name in there} - {""}
+    if not kinds:
+        stop(f"{run.path} has no lifters of sequences: train some with `python train.py --name "
+             f"{run.path.name} --stage 3 --lifter mixste --frames 27 --data data/sequences`")
+    seeds_of = {name: [seed for seed in range(seeds) if is_finished(run, f"stage3_{name}_{seed}")]
+                for kind in ("", *sorted(kinds)) for name in map(kind.__add__, TEMPORAL_INPUTS)}
+    lifters = {(name, seed): load_lifter(run, name, seed)
+               for name, of in seeds_of.items() for seed in of}
+    splits = {name: split for name, split in open_splits(run, 1)[0].items() if name != "val"}
+    splits["test"].begins()  # or one sentence, if these are no sequences
+    hipart = load_hipart(run)
+    models, rows = Models(hipart.msst, hipart, lifters=lifters), []
+    summaries = {name: summarize(measure_kind("detected", split, models), split.meta["actions"])
+                 for name, split in splits.items()}
+    if rank():
+        return
+    for name, of in ((name, of) for name, of in seeds_of.items() if of):
+        seconds = [load_finished(run, f"stage3_{name}_{seed}")["seconds"] for seed in of]
+        size = sum(p.numel() for p in lifters[name, of[0]].parameters())
+        rows.append((name, of, size, np.mean(seconds)))
+    text = (f"Lifters of sequences, {', '.join(f'{s.n} frames of {n}' for n, s in splits.items())} "
+            f"({run.data}); MPJPE of every frame.\n\n{temporal_table(summaries, rows)}\n")
+    print(text)
+    write(run.path / f"temporal{at}.md", text)
+    write(run.path / f"temporal{at}.json", json.dumps(dict(splits=summaries), indent=1))
+
+
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -557,16 +597,24 @@ def main() -> None:
     p.add_argument("--device", help="cuda or cpu; default: cuda if there is one, else cpu")
     p.add_argument("--occlusion", action="store_true",
                    help="instead: joints of the test split hidden on purpose")
+    p.add_argument("--temporal", action="store_true",
+                   help="instead: lifters of sequences, beside those of single frames")
     args = p.parse_args()
+    if args.occlusion and args.temporal:
+        stop("--occlusion and --temporal are two tables: ask for one of them")
     if args.seeds < 1 or (args.occlusion and args.seeds > 1):
         stop(f"--seeds must be at least 1, and 1 with --occlusion, found {args.seeds}")
     if len(args.name) > 1:
-        if args.seeds > 1 or args.occlusion:
-            stop("of several runs there is one table: leave --seeds and --occlusion out")
+        if args.seeds > 1 or args.occlusion or args.temporal:
+            stop("of several runs there is one table: leave --seeds, --occlusion and --temporal "
+                 "out")
         runs = [Run(Path("runs") / name, Config(), Training(), torch.device("cpu"), data=args.data)
                 for name in args.name]
         return print(f"Mean ± standard deviation over {', '.join(args.name)}; ratios and costs are "
                      f"of means.\n\n{table_over_runs(runs)}")
+    if args.temporal:  # such a run may have no other lifters
+        run, _ = open_run(args.name[0], args.device, args.data, stage_3=["stage2"])
+        return report_temporal(run, args.seeds, of_data(run))
     run, stages = open_run(args.name[0], args.device, args.data, args.seeds)
     models, about = load_models(run, stages, args.seeds)
     at = of_data(run)

@@ -861,14 +861,18 @@ class SpatialLifter(Lifter):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3))
 
-    def forward(self, x: Tensor, conf: Tensor | None = None) -> Tensor:
-        """x [B, n_points, 2] in normalised image coordinates, conf [B, 17] -> y [B, 17, 3] in mm,
-        relative to the pelvis, in the camera's axes."""
+    def tokens(self, x: Tensor, conf: Tensor | None = None) -> Tensor:
+        """x [B, n_points, 2], conf [B, 17] -> what the blocks are given, [B, n_points, width]."""
         f, visible = self.features(x, conf), visible_joints(x[:, :J], conf)
         tokens = torch.where(visible[..., None] > 0, self.embed_s(f["sparse"]), self.missing)
         if self.n_points > J:
             tokens = torch.cat([tokens, self.embed_d(f["dense"]), self.embed_f(f["fine"])], 1)
-        tokens = run_blocks(self.blocks, tokens + self.position)  # [B, n_points, width]
+        return tokens + self.position
+
+    def forward(self, x: Tensor, conf: Tensor | None = None) -> Tensor:
+        """x [B, n_points, 2] in normalised image coordinates, conf [B, 17] -> y [B, 17, 3] in mm,
+        relative to the pelvis, in the camera's axes."""
+        tokens = run_blocks(self.blocks, self.tokens(x, conf))  # [B, n_points, width]
         # Two LayerNorms in a row, as in PoseFormer: one ends the blocks, one begins the head.
         return self.head(self.norm(tokens[:, :J])) * self.std_y + self.mean_y
 

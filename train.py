@@ -6,6 +6,7 @@
     python train.py --resume              # go on where an interrupted run stopped
     python train.py --gcsab_blocks 2 --name shallow     # any field of Config or Training
     torchrun --nproc_per_node=2 train.py                # two processes share every batch
+    python train.py --stage 3 --lifter mixste --frames 27 --data data/sequences    # or poseformer
 
 Stage 1 learns the tokenizer (MSST) and stage 2 the transformer (HiARM). Stage 3 learns a plain
 regressor for comparison, and one lifter for every *input* that evaluate.py compares. All of it goes
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines import MLPLifter, OneLevel, Regressor, new_hipart
+from baselines import MixSTE, MLPLifter, OneLevel, PoseFormer, Regressor, new_hipart
 from checkpoints import (
     Run,
     build,
@@ -45,9 +46,14 @@ from checkpoints import (
 )
 from distributed import data_parallel, from_first_, gather, mean, part, rank, sum_, wait, world_size
 from hipart import J_D, J_F, J_S, MSST, SCALE, Config, HiPART, J, SpatialLifter, detected_pelvis
-from sources.dataset import BLOCK, Split, in_model_frame
+from sources.dataset import BLOCK, META_BYTES, Split, in_model_frame
+from sources.files import read_json
+from sources.windows import windows_for_all
 from survival import alone_in, check_space, stop
 from training_loop import Loop, adamw, every_4_epochs, in_two_phases, warmup_cosine
+
+TEMPORAL = {"poseformer": PoseFormer, "mixste": MixSTE}  # lifters of sequences (Tables 6 and 10)
+HEADS = {"spatial": 6, "poseformer": 8, "mixste": 8}
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ class Training:
     weight_decay_2: float = 0.03
     warmup_2: int = 500
     # Stage 3: Adam, times 0.96 every 4 epochs
-    lifter: str = "spatial"  # Fig. 11; "mlp" (after Martinez et al. 2017) is for small machines
+    lifter: str = "spatial"  # Fig. 11; "mlp" (Martinez et al. 2017) is small; poseformer, mixste
+    frames: int = 1  # T, of windows that poseformer and mixste take; batch_3 is then of windows
     lifter_width: int = 96
     lifter_blocks: int = 12
     levels: str = "dense+fine"  # which of them a lifter sees: dense+fine, dense or fine (Table 5)
@@ -85,14 +92,21 @@ class Training:
     regressor_width: int = 1024
 
     def __post_init__(self):
-        if self.lifter not in ("spatial", "mlp"):
-            raise ValueError(f"lifter must be one of spatial, mlp, found {self.lifter!r}")
+        if self.lifter not in ("spatial", "mlp", *TEMPORAL):
+            raise ValueError("lifter must be one of spatial, mlp, poseformer, mixste, "
+                             f"found {self.lifter!r}")
+        if self.lifter_width % (heads := HEADS.get(self.lifter, 1)):
+            raise ValueError(f"lifter_width must be a multiple of the {self.lifter} lifter's "
+                             f"{heads} heads, found {self.lifter_width}")
+        if self.frames % 2 == 0 or (self.frames > 1) != (self.lifter in TEMPORAL):
+            raise ValueError("frames must be an odd number, above 1 for poseformer and mixste, and "
+                             f"1 for spatial and mlp, found {self.frames} for {self.lifter}")
         if self.levels not in ("dense+fine", "dense", "fine"):
             raise ValueError("levels must be one of dense+fine, dense, fine, "
                              f"found {self.levels!r}")
-        if self.lifter == "spatial" and self.lifter_width % 6:
-            raise ValueError("lifter_width must be a multiple of the spatial lifter's 6 heads, "
-                             f"found {self.lifter_width}")
+        if self.levels != "dense+fine" and self.frames > 1:
+            raise ValueError(f"levels must be dense+fine for the {self.lifter} lifter, "
+                             f"found {self.levels!r}")
         for name, value in vars(self).items():
             least = 0 if name.startswith(("limit", "warmup", "epochs_soft", "epochs_equal")) else 1
             kind = type(getattr(Training, name))
@@ -124,6 +138,16 @@ PRESETS = {
     "long": (SMALL_MODEL, SMALL_TRAINING | LONG),
     "paper": ({}, dict(epochs_1=40)),
 }
+# Lifters of sequences have sizes of their own: the papers', and such as a CPU can afford. A window
+# of T frames takes as much memory as T samples, or more, so that batches are smaller.
+TEMPORAL_SIZES = {
+    "poseformer": dict(lifter_width=32, lifter_blocks=4, lr_3=2e-4),
+    "mixste": dict(lifter_width=512, lifter_blocks=8, batch_3=8, lr_3=1e-4),
+}
+SMALL_TEMPORAL_SIZES = {
+    "poseformer": dict(lifter_width=16, lifter_blocks=2, batch_3=32, lr_3=1e-3),
+    "mixste": dict(lifter_width=32, lifter_blocks=2, batch_3=8, lr_3=1e-3),
+}
 
 INPUTS = {  # what a lifter is given, by name: its row in the tables
     "sparse": "a  sparse, as many epochs as (b)",
@@ -134,6 +158,7 @@ INPUTS = {  # what a lifter is given, by name: its row in the tables
     "sparse_clean": "-  clean sparse",
     "ground_truth_clean": "-  clean sparse + ground-truth dense + fine",
 }
+TEMPORAL_INPUTS = ("sparse", "generated", "ground_truth")  # what lifters of sequences are given
 NEED_MESH = ("ground_truth", "ground_truth_clean")  # they train on true dense and fine points
 AS_LONG_AS = {  # lifters that train as long as these together, {} is the seed: equal to (b) in all
     "sparse_long": ("stage1", "stage2", "stage3_generated_{}"),
@@ -168,6 +193,26 @@ def load_hipart(run: Run) -> HiPART:
     return model
 
 
+def check_motion(run: Run) -> None:
+    """Stop unless stages 1 and 2 were trained on the data of the run, or on data that hold out the
+    same bodies and the same motion. So lifters of sequences may be trained on data/sequences with
+    the stages of data/demo."""
+    made = load_finished(run, "stage2")["run"]
+    if made["samples"] == run.samples():
+        return
+    other = dataclasses.replace(run, data=made["data"])
+    if other.samples() != made["samples"]:
+        stop(f"{other.data} is not what stages 1 and 2 of {run.path} were trained on, and nobody "
+             f"can tell what they know of {run.data}: put it back, or train another --name")
+    keys = ("source", "sources", "seed", "actions", "unseen_actions", "subjects", "stature_mm")
+    one, two = ([read_json(Path(of.data, "meta.json"), META_BYTES).get(key) for key in keys]
+                for of in (run, other))
+    if one != two or None in one:
+        stop(f"{run.data} has other people or other motion than {other.data}, on which stages 1 "
+             f"and 2 of {run.path} were trained, and these may know its test: train all stages on "
+             f"{run.data}, under another --name")
+
+
 def load_regressor(run: Run) -> Regressor:
     """The plain regressor of a run, frozen."""
     saved = load_finished(run, "regressor")
@@ -175,15 +220,29 @@ def load_regressor(run: Run) -> Regressor:
 
 
 def load_lifter(run: Run, name: str, seed: int = 0) -> nn.Module:
-    """The lifter of one input, frozen."""
+    """The lifter of one input, or of one of `lifter_names`, frozen."""
     saved = load_finished(run, f"stage3_{name}_{seed}")
     return build(lambda: new_lifter(Training(**saved["training"]), name), saved, run.device)
 
 
-def checkpoints_of(stage: int, seeds: int = 1) -> list[str]:
-    """The names of the checkpoints that a stage leaves."""
-    lifters = [f"stage3_{name}_{seed}" for seed in range(seeds) for name in INPUTS]
-    return ["regressor", *lifters] if stage == 3 else [f"stage{stage}"]
+def lifter_names(t: Training) -> list[str]:
+    """The lifters that stage 3 trains: by their inputs, and those of sequences beside them in the
+    same run, as mixste27_sparse."""
+    sequences = [f"{t.lifter}{t.frames}_{name}" for name in TEMPORAL_INPUTS]
+    return sequences if t.frames > 1 else [*INPUTS]
+
+
+def input_of(name: str) -> str:
+    """The input of a lifter of that name."""
+    return re.sub(r"^[a-z]+\d+_", "", name)
+
+
+def checkpoints_of(stage: int, seeds: int = 1, t: Training | None = None) -> list[str]:
+    """The names of the checkpoints that a stage leaves; without t, of lifters of single frames."""
+    names = lifter_names(t or Training())
+    lifters = [f"stage3_{name}_{seed}" for seed in range(seeds) for name in names]
+    lifters = lifters if t and t.frames > 1 else ["regressor", *lifters]
+    return lifters if stage == 3 else [f"stage{stage}"]
 
 
 def trained_stages(run: Run, seeds: int = 1, stage_3: list[str] | None = None) -> int:
@@ -357,12 +416,16 @@ def densification_report(model: HiPART, split: Split) -> dict[str, float]:
 
 
 def stage_3(run: Run, seeds: int) -> None:
-    """Train the regressor, then `seeds` lifters for every input."""
+    """Train the regressor, then `seeds` lifters for every input; or lifters of sequences alone."""
     load_hipart(run)  # says at once what is missing
-    load_finished(run, "stage2", same_data=True)
-    train_regressor(run)
+    if run.training.frames > 1:
+        check_motion(run)
+    else:
+        load_finished(run, "stage2", same_data=True)
+        train_regressor(run)
     for seed in range(seeds):
-        for name in sorted(INPUTS, key=AS_LONG_AS.__contains__):  # they wait for the others
+        # Those of AS_LONG_AS wait for the others.
+        for name in sorted(lifter_names(run.training), key=AS_LONG_AS.__contains__):
             train_lifter(run, name, seed)
 
 
@@ -394,24 +457,26 @@ def train_regressor(run: Run) -> None:
 
 
 def train_lifter(run: Run, name: str, seed: int) -> None:
-    """Train one lifter on input `name`: the same network and schedule for all of them, with MPJPE
+    """Train one lifter of `lifter_names`: the same network and schedule for all inputs, with MPJPE
     as the loss. They take as many steps as (b), or as much time if they are in AS_LONG_AS."""
-    t, everything = run.training, run.split("train")
-    train = everything.with_mesh() if name in NEED_MESH else everything
+    t, temporal = run.training, run.training.frames > 1
+    windows = dict(frames=t.frames, every=TEMPORAL[t.lifter].every) if temporal else {}
+    everything, source = run.split("train", **windows), input_of(name)
+    train = everything.with_mesh() if source in NEED_MESH else everything
     # Where some samples have no mesh, fewer samples are seen more often: as many steps for all.
     epochs = max(1, round(t.epochs_3 * everything.steps(t.batch_3) / train.steps(t.batch_3)))
     if name in AS_LONG_AS:
         epochs = t.epochs_equal
     seconds = 0.0 if epochs else seconds_of(run, *(n.format(seed) for n in AS_LONG_AS[name]))
     clean = name.endswith("_clean")
-    hipart = load_hipart(run) if name == "generated" else None
-    regressor = load_regressor(run) if name == "regressor" else None
+    hipart = load_hipart(run) if source == "generated" else None
+    regressor = load_regressor(run) if source == "regressor" else None
     torch.manual_seed(1000 + seed)
     model = new_lifter(t, name).to(run.device)
 
     def given(block: dict[str, Tensor], **options) -> dict[str, Tensor]:
-        x = lifter_input(name, block, hipart, regressor, **options)
-        return dict(x=x, y=block["y"], conf=block["conf"])
+        x = lifter_input(source, block, hipart, regressor, **options)
+        return dict(x=x, **{key: block[key] for key in ("y", "conf", "begins")})
 
     def given_in_training(block: dict[str, Tensor]) -> dict[str, Tensor]:
         # A HiARM that has learned to do without its history makes fresh points in a single pass.
@@ -423,7 +488,8 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
              for key, split in (("mpjpe", "val"), ("unseen_mpjpe", "unseen"))
              if split in train.meta["splits"]}
     rows = np.sort(torch.randperm(train.n)[:BLOCK].numpy())
-    model.standardize(**given_in_training(train.read(rows, run.rng(3, seed, 10**6), clean)))
+    some = given_in_training(train.read(rows, run.rng(3, seed, 10**6), clean))
+    model.standardize(some["x"], some["y"], some["conf"])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=t.lr_3, weight_decay=t.weight_decay_3, fused=True)
     schedule = warmup_cosine(500) if t.cosine_3 else every_4_epochs(t.epochs_3)
@@ -433,21 +499,25 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     for epoch in loop.epochs():
         for b in loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean,
                             prepare=lambda block: turned(given_in_training(block), t)):
-            error = (predict(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean()
+            off = (predict(b["x"], b["conf"]) - b["y"]).norm(dim=-1)
+            error = off[b["own"]].mean() if temporal else off.mean()
             loop.update(error / 100, dict(mpjpe=error.detach()))
         loop.finish_epoch({key: mean_error(model, blocks) for key, blocks in shown.items()})
 
 
 def mean_error(lifter: nn.Module, blocks: list[dict[str, Tensor]]) -> Tensor:
     """MPJPE over the samples of all processes, each of which has some blocks of them."""
-    errors = [(lift(lifter, b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean(-1) for b in blocks]
+    errors = [(lift(lifter, b["x"], b["conf"], b["begins"]) - b["y"]).norm(dim=-1).mean(-1)
+              for b in blocks]
     return torch.cat(gather(torch.cat(errors).cpu())).mean()
 
 
 def new_lifter(t: Training, name: str) -> nn.Module:
-    """An untrained lifter for input `name`, of 17 or 161 points."""
+    """An untrained lifter of that name, of 17 or 161 points."""
+    points = J if input_of(name).startswith("sparse") else J + J_D + J_F
+    if t.frames > 1:
+        return TEMPORAL[t.lifter](points, t.frames, t.lifter_width, t.lifter_blocks)
     kind = SpatialLifter if t.lifter == "spatial" else MLPLifter
-    points = J if name.startswith("sparse") else J + J_D + J_F
     model = kind(points, t.lifter_width, t.lifter_blocks)
     return OneLevel(model, t.levels) if points > J and t.levels != "dense+fine" else model
 
@@ -469,19 +539,29 @@ def lifter_input(name: str, block: dict[str, Tensor], hipart: HiPART | None,
 
 
 @torch.no_grad()
-def lift(lifter: nn.Module, x: Tensor, conf: Tensor) -> Tensor:
-    """The poses [n, 17, 3] in mm that a lifter makes of any number of samples, 1024 at a time."""
-    pairs = zip(x.split(1024), conf.split(1024), strict=True)
-    return torch.cat([lifter(*pair) for pair in pairs])
+def lift(lifter: nn.Module, x: Tensor, conf: Tensor, begins: Tensor | None = None) -> Tensor:
+    """The poses [n, 17, 3] in mm that a lifter makes of any number of samples, 1024 at a time. A
+    lifter of sequences asks for begins [n] (sources/windows.py)."""
+    frames = getattr(lifter, "frames", 1)
+    if frames == 1:
+        pairs = zip(x.split(1024), conf.split(1024), strict=True)
+        return torch.cat([lifter(*pair) for pair in pairs])
+    cut = windows_for_all(begins.cpu().numpy(), frames, lifter.every)
+    y, at_once = x.new_empty(len(x), J, 3), max(1, 1024 // frames)
+    for rows, count in zip(*(torch.from_numpy(a).split(at_once) for a in cut), strict=True):
+        made = lifter(x[rows], conf[rows])
+        y[rows[count]] = made[count] if lifter.every else made
+    return y
 
 
 def turned(b: dict[str, Tensor], t: Training) -> dict[str, Tensor]:
-    """Turn about every other pose by a random angle. The rest stays, as people mostly stand
-    upright."""
+    """Turn about every other pose by a random angle, and the poses of a sequence by the same one.
+    The rest stays, as people mostly stand upright."""
     if not t.turn_3:
         return b
     n = len(b["x"])
     angle = (t.turn_3 * torch.randn(n) * torch.randint(2, (n,))).to(b["x"])
+    angle = angle[b["begins"].cumsum(0) - 1]
     x, y = turn_camera(b["x"], b["y"], b["conf"], angle)
     return b | dict(x=x, y=y)
 
@@ -546,12 +626,14 @@ def disk_needed(run: Run, stages: tuple[int, ...], seeds: int) -> int:
     """About how many bytes these stages of a run still write: every checkpoint holds a model and
     two running means of its gradients; one more is written beside the last."""
     t = run.training
-    hipart, lifters = new_hipart(run.config), [new_lifter(t, name) for name in INPUTS]
-    models = {1: [hipart.msst], 2: [hipart.hiarm],
-              3: [Regressor(t.regressor_width), *lifters * seeds]}
+    hipart = new_hipart(run.config)
+    lifters = [new_lifter(t, name) for name in lifter_names(t)] * seeds
+    lifters = lifters if t.frames > 1 else [Regressor(t.regressor_width), *lifters]
+    models = {1: [hipart.msst], 2: [hipart.hiarm], 3: lifters}
     sizes = [12 * sum(v.numel() for v in model.state_dict().values())
              for stage in stages for model in models[stage]]
-    paths = [run.path / f"{name}.pt" for stage in stages for name in checkpoints_of(stage, seeds)]
+    paths = [run.path / f"{name}.pt" for stage in stages
+             for name in checkpoints_of(stage, seeds, t)]
     there = sum(path.stat().st_size for path in paths if path.exists())
     return max(0, sum(sizes) - there) + max(sizes) + SMALL_FILES
 
@@ -580,10 +662,12 @@ def main() -> None:
     device = choose_device(args.device)
     preset = args.preset or ("paper" if device.type == "cuda" else "quick")
     given = {name: value for name, value in vars(args).items() if value is not None}
+    sizes = TEMPORAL_SIZES if preset == "paper" else SMALL_TEMPORAL_SIZES
+    presets = PRESETS[preset][0], PRESETS[preset][1] | sizes.get(args.lifter, {})
     try:
         config, training = (
             kind(**options | {k: v for k, v in given.items() if k in vars(kind())})
-            for kind, options in zip((Config, Training), PRESETS[preset], strict=True))
+            for kind, options in zip((Config, Training), presets, strict=True))
         if training.epochs_soft and not config.soft:
             raise ValueError("epochs_soft trains through expected embeddings: it needs soft")
     except ValueError as e:
@@ -608,6 +692,8 @@ def main() -> None:
         train_stages(run, stages, args.seeds)
         if not rank():
             name = ("--name", run.path.name, "--data", run.data)
+            if training.frames > 1:
+                return script("evaluate.py", *name, "--temporal", "--seeds", str(args.seeds))
             script("evaluate.py", *name, "--seeds", str(args.seeds))
             script("sample.py", *name)
 

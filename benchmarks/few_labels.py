@@ -78,7 +78,7 @@ class Inputs:
         one_pass = training and name == "generated" and self.hipart.config.history_dropout > 0
         options = dict(history=False) if one_pass else {}
         x = lifter_input(name, block, self.hipart, self.regressor, **options)
-        return dict(x=x, **{key: block[key] for key in ("y", "conf", "action")})
+        return dict(x=x, **{key: block[key] for key in ("y", "conf", "action", "begins")})
 
     def of_split(self, name: str, split: Split) -> dict:
         """A whole split, as one block."""

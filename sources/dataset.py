@@ -36,6 +36,7 @@ from hipart import (
 from sources.detector import NOISE, detect, drop_joints
 from sources.files import open_regular, read_json, safe_name, shown
 from sources.safe_pickle import read_header
+from sources.windows import begins, windows
 
 # 2: has_mesh and with_mesh, which version 1 called fit and fits. 3: in the default data, validation
 # and test motion come from stretches of their own.
@@ -48,12 +49,14 @@ BLOCK = 8192  # samples that are read, detected and moved to the device at once
 
 # name: (shape after N, dtype). If the detector is simulated, x_s_det and conf are stored for every
 # split but train, for which they are drawn afresh in every epoch. has_mesh is stored if not every
-# sample has dense and fine points; where it is False, x_d and x_f are 0.
+# sample has dense and fine points; where it is False, x_d and x_f are 0. sequence and frame are
+# stored if meta.json has a frame_rate.
 ARRAYS = {
     "x_s": ((17, 2), "float32"), "x_d": ((48, 2), "float32"), "x_f": ((96, 2), "float32"),
     "y": ((17, 3), "float32"), "root": ((3,), "float32"), "height_px": ((), "float32"),
     "action": ((), "int64"), "subject": ((), "int64"), "camera": ((), "int64"),
     "x_s_det": ((17, 2), "float32"), "conf": ((17,), "float32"), "has_mesh": ((), "bool"),
+    "sequence": ((), "int64"), "frame": ((), "int64"),
 }  # fmt: skip
 
 
@@ -236,6 +239,7 @@ def _check_meta(where, meta):
 
     size, joints, noise = meta.get("image_size"), meta.get("joints_14", []), meta.get("noise", 0)
     splits, sources = meta.get("splits"), meta.get("sources")
+    time, rate = meta.get("noise_time", 0), meta.get("frame_rate", 1)
     need(meta.get("source") in SOURCES, "source", f"one of {', '.join(SOURCES)}")
     need(_is_list(meta.get("actions"), str), "actions", "a list of names")
     need(_is_list(size, int) and len(size) == 2 and all(0 < n < 1_000_000 for n in size),
@@ -243,6 +247,8 @@ def _check_meta(where, meta):
     need(noise is None or _is_like(noise, NOISE)
          and noise["box_half_size"] == sorted(noise["box_half_size"]),
          "noise", "null or parameters like those of sources/detector.py")
+    need(type(rate) in (int, float) and 0 < rate <= 1e6, "frame_rate", "frames per second")
+    need(type(time) in (int, float) and 0 <= time <= 1e6, "noise_time", "a number of frames")
     need(_is_list(joints, int) and all(0 <= j < 17 for j in joints),
          "joints_14", "a list of numbers of joints")
     need(isinstance(splits, dict) and len(splits) <= 20, "splits", "an object of at most 20 splits")
@@ -282,7 +288,8 @@ def _stored(meta, split):
     """The names of the arrays of a split."""
     drawn = {"x_s_det", "conf"} if split == "train" and meta["noise"] else set()
     always = set() if "with_mesh" in meta["splits"][split] else {"has_mesh"}
-    return [name for name in ARRAYS if name not in drawn | always]
+    single = set() if "frame_rate" in meta else {"sequence", "frame"}
+    return [name for name in ARRAYS if name not in drawn | always | single]
 
 
 def _open(folder, meta, name):
@@ -337,6 +344,7 @@ class Split:
         self.w, self.h = self.meta["image_size"]
         self.device, self.n = device, len(self.arrays["x_s"])
         self.rows = np.arange(self.n)  # of the arrays; a part of them in what `_chosen` makes
+        self.frames, self.every = 1, False  # of windows: see `in_windows`
         chosen = self.with_mesh() if has_mesh else self
         chosen = chosen.spread(limit) if limit else chosen
         self.rows, self.n = chosen.rows, chosen.n
@@ -355,6 +363,25 @@ class Split:
         """The samples for this process, if there are several."""
         return self._chosen(self.rows[part(self.n)])
 
+    def in_windows(self, frames: int, every: bool, limit: int = 0) -> "Split":
+        """The same samples, but `batches` are of windows of so many frames, for a lifter that gives
+        every pose of a window, or its centre alone. limit: about so many samples, in whole
+        sequences that are evenly spread (0: all). ValueError if there are no sequences."""
+        run = np.cumsum(self.begins()) - 1
+        share = limit / self.n if 0 < limit < self.n else 1
+        other = self._chosen(self.rows[run * share % 1 < share])
+        other.frames, other.every = frames, every
+        return other
+
+    def begins(self) -> np.ndarray:
+        """Which samples do not show the moment after the one before them, [n]. ValueError if there
+        are no sequences."""
+        if "sequence" not in self.arrays:
+            raise ValueError(f"{shown(self.meta.get('name'))} has single frames, and no sequences: "
+                             "make some with `python prepare_data.py --sequences`, and add "
+                             "--data data/sequences")
+        return begins(*(self.arrays[name][self.rows] for name in ("sequence", "frame")))
+
     def spread(self, n: int) -> "Split":
         """At most n samples, evenly spread."""
         n = min(n, self.n)
@@ -363,7 +390,8 @@ class Split:
     def read(self, rows, rng: np.random.Generator | None = None, clean: bool = False
              ) -> dict[str, Tensor]:
         """Samples `rows` as tensors: x_s [n, 17, 2], conf [n, 17], x_d [n, 48, 2], x_f [n, 96, 2],
-        y [n, 17, 3] mm, action [n], height_px [n], has_mesh [n].
+        y [n, 17, 3] mm, action [n], height_px [n], has_mesh [n], begins [n]: whether a sample does
+        not show the moment after the one before it.
 
         x_s is what the detector gives: the stored detections; or, if `rng` is given, fresh ones of
         the simulated detector, or the stored ones with fresh joint dropout; or, if `clean`, the
@@ -373,15 +401,18 @@ class Split:
             stored.check()
         a = {k: np.array(v[self.rows[rows]]) for k, v in self.arrays.items()}
         a.setdefault("has_mesh", np.ones(len(a["y"]), bool))
+        a["begins"] = (begins(a["sequence"], a["frame"]) if "sequence" in a
+                       else np.ones(len(a["y"]), bool))
         if clean:
             a["conf"] = np.ones(a["x_s"].shape[:2], np.float32)
         elif rng is not None and self.meta["noise"]:
-            a["x_s"], a["conf"] = detect(a["x_s"], a["height_px"], rng, self.meta["noise"])
+            a["x_s"], a["conf"] = detect(a["x_s"], a["height_px"], rng, self.meta["noise"],
+                                         a["begins"], self.meta.get("noise_time", 0))
         else:
             a["x_s"] = a["x_s_det"]
             if rng is not None:
                 a["x_s"], a["conf"] = drop_joints(a["x_s"], a["conf"], a["height_px"], rng)
-        names = ("x_s", "conf", "x_d", "x_f", "y", "action", "height_px", "has_mesh")
+        names = ("x_s", "conf", "x_d", "x_f", "y", "action", "height_px", "has_mesh", "begins")
         t = {k: torch.from_numpy(a[k]).to(self.device) for k in names}
         for k in ("x_s", "x_d", "x_f"):
             t[k] = normalize_screen(t[k], self.w, self.h)
@@ -409,6 +440,9 @@ class Split:
         """
         random, now = {} if random is None else random, torch.get_rng_state()
         torch.set_rng_state(random.setdefault("epoch", now))
+        if self.frames > 1:
+            yield from self._batches_of_windows(size, rng, clean, prepare, done, now)
+            return
         order = torch.randperm(self.n)
         from_first_(order)
         if done:
@@ -435,8 +469,34 @@ class Split:
                 yield {k: v[shuffled[i * mine : (i + 1) * mine]] for k, v in block.items()}
             done = 0
 
+    def _batches_of_windows(self, size: int, rng, clean: bool, prepare, done: int, now: Tensor):
+        """`batches`, of windows of T frames: x [size, T, ...] and so on, and `own`, which is False
+        for frames that are repeated. Of y and own, only the centre is there if a lifter gives no
+        other. now: torch's random state to go on with after `done` batches.
+
+        Windows lie around random frames, as many as would cover all frames side by side. `prepare`
+        sees all frames at once, so that what takes long is done once for each of them.
+        """
+        block = prepare(self.read(slice(0, self.n), rng, clean))
+        order = torch.randperm(self.n)
+        from_first_(order)
+        if done:
+            torch.set_rng_state(now)
+        centres = order[: max(1, self.n // self.frames)].numpy()
+        rows, own = windows(self.begins(), centres, self.frames)
+        for i in range(done, self.steps(size)):
+            mine = np.arange(len(rows))[i * size : (i + 1) * size]
+            mine = mine[part(len(mine))]
+            batch = {k: v[torch.from_numpy(rows[mine]).to(self.device)] for k, v in block.items()}
+            batch["own"] = torch.from_numpy(own[mine]).to(self.device)
+            for name in () if self.every else ("y", "own"):
+                batch[name] = batch[name][:, self.frames // 2]
+            yield batch
+
     def steps(self, size: int) -> int:
         """How many batches of `size` an epoch has."""
+        if self.frames > 1:
+            return max(1, self.n // self.frames // size)
         return max(1, sum(min(BLOCK, self.n - start) // size for start in range(0, self.n, BLOCK)))
 
     def pixels(self, a: Tensor, b: Tensor) -> Tensor:

@@ -552,7 +552,7 @@ def samples(capture: Capture, key: tuple[str, str], view: int, at: np.ndarray, f
         "y": joints - root[:, None], "root": root,
         "height_px": cam["f"][1] * capture.stature[subject] / root[:, 2],
         "action": ACTIONS.index(action.split(" ")[0]), "subject": int(subject[1:]), "camera": view,
-        "x_s_det": x_det, "conf": conf,
+        "x_s_det": x_det, "conf": conf, "frame": at,
     }  # fmt: skip
 
 
@@ -562,11 +562,11 @@ def write_split(folder: Path, n: int, part: dict, capture: Capture, bar
     joints are off the projected ones, px, and how far fits are off, mm, for each sequence."""
     create_split(folder, n)
     n_mesh, pixels, distances = 0, [], []
-    for key, views in part.items():
+    for i, (key, views) in enumerate(part.items()):
         fitted, points, distance = capture.posed(key)
         distances.append(distance)
         for view, at in views:
-            new = samples(capture, key, view, at, fitted, points)
+            new = samples(capture, key, view, at, fitted, points) | {"sequence": 4 * i + view}
             append_samples(folder, new)
             n_mesh += int(new["has_mesh"].sum())
             off = np.linalg.norm(new["x_s_det"] - new["x_s"], axis=-1)[new["conf"] > 0]
@@ -624,6 +624,7 @@ def prepare(source: Path, out: Path, detections: str | None = None, without_shif
         left_out = int((off > FIT_ERROR).sum()) if files.regressor else "not checked"
         meta = base_meta(out, "h36m") | {
             "actions": list(ACTIONS), "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
+            "frame_rate": 50,
             "splits": {s: {"n": n, "with_mesh": n_mesh[s], "about": about[s]}
                        for s, n in sizes.items()},
             "cameras": {s: [camera(s, k) for k in range(4)] for s in EXTRINSICS},

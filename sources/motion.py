@@ -16,6 +16,7 @@ UNSEEN_CLIPS = ("dance_b", "kick")  # whole clips that training never sees
 # The height of the root counts in these; in all other clips, bodies stand on the floor.
 AIRBORNE_CLIPS = ("backflip", "jump", "run", "spinkick")
 CLIP_STANDING_HEIGHT = 0.86  # m, of the root in the walk clip
+FRAME_RATE = 60  # frames per second of sequences, as most of the clips have
 
 # Rotations of a pose: of the root in the world, of the others relative to what they hang on.
 ROOT, CHEST, NECK, R_HIP, R_ANKLE, R_SHOULDER, L_HIP, L_ANKLE, L_SHOULDER = range(9)
@@ -83,8 +84,9 @@ class Motion:
     def __init__(self, clips, unseen=UNSEEN_CLIPS):
         self.names = sorted(clips)
         in_order = [clips[name] for name in self.names]
-        self.quats, self.hinges, self.height = (
-            np.concatenate([clip[k] for clip in in_order]) for k in ("quats", "hinges", "height")
+        self.time, self.quats, self.hinges, self.height = (
+            np.concatenate([clip[k] for clip in in_order])
+            for k in ("time", "quats", "hinges", "height")
         )
         lengths = [len(clip["time"]) for clip in in_order]
         self.clip = np.repeat(np.arange(len(in_order)), lengths)  # of every frame
@@ -111,6 +113,25 @@ class Motion:
         sizes = np.array([len(frames) for frames in clips])
         first = np.cumsum(sizes) - sizes
         return np.concatenate(clips)[first[which] + (u * sizes[which]).astype(int)]
+
+    def stretches(self, split):
+        """The motion of a split at FRAME_RATE: for each clip, its unbroken stretches, as what the
+        moments lie between (two of the frames, each [n]), how far along [n], and their numbers,
+        counted from the start of the clip [n]."""
+        found = []
+        for frames in self.frames[split]:
+            found.append([])
+            for part in np.split(frames, np.flatnonzero(np.diff(frames) > 1) + 1):
+                time = self.time[part]
+                first, last = np.round(time[[0, -1]] * FRAME_RATE, 3)  # whatever rounding has left
+                at = np.arange(np.ceil(first), np.floor(last) + 1)
+                if len(part) < 2 or not len(at):
+                    continue
+                i = np.searchsorted(time, at / FRAME_RATE, side="right") - 1
+                i = i.clip(0, len(part) - 2)
+                along = (at / FRAME_RATE - time[i]) / (time[i + 1] - time[i])
+                found[-1].append((part[i], part[i + 1], along.clip(0, 1), at.astype(int)))
+        return [of_clip for of_clip in found if of_clip]
 
     def pose(self, frames):
         """The poses of frames [N], see the top of this file."""
@@ -167,16 +188,44 @@ def augment(motion, n, rng):
     hinges[np.ix_(recombine, UPPER_HINGES)] = other[1][np.ix_(recombine, UPPER_HINGES)]
     action = np.where((recombine | mix) & (clip != other_clip), -1, motion.label[clip])
 
-    # Some poses stay nearly as they were captured, others move by the full standard deviation.
-    amount = rng.random(n)[:, None]
-    noise = rng.normal(size=(n, 9, 3)) * (amount * QUAT_NOISE)[..., None]
-    quats = quat_mul(quats, quat_from_rotvec(noise))
-    hinges = np.clip(hinges + rng.normal(size=(n, 4)) * amount * HINGE_NOISE, *HINGE_LIMITS.T)
+    return vary((quats, hinges, height), np.arange(n), rng), clip, action
 
-    flip = rng.random(n) < 0.5
+
+def vary(pose, who, rng):
+    """Move the joints of poses [N] at random, and mirror half of them. who [N] counts up from 0:
+    poses of one number move alike."""
+    (quats, hinges, height), n = pose, who[-1] + 1
+    # Some poses stay nearly as they were captured, others move by the full standard deviation.
+    amount = rng.random(n)[who, None]
+    noise = rng.normal(size=(n, 9, 3))[who] * (amount * QUAT_NOISE)[..., None]
+    quats = quat_mul(quats, quat_from_rotvec(noise))
+    moved = hinges + rng.normal(size=(n, 4))[who] * amount * HINGE_NOISE
+    hinges = np.clip(moved, *HINGE_LIMITS.T)
+
+    flip = (rng.random(n) < 0.5)[who]
     mirrored = mirror((quats, hinges, height))
     quats[flip], hinges[flip] = mirrored[0][flip], mirrored[1][flip]
-    return (quats, hinges, height), clip, action
+    return quats, hinges, height
+
+
+def draw_sequences(motion, split, n, rng):
+    """Whole stretches of a split's motion, with at least n frames in all -> pose, clip [N], action
+    [N], which stretch [N], counted from 0, and the frame's number in its clip [N].
+
+    Every clip is as likely as any other to give the next stretch. Poses for training are varied as
+    in `augment`, all of a stretch alike, but they are not mixed with others.
+    """
+    clips, drawn, length = motion.stretches(split), [], 0
+    while length < n:
+        of_clip = clips[rng.integers(len(clips))]
+        drawn.append(of_clip[rng.integers(len(of_clip))])
+        length += len(drawn[-1][0])
+    before, after, along, number = (np.concatenate(a) for a in zip(*drawn, strict=True))
+    who = np.repeat(np.arange(len(drawn)), [len(stretch[0]) for stretch in drawn])
+    pose = blend(motion.pose(before), motion.pose(after), along)
+    clip = motion.clip[before]
+    pose = vary(pose, who, rng) if split == "train" else pose
+    return pose, clip, motion.label[clip], who, number
 
 
 def _following(motion):

@@ -189,7 +189,7 @@ def samples(K: np.ndarray, poses: np.ndarray, person: dict, points: smpl.Points
                 "root": root,
                 "height_px": FOCAL * 1000 * np.ptp(rest_y) / root[:, 2],
                 "x_s_det": x_det * (conf > 0)[..., None],
-                "conf": conf,
+                "conf": conf, "frame": rows,
             }
             arrays = {k: v.astype(ARRAYS[k][1]) for k, v in arrays.items()}
         good = (root[:, 2] >= NEAREST) & (seen[..., 2] > 0).all(1)
@@ -283,14 +283,15 @@ def prepare(source: Path, out: Path, overwrite: bool) -> Path:
         for s in ABOUT:
             create_split(temporary / s, n[s])
         for who, arrays, _ in everybody("writing"):
-            labels = {"action": actions.index(who[0]), "subject": people.index(who)}
+            number = people.index(who)
+            labels = {"action": actions.index(who[0]), "subject": number, "sequence": number}
             for s in files[who[0]][1]:
                 append_samples(temporary / s, arrays | labels)
         models = shown(", ".join(found[kind][0].name for kind in ("male", "female")))
         meta = base_meta(out, "3dpw") | {
             "actions": list(map(shown, actions)),
             "people": [[shown(name), i] for name, i in people],
-            "image_size": IMAGE_SIZE, "noise": None, "seed": 0,
+            "image_size": IMAGE_SIZE, "noise": None, "seed": 0, "frame_rate": 30,
             "splits": {s: {"n": n[s], "with_mesh": 0, "about": about}
                        for s, about in ABOUT.items()},
             "joints_14": [1, 2, 3, 4, 5, 6, 8, 10, 11, 12, 13, 14, 15, 16],

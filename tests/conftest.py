@@ -159,6 +159,16 @@ def tiny_data(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def tiny_sequences(tmp_path_factory):
+    """A data root that holds the same as sequences, with more frames to train on, in 'sequences';
+    and in 'correlated', with errors that last 30 frames. Do not write to it."""
+    root, sizes = tmp_path_factory.mktemp("sequences"), TINY_SIZES | {"train": 256}
+    write_tiny(root / "sequences", sizes, time=0)
+    write_tiny(root / "correlated", sizes, time=30)
+    return root
+
+
 # Sizes of a run that trains in seconds, for the scripts that read one.
 RUN_SIZES = dict(
     D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_width=12, token_hidden=8,

@@ -278,7 +278,10 @@ def test_numbers_from_the_world_to_the_pixel(data, source, name):
         for view in range(4):
             x = detected[subject][action][view]
             rows += [(subject, action, view, t) for t in range(0 if x is None else min(T, len(x)))]
-    assert len(rows) == len(arrays["y"])
+    assert len(rows) == len(arrays["y"]) and meta["frame_rate"] == 50
+    assert arrays["frame"].tolist() == [t for *_, t in rows]
+    of = {(*row[:3], number) for row, number in zip(rows, arrays["sequence"], strict=True)}
+    assert len(of) == len({row[:3] for row in rows}) == len({number for *_, number in of})
     for i in rng.integers(len(rows), size=60):
         subject, action, view, t = rows[i]
         camera, pixels = seen_by(subject, view, made[subject, action][1][t])

@@ -67,6 +67,48 @@ def test_augmented_poses_lie_between_training_frames(monkeypatch):
     assert set(action) == {-1, 0, 2, 3}
 
 
+def test_sequences_are_unbroken_stretches_at_60_hertz():
+    table = Motion(make_clips(), unseen=("kick",))
+    for split in SPLITS:
+        of = set(np.concatenate(table.frames[split]))
+        rng = np.random.default_rng(0)
+        (quats, hinges, height), clip, action, who, number = motion.draw_sequences(
+            table, split, 500, rng)
+        assert 500 <= len(who) < 620 and len(set(who)) == who[-1] + 1
+        assert (np.diff(number)[np.diff(who) == 0] == 1).all()
+        assert set(action) == ({1} if split == "unseen" else {0, 2, 3})
+        for i in np.unique(who):
+            mine = who == i
+            assert len(set(clip[mine])) == 1
+            # The clips have 30 frames per second: every second moment lies between two of them.
+            at = number[mine] / 2
+            around = np.concatenate([np.floor(at), np.ceil(at)]).astype(int)
+            first = np.flatnonzero(table.clip == clip[mine][0])[0]
+            assert set(first + around) <= of, split
+            if split != "train":
+                expected = [(table.hinges[first + int(np.floor(t))]
+                             + table.hinges[first + int(np.ceil(t))]) / 2 for t in at]
+                assert np.allclose(hinges[mine], expected)
+                assert len(set(at)) == mine.sum()
+
+
+def test_poses_of_a_training_sequence_are_varied_alike(monkeypatch):
+    table = Motion(make_clips(), unseen=("kick",))
+    rng = np.random.default_rng
+    plain = motion.draw_sequences(table, "test", 300, rng(0))
+    monkeypatch.setattr(motion, "HINGE_LIMITS", np.array([[-99, 99]] * 4))
+    quats, hinges, height = motion.vary(plain[0], plain[3], rng(1))
+    moved = set()
+    for i in np.unique(plain[3]):
+        mine = plain[3] == i
+        own, other = plain[0][1][mine], hinges[mine]
+        shift = [other - own[:, order] for order in (np.arange(4), MIRROR_HINGES)]
+        alike = [np.ptp(s, axis=0).max() < 1e-9 for s in shift]
+        assert any(alike), i
+        moved.add(tuple(np.round(shift[alike.index(True)][0], 6)))
+    assert len(moved) == plain[3][-1] + 1
+
+
 def test_mirror_swaps_sides_and_undoes_itself(bodies, levels):
     pose = random_pose(np.random.default_rng(3), 10)
     for once, twice in zip(pose, mirror(mirror(pose)), strict=True):

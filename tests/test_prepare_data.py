@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_SIZES, rest_joints, write_tiny
+from conftest import TINY_SIZES, make_clips, rest_joints, write_tiny
 
 import prepare_data as P
 from sources.bodies import get_bodies, get_clips
 from sources.dataset import SPLITS, load
 from sources.geometry import project
-from sources.motion import CLIP_STANDING_HEIGHT
+from sources.motion import CLIP_STANDING_HEIGHT, split_frames
 
 HERE = Path(__file__).parent
 
@@ -108,6 +108,65 @@ def test_bodies_of_the_splits_are_apart(tiny_data):
     assert subjects["unseen"] == subjects["test"]
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_sequence_is_one_person_who_moves(tiny_sequences, split):
+    arrays, meta = load(tiny_sequences / "sequences", split)
+    assert len(arrays["y"]) == meta["splits"][split]["n"] == (256 if split == "train" else 32)
+    assert meta["frame_rate"] == 60 and meta["noise_time"] == 0
+    same = np.diff(arrays["sequence"]) == 0
+    assert (np.diff(arrays["sequence"])[~same] > 0).all()
+    for name in ("subject", "camera", "action"):
+        assert (np.diff(arrays[name])[same] == 0).all()
+    assert set(arrays["action"]) <= ({1} if split == "unseen" else {0, 2, 3})
+    step = np.diff(arrays["frame"])[same]
+    assert (step >= 1).all() and (step == 1).mean() > 0.9  # varied poses are thrown away at times
+    world = in_world(arrays, meta)
+    moved = np.linalg.norm(np.diff(world, axis=0), axis=-1).max(1)
+    assert moved[same][step == 1].max() < 200
+    stands = np.diff(world[:, 0, :2], axis=0)[same]
+    assert np.abs(stands).max() < 0.1  # mm: the pelvis is not moved along
+    stature = arrays["height_px"] * arrays["root"][:, 2]
+    assert np.allclose(np.diff(stature)[same], 0, atol=1e-3 * stature.mean())
+
+
+def test_no_held_out_moment_is_near_a_sequence_for_training(tiny_sequences):
+    """By the clock: what is tested is what the default data test, and at least 0.1 s away."""
+    clips = make_clips()
+    moments = {}
+    for split in ("train", "val", "test"):
+        arrays, meta = load(tiny_sequences / "sequences", split)
+        for i, name in enumerate(meta["actions"]):
+            moments[split, name] = np.unique(arrays["frame"][arrays["action"] == i]) / 60
+    for name in ("jump", "punch", "walk"):
+        parts, clip = split_frames(clips[name]), clips[name]
+        for split in ("val", "test"):
+            held = clip["time"][parts[split]]
+            for moment in moments[split, name]:
+                assert np.abs(held - moment).min() < 1 / 50
+        for a, b in (("train", "test"), ("train", "val"), ("val", "test")):
+            away = np.abs(moments[a, name][:, None] - moments[b, name])
+            away = np.minimum(away, clip["period"] - away)
+            assert away.size == 0 or away.min() >= 0.1 - 1e-6
+    subjects = [set(load(tiny_sequences / "sequences", s)[0]["subject"]) for s in ("train", "test")]
+    assert not subjects[0] & subjects[1]
+
+
+def test_correlated_errors_last(tiny_sequences):
+    """The same people and motion as without."""
+    changes = []
+    for name in ("sequences", "correlated"):
+        arrays, meta = load(tiny_sequences / name, "unseen")
+        same = (np.diff(arrays["sequence"]) == 0)[:, None]
+        gone = arrays["conf"] == 0
+        off = np.where(gone, np.nan, (arrays["x_s_det"] - arrays["x_s"])[..., 0])
+        both = np.isfinite(off[1:] + off[:-1]) & same
+        changes.append(np.corrcoef(off[1:][both], off[:-1][both])[0, 1])
+        assert meta["noise_time"] == {"sequences": 0, "correlated": 30}[name]
+    one, other = (load(tiny_sequences / n, "unseen")[0] for n in ("sequences", "correlated"))
+    assert np.array_equal(one["y"], other["y"])
+    assert changes[0] < 0.5 and changes[1] > 0.7
+
+
 def test_the_same_seed_gives_the_same_data_whatever_the_other_splits_sizes(
         tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(P, "draw_samples", lambda *args: None)
@@ -154,6 +213,8 @@ def test_an_existing_set_is_not_overwritten(tiny_data):
 @pytest.mark.parametrize("arguments, message", [
     (["--train", 0], "Every split needs at least one sample"),
     (["--source", "bvh"], "--folder DIR is needed"),
+    (["--correlated"], "is about frames that follow one another: add --sequences"),
+    (["--source", "3dpw", "--folder", "x", "--sequences"], "always has sequences"),
     (["--folder", "x"], "--folder DIR is needed"),
     (["--source", "h36m", "--folder", "x", "--train", 5, "--seed", 1],
      "--train --seed has no meaning for --source h36m, which draws nothing"),

@@ -167,6 +167,7 @@ def test_every_number_of_every_sample(data, split, names):
         stem = name.split("/")[1]
         assert meta["actions"][arrays["action"][i]] == stem
         assert meta["people"][arrays["subject"][i]] == [stem, person]
+        assert arrays["sequence"][i] == arrays["subject"][i] and arrays["frame"][i] == frame
     assert not any(arrays[k].any() for k in ("x_d", "x_f", "has_mesh", "camera"))
     missing = arrays["conf"] == 0
     assert (arrays["x_s_det"][missing] == 0).all()
@@ -184,6 +185,7 @@ def test_what_is_said_of_the_set(data):
     assert set(meta["splits"]) == {"test", "occ"} and len(threedpw.OCC) == 17
     assert "never train on 3DPW" in meta["splits"]["occ"]["about"]
     assert all(s["with_mesh"] == 0 for s in meta["splits"].values()) and meta["seed"] == 0
+    assert meta["frame_rate"] == 30
     assert meta["joints_14"] == [1, 2, 3, 4, 5, 6, 8, *range(10, 17)]
     assert "CPN detections are not distributed" in meta["sources"]["detections"]
     assert {p.name for p in data.parent.iterdir()} == {"3dpw"}
