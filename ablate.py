@@ -235,6 +235,15 @@ def verdicts(study: Study, found: dict[str, dict[str, list[float]]]) -> list[lis
     return rows
 
 
+def changed(preset: str, share: float) -> str:
+    """What all variants override of a preset, in words."""
+    plain = (kind(**of) for kind, of in zip((Config, Training), PRESETS[preset], strict=True))
+    own = Variant("", ()).options(preset, share)
+    names = [f"{name} {value}" for a, b in zip(plain, own, strict=True)
+             for name, value in vars(b).items() if value != getattr(a, name)]
+    return f", but with {', '.join(names)}" if names else ""
+
+
 def as_page(which: str, study: Study, found: dict, about: dict) -> str:
     """The table and the verdicts, as Markdown."""
     columns = list(dict.fromkeys(c for of in found.values() for c in of))
@@ -245,7 +254,8 @@ def as_page(which: str, study: Study, found: dict, about: dict) -> str:
     over = [f"over {about['seeds']} seeds of all stages"] * study.trains
     over += [f"of speeds, over {ROUNDS} turns"] * bool(study.batches)
     text = [f"# {which.capitalize()}: {study.title}",
-            f"{study.note}Preset `{about['preset']}`. Mean ± standard deviation "
+            f"{study.note}Preset `{about['preset']}`"
+            f"{changed(about['preset'], study.share) * study.trains}. Mean ± standard deviation "
             f"{'; '.join(over)}. MPJPE is the mean of actions. The paper's errors are on Human3.6M "
             "with CPN, and its speeds on a V100: compare orders, never numbers.",
             table(["variant", *study.paper, *columns], rows)]
@@ -253,7 +263,9 @@ def as_page(which: str, study: Study, found: dict, about: dict) -> str:
         text += [table(["ordering in the paper", "here by", "difference", "verdict"], orderings),
                  "A difference is positive where the ordering holds. Over the seeds, an ordering "
                  "*holds* if the mean difference is above twice its standard error, *does not "
-                 "hold* if it is below minus that, and is *within the spread* between the two."]
+                 "hold* if it is below minus that, and is *within the spread* between the two. "
+                 "With three seeds, chance alone makes the difference of two equal variants *hold* "
+                 "in one of eleven cases."]
     on = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
     return "\n\n".join([*text, f"`{about['command']}` on {on}."]) + "\n"
 

@@ -689,6 +689,8 @@ def main() -> None:
                 script("prepare_data.py")
             check_space(run.path, disk_needed(run, stages, args.seeds))
         wait()
+        if training.frames > 1 and 3 in stages:  # said before stages 1 and 2 take their time
+            run.split("train").begins()
         train_stages(run, stages, args.seeds)
         if not rank():
             name = ("--name", run.path.name, "--data", run.data)
