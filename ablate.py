@@ -10,10 +10,10 @@ studies.py is the table of variants. A stage is trained once for all variants th
 depends on, whichever table they are in. The same command goes on after an interruption, and a
 second time it trains nothing.
 
-Of every ordering in the paper, seeds decide: with the differences of its two variants, one for each
-seed, it *holds* if their mean is above twice its standard error, it *does not hold* if the mean is
-below minus that, and between the two it is *within the spread*. Speeds are compared alike, with
-ROUNDS turns in the place of seeds.
+Of every ordering in the paper, seeds decide: it *holds* if the mean difference of its two variants,
+over seeds, is above 0 by more than its 95 % confidence interval (Student's t), it *does not hold*
+if it is below 0 by more, and between the two it is *within the spread*. Speeds are compared alike,
+with ROUNDS turns in the place of seeds.
 
 Markdown, JSON and a figure's PNG go to runs/ablations, and beside them what has been trained.
 """
@@ -65,6 +65,8 @@ FIRST_OF = {"width": 2, "epochs_2": 2, "lifter": 3}  # where the options of stag
 # Milliseconds for each sample of a training on two cores of an AMD EPYC, at the small presets'
 # sizes, where nothing has been trained yet that would tell.
 RATES = {"stage 1": 1.8, "stage 2": 2.6, "lifter of generated": 1.1, "lifter": 0.1}
+# Student's t of 95 %, two-sided, for so many seeds; for more than these about 2.
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 ROUNDS, LEAST = 5, 0.2  # of speeds: turns, and seconds that each of them takes at least
 
 
@@ -215,8 +217,8 @@ def verdict(gaps: list[float]) -> str:
     paper's ordering holds (the rule is at the top of this file)."""
     if len(gaps) < 2:
         return "one seed, no spread"
-    twice = 2 * float(np.std(gaps, ddof=1)) / math.sqrt(len(gaps))
-    if abs(mean(gaps)) <= twice:
+    spread = STUDENT.get(len(gaps), 2.0) * float(np.std(gaps, ddof=1)) / math.sqrt(len(gaps))
+    if abs(mean(gaps)) <= spread:
         return "within the spread"
     return "holds" if mean(gaps) > 0 else "does not hold"
 
@@ -235,6 +237,15 @@ def verdicts(study: Study, found: dict[str, dict[str, list[float]]]) -> list[lis
     return rows
 
 
+def changed(preset: str, share: float) -> str:
+    """What all variants override of a preset, in words."""
+    plain = (kind(**of) for kind, of in zip((Config, Training), PRESETS[preset], strict=True))
+    own = Variant("", ()).options(preset, share)
+    names = [f"{name} {value}" for a, b in zip(plain, own, strict=True)
+             for name, value in vars(b).items() if value != getattr(a, name)]
+    return f", but with {', '.join(names)}" if names else ""
+
+
 def as_page(which: str, study: Study, found: dict, about: dict) -> str:
     """The table and the verdicts, as Markdown."""
     columns = list(dict.fromkeys(c for of in found.values() for c in of))
@@ -245,15 +256,17 @@ def as_page(which: str, study: Study, found: dict, about: dict) -> str:
     over = [f"over {about['seeds']} seeds of all stages"] * study.trains
     over += [f"of speeds, over {ROUNDS} turns"] * bool(study.batches)
     text = [f"# {which.capitalize()}: {study.title}",
-            f"{study.note}Preset `{about['preset']}`. Mean ± standard deviation "
+            f"{study.note}Preset `{about['preset']}`"
+            f"{changed(about['preset'], study.share) * study.trains}. Mean ± standard deviation "
             f"{'; '.join(over)}. MPJPE is the mean of actions. The paper's errors are on Human3.6M "
             "with CPN, and its speeds on a V100: compare orders, never numbers.",
             table(["variant", *study.paper, *columns], rows)]
     if orderings := verdicts(study, found):
         text += [table(["ordering in the paper", "here by", "difference", "verdict"], orderings),
                  "A difference is positive where the ordering holds. Over the seeds, an ordering "
-                 "*holds* if the mean difference is above twice its standard error, *does not "
-                 "hold* if it is below minus that, and is *within the spread* between the two."]
+                 "*holds* if the mean difference is above 0 by more than its 95 % confidence "
+                 "interval (Student's t), *does not hold* if it is below 0 by more, and is *within "
+                 "the spread* between the two."]
     on = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
     return "\n\n".join([*text, f"`{about['command']}` on {on}."]) + "\n"
 

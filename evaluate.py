@@ -471,9 +471,10 @@ def report_temporal(run: Run, seeds: int, at: str) -> None:
     if rank():
         return
     for name, of in ((name, of) for name, of in seeds_of.items() if of):
-        seconds = [load_finished(run, f"stage3_{name}_{seed}")["seconds"] for seed in of]
+        saved = [load_finished(run, f"stage3_{name}_{seed}") for seed in of]
         size = sum(p.numel() for p in lifters[name, of[0]].parameters())
-        rows.append((name, of, size, np.mean(seconds)))
+        seconds = np.mean([s["seconds"] for s in saved])
+        rows.append((name, of, size, seconds, saved[0]["run"]["data"]))
     text = (f"Lifters of sequences, {', '.join(f'{s.n} frames of {n}' for n, s in splits.items())} "
             f"({run.data}); MPJPE of every frame.\n\n{temporal_table(summaries, rows)}\n")
     print(text)

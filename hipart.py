@@ -511,7 +511,6 @@ class HiARM(nn.Module):
 
     GENERATES = "both"  # of GENERATIONS
 
-
     def __init__(self, config: Config):
         super().__init__()
         c, W = config, config.width

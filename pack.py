@@ -49,7 +49,7 @@ def pack(run: Run, folder: Path) -> dict[str, float]:
     samples = {name: block[name].numpy() for name in ("x_s", "conf", "x_f", "y")}
     samples["w"] = np.array(split.w)
     numbers = errors(samples, load_hipart(run), load_lifter(run, "generated"))
-    beside = folder.with_suffix(".tmp")  # there is always a whole folder of weights
+    beside = folder.with_suffix(".tmp")  # what fails leaves the old weights
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     for name in CHECKPOINTS:

@@ -119,7 +119,8 @@ STUDIES = {
         "2/6/128", "3/8/128", "5/16/128", "4/12/96", "4/12/256")), share=0.75, costs=True,
         note="Blocks of the encoders, blocks of GCSAB, and the width of both. Parameters and FLOPs "
              "are of all three stages at these sizes, for one pose; a multiplication with its "
-             "addition counts as two. Errors are of models in proportion to the preset's sizes. "),
+             "addition counts as two. Errors are of models in proportion to the preset's, with "
+             "whole blocks: where it has few, two rows may have equally many. "),
     "figure 5": Study("width and size of the codebooks", (), (
         Variant("base", ()),
         *(Variant(f"{name} x {by:g}", (), scale={name: by})
@@ -128,5 +129,6 @@ STUDIES = {
     ), (("base", "D x 0.5"), ("base", "K_s x 0.5"), ("base", "K_s x 2"), ("K_d x 1.5", "base"),
         ("K_d x 1.5", "K_d x 2")), share=0.75, axes=("D", "K_s", "K_d"),
         note="The paper has D = 32 to 256 and 512 to 4096 codes, and is best at 128, at 2048 "
-             "sparse and at 3072 dense codes; here are multiples of the preset's sizes. "),
+             "sparse and at 3072 dense codes; here are multiples of the preset's sizes, and D is "
+             "that of both codebooks. "),
 }  # fmt: skip

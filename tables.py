@@ -150,12 +150,12 @@ def cost_table(about: dict[str, dict]) -> str:
 
 def temporal_table(summaries: dict[str, dict], lifters: list[tuple]) -> str:
     """Lifters of sequences, and of single frames: the errors on every tested split, and the paper's
-    (Tables 6 and 10). lifters: (name, seeds, parameters, seconds of training)."""
+    (Tables 6 and 10). lifters: (name, seeds, parameters, seconds of training, its data)."""
     head = ["mm, mean of actions"]
     for name in summaries:
         head += [f"{name}: MPJPE", "all frames", "PA-MPJPE", "ratio"]
-    rows, seeds_of = [], {name: seeds for name, seeds, _, _ in lifters}
-    for name, seeds, size, seconds in lifters:
+    rows, seeds_of = [], {name: seeds for name, seeds, *_ in lifters}
+    for name, seeds, size, seconds, data in lifters:
         source, cells = input_of(name), []
         kind = re.sub(r"(\d+)_$", r", \1 frames", name.removesuffix(source)) or "single frames"
         sparse = name.removesuffix(source) + "sparse"
@@ -168,11 +168,12 @@ def temporal_table(summaries: dict[str, dict], lifters: list[tuple]) -> str:
             known = base and None not in base + errors[0]
             cells += [*map(number, errors),
                       f"{np.mean(errors[0]) / np.mean(base):.2f}" if known else "-"]
-        rows.append([f"{kind}: {INPUTS[source][3:]}", *cells, f"{size / 1e6:.2f}",
-                     f"{seconds:,.0f}"])
-    return (table([*head, "parameters, M", "training, s"], rows)
+        rows.append([f"{kind}: {INPUTS[source][3:].split(',')[0]}", *cells, f"{size / 1e6:.2f}",
+                     f"{seconds:,.0f}", data])
+    return (table([*head, "parameters, M", "training, s", "trained on"], rows)
             + "\n\n*ratio*: to the same lifter with sparse input. *training, s*: of the lifter "
-            f"alone. {PAPER_TEMPORAL}")
+            "alone. Errors of lifters that were trained on other data do not compare. "
+            f"{PAPER_TEMPORAL}")
 
 
 def lifting_tables(s: dict, seeds: int, kind: str, meta: dict, split: str) -> str:

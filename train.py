@@ -499,8 +499,9 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     for epoch in loop.epochs():
         for b in loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean,
                             prepare=lambda block: turned(given_in_training(block), t)):
-            off = (predict(b["x"], b["conf"]) - b["y"]).norm(dim=-1)
-            error = off[b["own"]].mean() if temporal else off.mean()
+            off = (predict(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean(-1)
+            # Frames that are repeated to fill a window do not count.
+            error = (off * b["own"]).sum() / b["own"].sum() if temporal else off.mean()
             loop.update(error / 100, dict(mpjpe=error.detach()))
         loop.finish_epoch({key: mean_error(model, blocks) for key, blocks in shown.items()})
 
@@ -689,6 +690,8 @@ def main() -> None:
                 script("prepare_data.py")
             check_space(run.path, disk_needed(run, stages, args.seeds))
         wait()
+        if training.frames > 1 and 3 in stages:  # said before stages 1 and 2 take their time
+            run.split("train").begins()
         train_stages(run, stages, args.seeds)
         if not rank():
             name = ("--name", run.path.name, "--data", run.data)

@@ -78,7 +78,8 @@ class Inputs:
         one_pass = training and name == "generated" and self.hipart.config.history_dropout > 0
         options = dict(history=False) if one_pass else {}
         x = lifter_input(name, block, self.hipart, self.regressor, **options)
-        return dict(x=x, **{key: block[key] for key in ("y", "conf", "action", "begins")})
+        own = torch.ones_like(block["begins"])  # batches are shuffled: each pose turns on its own
+        return dict(x=x, begins=own, **{key: block[key] for key in ("y", "conf", "action")})
 
     def of_split(self, name: str, split: Split) -> dict:
         """A whole split, as one block."""

@@ -474,15 +474,15 @@ class Split:
         for frames that are repeated. Of y and own, only the centre is there if a lifter gives no
         other. now: torch's random state to go on with after `done` batches.
 
-        Windows lie around random frames, as many as would cover all frames side by side. `prepare`
-        sees all frames at once, so that what takes long is done once for each of them.
+        Windows lie around random frames (`windows_in_an_epoch`). `prepare` sees all frames at once,
+        so that what takes long is done once for each of them.
         """
         block = prepare(self.read(slice(0, self.n), rng, clean))
         order = torch.randperm(self.n)
         from_first_(order)
         if done:
             torch.set_rng_state(now)
-        centres = order[: max(1, self.n // self.frames)].numpy()
+        centres = order[: self.windows_in_an_epoch()].numpy()
         rows, own = windows(self.begins(), centres, self.frames)
         for i in range(done, self.steps(size)):
             mine = np.arange(len(rows))[i * size : (i + 1) * size]
@@ -493,10 +493,15 @@ class Split:
                 batch[name] = batch[name][:, self.frames // 2]
             yield batch
 
+    def windows_in_an_epoch(self) -> int:
+        """As many as cover all frames side by side, or one around every frame for a lifter that
+        gives the centre alone: then each pose is learned from about once."""
+        return max(1, self.n // self.frames) if self.every else self.n
+
     def steps(self, size: int) -> int:
         """How many batches of `size` an epoch has."""
         if self.frames > 1:
-            return max(1, self.n // self.frames // size)
+            return max(1, self.windows_in_an_epoch() // size)
         return max(1, sum(min(BLOCK, self.n - start) // size for start in range(0, self.n, BLOCK)))
 
     def pixels(self, a: Tensor, b: Tensor) -> Tensor:

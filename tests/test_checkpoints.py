@@ -221,7 +221,7 @@ def test_a_good_checkpoint_is_read(run, good):
     assert torch.equal(state, torch.get_rng_state())
 
 
-NEW_OPTIONS = dict(config=("shared_codebook", "generation"), training=("levels",))
+NEW_OPTIONS = dict(config=("shared_codebook", "generation"), training=("levels", "frames"))
 
 
 def test_checkpoints_older_than_an_option_have_its_default(tiny_data, tiny_run, tmp_path):

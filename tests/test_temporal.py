@@ -134,10 +134,10 @@ def test_the_table_has_a_row_for_every_input(evaluated):
     rows = [[cell.strip() for cell in row.strip("|").split("|")]
             for row in re.findall(r"^\| [sm].*", text, re.M)]
     assert [row[0] for row in rows[1:]] == [
-        "single frames: sparse, as many epochs as (b)",
-        "mixste, 9 frames: sparse, as many epochs as (b)",
+        "single frames: sparse", "mixste, 9 frames: sparse",
         "mixste, 9 frames: sparse + generated dense + fine (HiPART)",
         "mixste, 9 frames: sparse + ground-truth dense + fine (bound)"]
+    assert rows[1][-1].endswith("/tiny") and rows[2][-1].endswith("/sequences")  # trained on
     splits = json.loads((evaluated / "temporal_sequences.json").read_text())["splits"]
     for name, row in zip(LIFTERS, rows[2:], strict=True):
         for split, cells in (("unseen", row[1:5]), ("test", row[5:9])):
@@ -201,6 +201,10 @@ def test_what_cannot_be_trained_is_said_in_one_sentence(
     said = refused(monkeypatch, capsys, tmp_path, tiny_data / "tiny")
     assert "tiny has single frames, and no sequences: make some with " in said
     assert "`python prepare_data.py --sequences`" in said
+    with pytest.raises(SystemExit):  # said before stages 1 and 2 take their time
+        main(monkeypatch, tmp_path, train, "--preset", "quick", "--name", "new", "--device", "cpu",
+             "--data", tiny_data / "tiny", *MIXSTE)
+    assert "tiny has single frames" in capsys.readouterr().err
     data = tiny_sequences / "sequences"
     for lifter in (("mixste", 8), ("mixste", 1), ("mlp", 9)):
         said = refused(monkeypatch, capsys, tmp_path, data, lifter=(
