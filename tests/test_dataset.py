@@ -393,7 +393,7 @@ def test_an_epoch_has_every_sample_at_most_once(data, monkeypatch, block, size, 
     assert len(flat) > s.n - size * math.ceil(s.n / block)
     assert flat != sorted(flat)  # shuffled
     shapes = dict(x_s=(17, 2), conf=(17,), x_d=(48, 2), x_f=(96, 2), y=(17, 3), action=(),
-                  height_px=(), has_mesh=())  # fmt: skip
+                  height_px=(), has_mesh=(), begins=())  # fmt: skip
     for b, rows in zip(batches, seen, strict=True):
         expected = normalised(raw(data, "train", "x_f")[rows])
         np.testing.assert_allclose(b["x_f"].numpy(), expected, atol=1e-5)

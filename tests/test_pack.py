@@ -10,7 +10,7 @@ from conftest import person
 
 import lift
 import pack
-from checkpoints import Run
+from checkpoints import WEIGHTS, Run
 from hipart import Config
 from survival import write
 from train import Training, load_hipart, load_lifter
@@ -71,3 +71,9 @@ def test_lift_takes_the_packed_models_where_no_run_is(packed, tmp_path, monkeypa
     lift.main()
     assert "come with the project" not in capsys.readouterr().out
     assert (tmp_path / "runs/standard/keypoints/one/poses.npz").exists()
+
+
+def test_the_weights_that_come_with_the_project_are_small_and_make_their_numbers():
+    _, found = check(WEIGHTS)
+    assert found["mpjpe_mm"] < 100 and found["fine_px"] < 12
+    assert sum(f.stat().st_size for f in WEIGHTS.iterdir()) <= 8e6
