@@ -112,7 +112,7 @@ def test_inputs_learn_from_the_same_detections(tiny_run, monkeypatch):
     for samples in drawn.values():
         assert len(samples["x"]) == 16 * 6  # 100 // 16 times
         assert torch.equal(samples["x"][:, :17], drawn["sparse"]["x"])
-    follow = few.read(slice(None)) | dict(begins=torch.zeros(16, dtype=torch.bool))
+    follow = few.read(slice(None), clean=True) | dict(begins=torch.zeros(16, dtype=torch.bool))
     assert inputs.of("sparse", follow)["begins"].all()  # or all of a batch would turn alike
     x, y = drawn["sparse"]["x"].unflatten(0, (6, 16)), drawn["sparse"]["y"].unflatten(0, (6, 16))
     assert torch.equal(y[0], y[5]) and not torch.equal(x[0], x[5])

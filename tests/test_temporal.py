@@ -184,7 +184,7 @@ def test_poseformer_and_correlated_errors(tiny_run, tiny_sequences, tmp_path, mo
         "--lifter", "poseformer", "--frames", 27), turn_3=0.3)
     saved = checkpoint(tmp_path, "poseformer27_ground_truth")
     assert saved["model"]["mean_t.weight"].shape == (1, 27, 1)
-    assert saved["step"] == 2 * (256 // 27 // 4)
+    assert saved["step"] == 2 * (256 // 4)  # epochs, and windows around all frames in fours
 
 
 def refused(m, capsys, folder, *args, **options):
