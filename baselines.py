@@ -253,9 +253,9 @@ class JointOrder(HiARM):
         """As `HiARM.generate`."""
         return tuple(self.arranged(zh, back=True) for zh in super().generate(*args))
 
-    def one_pass(self, *args) -> tuple[Tensor, Tensor]:
+    def one_pass(self, *args) -> dict[str, Tensor]:
         """As `HiARM.one_pass`."""
-        return tuple(self.arranged(zh, back=True) for zh in super().one_pass(*args))
+        return {k: self.arranged(v, back=True) for k, v in super().one_pass(*args).items()}
 
 
 class NextToken(HiARM):
@@ -355,19 +355,13 @@ class Classifier(HiARM):
 
     def rollout(self, x_s: Tensor, conf: Tensor | None = None) -> dict[str, Tensor]:
         """As `HiARM.rollout`, in one step."""
-        logits = []
-
-        def noted(of: Tensor, C: Tensor) -> Tensor:
-            logits.append(of.unflatten(0, (len(x_s), -1)))
-            return self.pick(of, C)
-
-        zh_s, zh_d = self.one_pass(x_s, conf, noted)
-        return dict(logits_s=logits[0], logits_d=logits[1], zh_s=zh_s, zh_d=zh_d)
+        return self.one_pass(x_s, conf)
 
     def generate(self, x_s: Tensor, conf: Tensor | None, pick: Callable | None = None
                  ) -> tuple[Tensor, Tensor]:
         """As `HiARM.generate`."""
-        return self.one_pass(x_s, conf, pick)
+        o = self.one_pass(x_s, conf, pick)
+        return o["zh_s"], o["zh_d"]
 
 
 class JointOrderNextToken(JointOrder, NextToken):

@@ -113,10 +113,12 @@ class Method(nn.Module):
         return self.call(*args, **options)
 
 
-def data_parallel(model: nn.Module, method: str = "forward") -> Callable:
+def data_parallel(model: nn.Module, method: str = "forward", some_unused: bool = False
+                  ) -> Callable:
     """A method of a model, such that gradients of what it returns become means over all processes:
-    if each has its part of a batch, they are those of the batch."""
+    if each has its part of a batch, they are those of the batch. some_unused: whether there may be
+    steps that do not reach all parameters."""
     if not dist.is_initialized():
         return getattr(model, method)
     from_first_(*model.state_dict().values())
-    return DistributedDataParallel(Method(model, method))
+    return DistributedDataParallel(Method(model, method), find_unused_parameters=some_unused)

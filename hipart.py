@@ -86,7 +86,7 @@ class Config:
     soft: bool = False  # ours: True hands on expected embeddings instead of the likeliest code
     soft_targets: float = 0.0  # ours: how far the target of Eq. 12 spreads over near codes
     history_dropout: float = 0.0  # ours: share of g^1..g^15 that is 0 in training
-    lambda_p: float = 100.0  # ours: weight of the pose error when training on generation itself
+    lambda_p: float = 100.0  # ours: weight of the pose error when training in one pass
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -503,10 +503,10 @@ class HiARM(nn.Module):
 
     Three switches of Config change the paper's method. condition="every": one SOS token is a narrow
     door for a whole pose, so an MLP of x_s also adds to every position. soft=True: a step hands on
-    the *expected* embedding, softmax(logits) @ C, instead of the likeliest code. As that is
-    differentiable, it can be trained through (`HiPART.loss`, on_rollout). history_dropout: training
-    forgets some parts of the past, so that the model learns to see them in x_s as well, and
-    `one_pass` can do without any. A fourth, soft_targets, changes the loss (`token_loss`).
+    the *expected* embedding, softmax(logits) @ C, instead of the likeliest code. history_dropout:
+    training forgets some parts of the past, so that the model learns to see them in x_s as well,
+    and `one_pass` can do without any. The two together let training go on through the poses that
+    one pass makes (`HiPART.loss`). A fourth, soft_targets, changes the loss (`token_loss`).
     """
 
     GENERATES = "both"  # of GENERATIONS
@@ -637,17 +637,19 @@ class HiARM(nn.Module):
         the method of that name; it gets logits [B n, K] of n tokens of every pose."""
         return generate(self, x_s, conf, pick)
 
-    def one_pass(self, x_s: Tensor, conf: Tensor | None = None, pick=None
-                 ) -> tuple[Tensor, Tensor]:
-        """The same of all parts at once, with no past: g^1..g^15 are 0."""
+    def one_pass(self, x_s: Tensor, conf: Tensor | None = None, pick=None) -> dict[str, Tensor]:
+        """As `rollout`, but all parts at once, with no past: g^1..g^15 are 0. `pick` as above."""
         pick, (g_0, position) = pick or self.pick, self.begin(x_s, conf)
         h = self.remember(F.pad(g_0, (0, 0, 0, J_S - 1)) + position, self.mask_h)  # [B, 16, W]
         here = [[] for _ in self.PH]  # keys and values of the sparse slots
         slots = self.predict(h.reshape(-1, 1, h.shape[-1]) + self.slot_p[:1], caches=here)
-        zh_s = pick(self.head_s(slots).flatten(0, 1), self.C_s)  # [B 16, D]
+        logits_s = self.head_s(slots).flatten(0, 1)  # [B 16, K_s]
+        zh_s = pick(logits_s, self.C_s)
         slots = self.predict(self.in_s(zh_s)[:, None] + self.slot_p[1:], caches=here)
-        zh_d = pick(self.head_d(slots).flatten(0, 1), self.C_d)  # [B 16 R, D]
-        return tuple(zh.unflatten(0, (len(x_s), -1)) for zh in (zh_s, zh_d))
+        logits_d = self.head_d(slots).flatten(0, 1)  # [B 16 R, K_d]
+        made = dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s,
+                    zh_d=pick(logits_d, self.C_d))
+        return {name: of.unflatten(0, (len(x_s), -1)) for name, of in made.items()}
 
     def pick(self, logits: Tensor, C: Tensor) -> Tensor:
         """What a step hands on: logits [B, n, K], codebook C [K, D] -> [B, n, D]."""
@@ -669,20 +671,20 @@ class HiPART(nn.Module):
         self.msst, self.hiarm = MSST(config), generator(config)
 
     def loss(self, x_s: Tensor, conf: Tensor | None, x_d: Tensor, x_f: Tensor, z_s: Tensor,
-             zp_d: Tensor, q_s: Tensor, q_d: Tensor, on_rollout: bool = False
+             zp_d: Tensor, q_s: Tensor, q_d: Tensor, in_one_pass: bool = False
              ) -> tuple[Tensor, dict, dict]:
         """L_2 (Eq. 12) for the tokens q_s [B, 16] and q_d [B, 48] of the true poses x_d [B, 48, 2]
         and x_f [B, 96, 2], given x_s [B, 17, 2], all in the model frame -> the loss, its terms and
         the accuracies of both kinds of token (detached, unweighted), and what HiARM put out.
         z_s [B, 16, D] and zp_d [B, 48, D] are the embeddings that the tokens stand for.
 
-        on_rollout (ours): the same on free-running generation, so that the model learns to live
-        with its own history, plus lambda_p times the error of the poses that the frozen tokenizer
-        decodes from it. config.soft is what makes that differentiable.
+        in_one_pass (ours): the same on `HiARM.one_pass` in the place of teacher forcing, plus
+        lambda_p times the error of the poses that the frozen tokenizer decodes from what it made.
+        config.soft is what makes that differentiable.
         """
         c, hiarm = self.config, self.hiarm
-        if on_rollout:
-            o = hiarm.rollout(x_s, conf)
+        if in_one_pass:
+            o = hiarm.one_pass(x_s, conf)
             xh_d, xh_f = self.msst.decode_embeddings(o["zh_s"], o["zh_d"])
             pose = dict(pose=(xh_d - x_d).norm(dim=-1).mean() + (xh_f - x_f).norm(dim=-1).mean())
         else:
@@ -695,7 +697,7 @@ class HiPART(nn.Module):
             acc_d=(o["logits_d"].argmax(-1) == q_d).float().mean(),
         )
         loss = terms["sparse"] + c.lambda_d * terms["dense"]
-        if on_rollout:
+        if in_one_pass:
             loss = loss + c.lambda_p * terms["pose"]
         return loss, {name: t.detach() for name, t in terms.items()}, o
 
@@ -712,7 +714,11 @@ class HiPART(nn.Module):
                 x, c = x_s[rows], None if conf is None else conf[rows]
                 pelvis = detected_pelvis(x, c)
                 x = to_model_frame(x, pelvis)
-                made = self.hiarm.generate(x, c) if history else self.hiarm.one_pass(x, c)
+                if history:
+                    made = self.hiarm.generate(x, c)
+                else:
+                    o = self.hiarm.one_pass(x, c)
+                    made = o["zh_s"], o["zh_d"]
                 made = self.msst.decode_embeddings(*made)
                 x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
         return x_d, x_f

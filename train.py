@@ -71,7 +71,7 @@ class Training:
     warmup_1: int = 500  # steps of the warm-up
     # Stage 2: AdamW, the same schedule
     epochs_2: int = 50
-    epochs_soft: int = 0  # ours: so many last epochs train on free-running generation
+    epochs_soft: int = 0  # ours: so many last epochs train in one pass, with a pose loss
     batch_2: int = 64
     lr_2: float = 5e-4
     weight_decay_2: float = 0.03
@@ -126,12 +126,12 @@ SMALL_MODEL = dict(
     soft=True, soft_targets=2.0, history_dropout=0.5,
 )  # fmt: skip
 SMALL_TRAINING = dict(
-    lr_1=2e-3, lr_2=1e-3, epochs_soft=1, lifter="mlp", lifter_width=512, lifter_blocks=2,
+    lr_1=2e-3, lr_2=1e-3, lifter="mlp", lifter_width=512, lifter_blocks=2,
     lr_3=4e-3, weight_decay_3=0.05, cosine_3=True, turn_3=0.5,
 )  # fmt: skip
-QUICK = dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=3, epochs_3=8)
-STANDARD = dict(epochs_1=6, epochs_2=6, epochs_3=18)
-LONG = STANDARD | dict(epochs_1=10, epochs_2=52, epochs_soft=4)  # 2 million samples of HiARM
+QUICK = dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=4, epochs_soft=2, epochs_3=8)
+STANDARD = dict(epochs_1=6, epochs_2=6, epochs_soft=3, epochs_3=18)
+LONG = STANDARD | dict(epochs_1=10, epochs_2=52, epochs_soft=26)  # 2 million samples of HiARM
 PRESETS = {
     "quick": (SMALL_MODEL, SMALL_TRAINING | QUICK),
     "standard": (SMALL_MODEL, SMALL_TRAINING | STANDARD),
@@ -376,12 +376,12 @@ def stage_2(run: Run) -> None:
     per_epoch, forced = train.steps(t.batch_2), t.epochs_2 - t.epochs_soft
     loop = Loop(run, "stage2", model.hiarm, optimizer, t.epochs_2, per_epoch,
                 in_two_phases(warmup_cosine(t.warmup_2), forced * per_epoch))
-    loss_of = data_parallel(model, "loss")
+    loss_of = data_parallel(model, "loss", some_unused=t.epochs_soft > 0)  # by a single pass
 
     for epoch in loop.epochs():
         for b in loop.steps(train, t.batch_2, run.rng(2, epoch),
                             prepare=functools.partial(with_tokens, model.msst)):
-            loss, terms, _ = loss_of(**b, on_rollout=epoch >= forced)
+            loss, terms, _ = loss_of(**b, in_one_pass=epoch >= forced)
             loop.update(loss, terms | dict(loss=loss.detach()))
         loop.finish_epoch(densification_report(model, val))
 
@@ -669,8 +669,9 @@ def main() -> None:
         config, training = (
             kind(**options | {k: v for k, v in given.items() if k in vars(kind())})
             for kind, options in zip((Config, Training), presets, strict=True))
-        if training.epochs_soft and not config.soft:
-            raise ValueError("epochs_soft trains through expected embeddings: it needs soft")
+        if training.epochs_soft and not (config.soft and config.history_dropout):
+            raise ValueError("epochs_soft trains through expected embeddings, without a past: it "
+                             "needs soft and history_dropout")
     except ValueError as e:
         stop(str(e))
     run = Run(Path("runs") / (args.name or preset), config, training, device, args.seed, args.data,

@@ -54,12 +54,12 @@ def stage_1(c: Config, t: Training, device: str):
     return model.loss, optimizer, lambda out: model.update_codebooks(out[2]), batch
 
 
-def stage_2(c: Config, t: Training, device: str, on_rollout: bool = False):
+def stage_2(c: Config, t: Training, device: str, in_one_pass: bool = False):
     model, B = HiPART(c).to(device), t.batch_2
     model.msst.eval().requires_grad_(False)
     batch = {name: torch.randn(B, n, 2, device=device)
              for name, n in dict(x_s=J, x_d=J_D, x_f=J_F).items()}
-    batch |= dict(conf=torch.ones(B, J, device=device), on_rollout=on_rollout,
+    batch |= dict(conf=torch.ones(B, J, device=device), in_one_pass=in_one_pass,
                   z_s=torch.randn(B, J_S, c.D, device=device),
                   zp_d=torch.randn(B, J_D, c.D, device=device),
                   q_s=torch.randint(c.K_s, (B, J_S), device=device),
@@ -67,8 +67,8 @@ def stage_2(c: Config, t: Training, device: str, on_rollout: bool = False):
     return model.loss, adamw(model.hiarm, t.lr_2, t.weight_decay_2), lambda out: None, batch
 
 
-def stage_2_on_rollout(c: Config, t: Training, device: str):
-    return stage_2(c, t, device, on_rollout=True)
+def stage_2_in_one_pass(c: Config, t: Training, device: str):
+    return stage_2(c, t, device, in_one_pass=True)
 
 
 def measure(make, sizes, device: str, variant: str, seconds: float) -> dict[str, float]:
@@ -123,7 +123,7 @@ def main() -> None:
     for preset in args.preset:
         config, training = TINY if preset == "tiny" else PRESETS[preset]
         sizes = Config(**config), Training(**training)
-        makes = [stage_1, stage_2, *[stage_2_on_rollout] * sizes[0].soft]
+        makes = [stage_1, stage_2, *[stage_2_in_one_pass] * sizes[0].soft]
         rows = report["presets"][preset] = {}
         print(f"\n| {preset} | variant | steps/s | slowest to fastest | loss after 20 steps |\n"
               "| --- | --- | ---: | ---: | ---: |")

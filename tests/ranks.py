@@ -78,15 +78,16 @@ def gradients():
     distributed.connect(CPU)
     b = batch_of(8)
     b, found = {k: v[distributed.part(8)] for k, v in b.items()}, {}
-    config = hipart.Config(**CONFIG | dict(dropout=0.0, soft=True, condition="every"))
+    own = dict(dropout=0.0, soft=True, condition="every", lambda_p=1.0)  # gradients of about 1
+    config = hipart.Config(**CONFIG | own)
 
     def note(name, model, method, loss_of):
-        call = distributed.data_parallel(model, method)
+        call = distributed.data_parallel(model, method, some_unused=name == "one_pass")
         loss_of(call).backward()
         found[name] = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
 
     torch.manual_seed(0)
-    for name in ("msst", "hiarm", "rollout"):
+    for name in ("msst", "hiarm", "one_pass"):
         model = HiPART(config)
         for q in (model.msst.Q_s, model.msst.Q_d):
             q.active.fill_(True)
@@ -96,7 +97,7 @@ def gradients():
         else:
             model.msst.requires_grad_(False)
             given = {k: b[k] for k in b if k not in ("action", "y")}
-            given["on_rollout"] = name == "rollout"
+            given["in_one_pass"] = name == "one_pass"
             note(name, model, "loss", lambda call, given=given: call(**given)[0])
     model = Regressor(32)
     note("regressor", model, "forward", lambda call: sum(

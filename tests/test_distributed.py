@@ -51,7 +51,7 @@ def saved(found, run, name):
 # One step
 
 
-@pytest.mark.parametrize("loss", ["msst", "hiarm", "rollout", "regressor", "mlp", "spatial"])
+@pytest.mark.parametrize("loss", ["msst", "hiarm", "one_pass", "regressor", "mlp", "spatial"])
 def test_gradients_of_two_processes_are_those_of_the_whole_batch(found, loss):
     alone = results(found, "gradients_alone", 1)[0][loss]
     for rank in results(found, "gradients"):
