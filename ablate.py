@@ -26,7 +26,8 @@ import math
 import signal
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -41,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from baselines import new_hipart
 from benchmarks.machine import machine
 from checkpoints import Run, choose_device, is_finished, load_finished
+from distributed import world_size
 from evaluate import column, rows_3d
 from hipart import J_D, Config, J
 from sources.dataset import META_BYTES
@@ -62,8 +64,7 @@ from train import (
 
 FOLDER = Path("runs/ablations")
 FIRST_OF = {"width": 2, "epochs_2": 2, "lifter": 3}  # where the options of stages 2 and 3 begin
-# Milliseconds for each sample of a training on two cores of an AMD EPYC, at the small presets'
-# sizes, where nothing has been trained yet that would tell.
+# Milliseconds a sample on two cores of an AMD EPYC, small presets, where nothing was trained yet.
 RATES = {"stage 1": 1.8, "stage 2": 2.6, "lifter of generated": 1.1, "lifter": 0.1}
 # Student's t of 95 %, two-sided, for so many seeds; for more than these about 2.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
@@ -104,8 +105,9 @@ def until(stage: int, own, base):
 
 
 def jobs_of(variant: Variant, study: Study, preset: str, seed: int, like: Run) -> list[Job]:
-    """The trainings of a variant, in their order. like: a Run of this data, device and watch."""
-    base, own = (v.options(preset, study.share) for v in (Variant("", ()), variant))
+    """The trainings of a variant, in their order. like: a Run of this data, and all else alike."""
+    base, own = ((replace(config, n_actions=like.config.n_actions), training) for config, training
+                 in (v.options(preset, study.share) for v in (Variant("", ()), variant)))
     generated, jobs = variant.input == "generated", []
     for stage in (1, 2, 3) if generated else (3,):
         # A lifter of other points does not care how points are generated.
@@ -140,10 +142,8 @@ def train(jobs: list[Job], seed: int) -> None:
 def errors(job: Job, seed: int) -> dict[str, float]:
     """The errors of a lifter on every tested split. They are kept beside it."""
     path, run, found = job.run.path / "errors.json", job.run, {}
-    try:
+    with suppress(ValueError, TypeError, AttributeError, OSError):  # not there yet, or damaged
         return {str(name): float(value) for name, value in read_json(path).items()}
-    except (ValueError, TypeError, AttributeError, OSError):
-        pass  # not there yet, or damaged
     hipart = load_hipart(run) if job.input == "generated" else None
     lifter = load_lifter(run, job.input, seed)
     for name in (name for name in TESTED if name in run.split("test").meta["splits"]):
@@ -251,7 +251,7 @@ def as_page(which: str, study: Study, found: dict, about: dict) -> str:
     columns = list(dict.fromkeys(c for of in found.values() for c in of))
     rows = [[v.name, *v.paper, *(number(found.get(v.name, {}).get(c, []), 1) for c in columns)]
             for v in study.variants]
-    for v, row in zip(study.variants, rows, strict=True):
+    for row, v in zip(rows, study.variants, strict=True):
         row[len(v.paper) + 1] = v.lacks or row[len(v.paper) + 1]
     over = [f"over {about['seeds']} seeds of all stages"] * study.trains
     over += [f"of speeds, over {ROUNDS} turns"] * bool(study.batches)
@@ -273,10 +273,9 @@ def as_page(which: str, study: Study, found: dict, about: dict) -> str:
 
 def as_figure(study: Study, found: dict, preset: str) -> Figure:
     """Errors along every axis; bars are standard deviations over seeds."""
-    units = ("MPJPE, mm", "fine points, px")
     fig = Figure(figsize=(4 * len(study.axes), 6.4), layout="constrained")
-    for row, unit in zip(fig.subplots(len(units), len(study.axes), squeeze=False), units,
-                         strict=True):
+    panels = fig.subplots(2, len(study.axes), squeeze=False)
+    for row, unit in zip(panels, ("MPJPE, mm", "fine points, px"), strict=True):
         for ax, axis in zip(row, study.axes, strict=True):
             along = sorted((getattr(v.options(preset)[0], axis), v.name)
                            for v in study.variants if set(v.scale) <= {axis})
@@ -290,10 +289,11 @@ def as_figure(study: Study, found: dict, preset: str) -> Figure:
     return fig
 
 
-def training_samples(data: str) -> int:
-    """How many there are, or one sentence and exit status 2 if the data set has none."""
+def samples_and_actions(data: str) -> tuple[int, int]:
+    """How many there are to train on, or one sentence and exit status 2 if there are none."""
     try:
-        return int(read_json(Path(data, "meta.json"), META_BYTES)["splits"]["train"]["n"])
+        meta = read_json(Path(data, "meta.json"), META_BYTES)
+        return int(meta["splits"]["train"]["n"]), len(meta["actions"])
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         stop(f"{data} holds no data set to train on: make one with `python prepare_data.py`")
 
@@ -313,9 +313,9 @@ def dry_run(chains: dict[tuple[str, int], list[Job]], n: int) -> str:
                 left[job.run.path] = job
     total = 0.0
     for path, job in left.items():
-        rate = median(took[job.kind]) if took[job.kind] else RATES[job.kind] / 1e3
-        rows[path][3] += f", about {rate * job.samples(n):.0f} s"
-        total += rate * job.samples(n)
+        seconds = median(took[job.kind] or [RATES[job.kind] / 1e3]) * job.samples(n)
+        rows[path][3] += f", about {seconds:.0f} s"
+        total += seconds
     return (f"{table(['variant', 'seed', 'training', 'state'], [*rows.values()])}\n\n"
             f"{len(left)} of {len(rows)} trainings are left: about {total / 60:.0f} minutes, by "
             "what others took here, or where there are none, by small models on two cores.")
@@ -351,13 +351,15 @@ def main() -> None:
         stop(f"--seeds must be at least 1, found {args.seeds}")
     which = f"table {args.table}" if args.table else f"figure {args.figure}"
     study, watch = STUDIES[which], Watch()
-    n = training_samples(args.data) if study.trains else 0
-    like = Run(FOLDER, Config(), Training(), choose_device(args.device), data=args.data,
-               watch=watch)
+    n, actions = samples_and_actions(args.data) if study.trains else (0, 0)
+    like = Run(FOLDER, Config(n_actions=max(Config.n_actions, actions)), Training(),
+               choose_device(args.device), data=args.data, watch=watch)
+    if world_size() > 1:
+        stop("ablate.py is a single process: start it with python, and not with torchrun")
     torch.set_float32_matmul_precision("high")
     made = [v for v in study.variants if not v.lacks]
     chains = {(v.name, seed): jobs_of(v, study, args.preset, seed, like)
-              for seed in range(args.seeds) for v in made} if study.trains else {}
+              for seed in range(args.seeds * study.trains) for v in made}
     if args.dry_run:
         return print(dry_run(chains, n))
     found = defaultdict(lambda: defaultdict(list))
@@ -379,8 +381,7 @@ def main() -> None:
         write(path.with_suffix(".json"), json.dumps(content, indent=1))
         write(path.with_suffix(".md"), text)
         if study.axes:
-            picture = io.BytesIO()
-            as_figure(study, found, args.preset).savefig(picture, format="png", dpi=100)
+            as_figure(study, found, args.preset).savefig(picture := io.BytesIO(), dpi=100)
             write(path.with_suffix(".png"), picture.getvalue())
         print(f"\n{text}\nwritten: {path}.md, .json{', .png' * bool(study.axes)}")
 

@@ -647,9 +647,8 @@ class HiARM(nn.Module):
         zh_s = pick(logits_s, self.C_s)
         slots = self.predict(self.in_s(zh_s)[:, None] + self.slot_p[1:], caches=here)
         logits_d = self.head_d(slots).flatten(0, 1)  # [B 16 R, K_d]
-        made = dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s,
-                    zh_d=pick(logits_d, self.C_d))
-        return {name: of.unflatten(0, (len(x_s), -1)) for name, of in made.items()}
+        o = dict(logits_s=logits_s, logits_d=logits_d, zh_s=zh_s, zh_d=pick(logits_d, self.C_d))
+        return {name: of.unflatten(0, (len(x_s), -1)) for name, of in o.items()}
 
     def pick(self, logits: Tensor, C: Tensor) -> Tensor:
         """What a step hands on: logits [B, n, K], codebook C [K, D] -> [B, n, D]."""
@@ -715,11 +714,10 @@ class HiPART(nn.Module):
                 pelvis = detected_pelvis(x, c)
                 x = to_model_frame(x, pelvis)
                 if history:
-                    made = self.hiarm.generate(x, c)
+                    zh_s, zh_d = self.hiarm.generate(x, c)
                 else:
-                    o = self.hiarm.one_pass(x, c)
-                    made = o["zh_s"], o["zh_d"]
-                made = self.msst.decode_embeddings(*made)
+                    zh_s, zh_d = map(self.hiarm.one_pass(x, c).get, ("zh_s", "zh_d"))
+                made = self.msst.decode_embeddings(zh_s, zh_d)
                 x_d[rows], x_f[rows] = (from_model_frame(y, pelvis) for y in made)
         return x_d, x_f
 

@@ -670,8 +670,7 @@ def main() -> None:
             kind(**options | {k: v for k, v in given.items() if k in vars(kind())})
             for kind, options in zip((Config, Training), presets, strict=True))
         if training.epochs_soft and not (config.soft and config.history_dropout):
-            raise ValueError("epochs_soft trains through expected embeddings, without a past: it "
-                             "needs soft and history_dropout")
+            raise ValueError("epochs_soft trains in one pass: it needs soft and history_dropout")
     except ValueError as e:
         stop(str(e))
     run = Run(Path("runs") / (args.name or preset), config, training, device, args.seed, args.data,

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import ablate
 import studies
 import train
+from checkpoints import Run
 from hipart import Config
 from studies import STUDIES, Study, Variant
 from train import PRESETS, Training
@@ -177,6 +178,8 @@ def test_bad_input_is_said_in_a_sentence(tiny, tmp_path, capsys, monkeypatch):
         for more in ([], ["--dry-run"]):
             monkeypatch.setattr(sys, "argv", ["ablate.py", "--table", "3", "--data", data, *more])
             assert f"{data} holds no data set to train on: " in refused(capsys, ablate.main)
+    monkeypatch.setattr(ablate, "world_size", lambda: 2)
+    assert "not with torchrun" in refused(capsys, tiny, "--table", "3")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,10 +239,19 @@ def test_every_option_belongs_to_its_stage(kind):
             assert kept == (stage >= own), option.name
 
 
+def test_all_variants_have_as_many_actions_as_the_data(tiny_data):
+    like = Run(ablate.FOLDER, Config(n_actions=40), Training(), torch.device("cpu"),
+               data=f"{tiny_data}/tiny")
+    for study in STUDIES.values():
+        for variant in study.variants:
+            jobs = ablate.jobs_of(variant, study, "quick", 0, like)
+            assert {job.run.config.n_actions for job in jobs} == {40}
+
+
 def test_a_page_says_what_all_variants_override():
     assert ablate.changed("paper", 1.0) == ""
     assert ablate.changed("quick", 0.75) == (
-        ", but with history_dropout 0.0, limit 9000, epochs_soft 0, epochs_3 4")
+        ", but with history_dropout 0.0, limit 9000, epochs_2 3, epochs_soft 0, epochs_3 4")
 
 
 # --------------------------------------------------------------------------------------------------
