@@ -6,17 +6,21 @@ import pickle
 import sys
 import types
 
-import numpy as np
-import pytest
-import torch
+# Of tests and of the scripts that they start: more threads do nothing for tensors as small as
+# these, and spend their time in waiting for one another. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import prepare_data
-import train
-from hipart import PART_JOINT, RIGHT
-from sources.coarsening import coarsen
-from sources.geometry import quat_from_rotvec
-from sources.layouts import LAYOUTS
-from sources.motion import HINGE_COLUMNS, QUAT_COLUMNS, parse_clip
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import prepare_data  # noqa: E402
+import train  # noqa: E402
+from hipart import PART_JOINT, RIGHT  # noqa: E402
+from sources.coarsening import coarsen  # noqa: E402
+from sources.geometry import quat_from_rotvec  # noqa: E402
+from sources.layouts import LAYOUTS  # noqa: E402
+from sources.motion import HINGE_COLUMNS, QUAT_COLUMNS, parse_clip  # noqa: E402
 
 FUZZ = int(os.environ.get("FUZZ", 1))  # how many times as long readers are fed with mutated files
 TINY_SIZES = {"train": 64, "val": 32, "test": 32, "unseen": 32}
