@@ -20,7 +20,6 @@ Markdown, JSON and a figure's PNG go to runs/ablations, and beside them what has
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import signal
@@ -45,6 +44,7 @@ from checkpoints import Run, choose_device, is_finished, load_finished
 from distributed import world_size
 from evaluate import column, rows_3d
 from hipart import J_D, Config, J
+from sample import save
 from sources.dataset import META_BYTES
 from sources.files import read_json
 from studies import STUDIES, Study, Variant
@@ -58,8 +58,10 @@ from train import (
     load_hipart,
     load_lifter,
     new_lifter,
+    stage_1,
+    stage_2,
     train_lifter,
-    train_stages,
+    what_a_user_can_mend,
 )
 
 FOLDER = Path("runs/ablations")
@@ -132,10 +134,9 @@ def train(jobs: list[Job], seed: int) -> None:
         for before in jobs[:i]:
             write(job.run.path / f"{before.name}.pt",
                   (before.run.path / f"{before.name}.pt").read_bytes())
-        if job.stage < 3:
-            train_stages(job.run, (job.stage,), 1)
-        else:
-            train_lifter(job.run, job.input, seed)
+        with what_a_user_can_mend(job.run, job.stage):
+            train_stage = (stage_1, stage_2, lambda r, job=job: train_lifter(r, job.input, seed))
+            train_stage[job.stage - 1](job.run)
 
 
 @torch.no_grad()
@@ -381,9 +382,8 @@ def main() -> None:
         write(path.with_suffix(".json"), json.dumps(content, indent=1))
         write(path.with_suffix(".md"), text)
         if study.axes:
-            as_figure(study, found, args.preset).savefig(picture := io.BytesIO(), dpi=100)
-            write(path.with_suffix(".png"), picture.getvalue())
-        print(f"\n{text}\nwritten: {path}.md, .json{', .png' * bool(study.axes)}")
+            save(as_figure(study, found, args.preset), path.with_suffix(".png"))
+        print(f"\n{text}\nwritten: {path}.md and .json")
 
 
 if __name__ == "__main__":

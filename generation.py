@@ -1,6 +1,6 @@
 """Free-running generation as `HiPART.densify` runs it: the steps of `HiARM.rollout`, made fast.
 
-hipart.py is written to be read beside the paper, and for training. To generate a single pose takes
+hipart.py is written to be read beside the paper. To generate a single pose takes
 thousands of operations on a few numbers each, and most of the time goes into what is around them.
 Here are the same 16 steps with less of that, in half of the time; the tests compare the two. Layers
 become functions that have their weights at hand. Tokens are rows, so that a linear layer is one
@@ -27,11 +27,12 @@ def lean_mode() -> Iterator[None]:
         torch.backends.mkldnn.enabled = enabled
 
 
-def poses_at_once(c, memory: int) -> int:
+def poses_at_once(c, memory: int, history: bool = True) -> int:
     """How many poses a model of the `hipart.Config` c makes at once in `memory` MB. Counted are the
     floats of a pose, generously: the allocator needs room, too (benchmarks/memory.py). Where a part
-    is not a single step, four times as many tokens are kept, or are made at once."""
-    tokens = 1 if c.generation in ("both", "sparse-to-dense") else 4
+    is not a single step, or there is no history, four times as many tokens are kept, or are made at
+    once."""
+    tokens = 1 if history and c.generation in ("both", "sparse-to-dense") else 4
     keys_and_values, hidden = 48 * c.width * (c.gcsab_blocks + 2), 12 * c.width * c.mlp_ratio
     keys_and_values, logits = tokens * keys_and_values, tokens * 24 * c.K_d
     decoders = c.decoder_width * (6 * 96 + 2 * c.token_hidden) + 48 * 14 * c.D

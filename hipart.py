@@ -90,7 +90,7 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            most = 1 if name.endswith(("dropout", "ema_decay", "restart_below")) else 1e99
+            most = 1 if name.endswith(("dropout", "ema_decay", "restart_below")) else 1e6
             kind = type(getattr(Config, name))
             if kind is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
@@ -505,8 +505,8 @@ class HiARM(nn.Module):
     door for a whole pose, so an MLP of x_s also adds to every position. soft=True: a step hands on
     the *expected* embedding, softmax(logits) @ C, instead of the likeliest code. history_dropout:
     training forgets some parts of the past, so that the model learns to see them in x_s as well,
-    and `one_pass` can do without any. The two together let training go on through the poses that
-    one pass makes (`HiPART.loss`). A fourth, soft_targets, changes the loss (`token_loss`).
+    and `one_pass` can do without any. soft and history_dropout together let training go on through
+    the poses that one pass makes (`HiPART.loss`). A fourth, soft_targets, is told in `token_loss`.
     """
 
     GENERATES = "both"  # of GENERATIONS
@@ -671,11 +671,11 @@ class HiPART(nn.Module):
 
     def loss(self, x_s: Tensor, conf: Tensor | None, x_d: Tensor, x_f: Tensor, z_s: Tensor,
              zp_d: Tensor, q_s: Tensor, q_d: Tensor, in_one_pass: bool = False
-             ) -> tuple[Tensor, dict, dict]:
+             ) -> tuple[Tensor, dict]:
         """L_2 (Eq. 12) for the tokens q_s [B, 16] and q_d [B, 48] of the true poses x_d [B, 48, 2]
-        and x_f [B, 96, 2], given x_s [B, 17, 2], all in the model frame -> the loss, its terms and
-        the accuracies of both kinds of token (detached, unweighted), and what HiARM put out.
-        z_s [B, 16, D] and zp_d [B, 48, D] are the embeddings that the tokens stand for.
+        and x_f [B, 96, 2], given x_s [B, 17, 2], all in the model frame -> the loss, and its terms
+        with the accuracies of both kinds of token (detached, unweighted). z_s [B, 16, D] and
+        zp_d [B, 48, D] are the embeddings that the tokens stand for.
 
         in_one_pass (ours): the same on `HiARM.one_pass` in the place of teacher forcing, plus
         lambda_p times the error of the poses that the frozen tokenizer decodes from what it made.
@@ -698,7 +698,7 @@ class HiPART(nn.Module):
         loss = terms["sparse"] + c.lambda_d * terms["dense"]
         if in_one_pass:
             loss = loss + c.lambda_p * terms["pose"]
-        return loss, {name: t.detach() for name, t in terms.items()}, o
+        return loss, {name: t.detach() for name, t in terms.items()}
 
     def densify(self, x_s: Tensor, conf: Tensor | None = None, memory: int = 512,
                 history: bool = True) -> tuple[Tensor, Tensor]:
@@ -707,7 +707,7 @@ class HiPART(nn.Module):
         number: poses are made in chunks, in `memory` MB at most beside input and output. Without
         history, all tokens come from `HiARM.one_pass`."""
         x_d, x_f = x_s.new_empty(len(x_s), J_D, 2), x_s.new_empty(len(x_s), J_F, 2)
-        n = poses_at_once(self.config, memory)
+        n = poses_at_once(self.config, memory, history)
         with lean_mode():
             for rows in (slice(i, i + n) for i in range(0, len(x_s), n)):
                 x, c = x_s[rows], None if conf is None else conf[rows]

@@ -527,6 +527,8 @@ def main() -> None:
               "points.")
         return
 
+    if args.split == "train" and split.meta["noise"]:
+        stop("--split train has no stored detections: choose val, test or unseen")
     rows = np.random.default_rng(args.seed).permutation(split.n)[:POOL]
     p, block = predict(split, rows, msst, hipart, lifter), split.read(rows)
     pelvis = detected_pelvis(block["x_s"], block["conf"])
@@ -547,7 +549,8 @@ def main() -> None:
               {name: px(x) for name, x in poses.items()}, p["true_x_s"])
     if stages >= 2:
         draw_densified(figures / "densified.png", p, few, actions)
-        draw_order(figures / "order.png", p, few, actions)
+        if run.config.generation == "both":  # others have another order, or none
+            draw_order(figures / "order.png", p, few, actions)
     if stages >= 3:
         if (run.path / "log.jsonl").exists():
             save(learning_curves(run), figures / "curves.png")

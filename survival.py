@@ -72,8 +72,9 @@ def megabytes(size: int) -> str:
 
 def this_command() -> str:
     """The command that goes on where this process stops."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    words += ["--resume"] * (words[0] == "train.py" and "--resume" not in words)
+    script = Path(sys.argv[0])
+    words = [script.name if script.is_absolute() else str(script), *sys.argv[1:]]
+    words += ["--resume"] * (script.name == "train.py" and "--resume" not in words)
     return f"{launcher(world_size())} {shlex.join(words)}"
 
 

@@ -24,6 +24,8 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +73,7 @@ class Training:
     warmup_1: int = 500  # steps of the warm-up
     # Stage 2: AdamW, the same schedule
     epochs_2: int = 50
-    epochs_soft: int = 0  # ours: so many last epochs train in one pass, with a pose loss
+    epochs_soft: int = 0  # ours: so many last epochs train in one pass, with a schedule anew
     batch_2: int = 64
     lr_2: float = 5e-4
     weight_decay_2: float = 0.03
@@ -101,19 +103,17 @@ class Training:
         if self.frames % 2 == 0 or (self.frames > 1) != (self.lifter in TEMPORAL):
             raise ValueError("frames must be an odd number, above 1 for poseformer and mixste, and "
                              f"1 for spatial and mlp, found {self.frames} for {self.lifter}")
-        if self.levels not in ("dense+fine", "dense", "fine"):
-            raise ValueError("levels must be one of dense+fine, dense, fine, "
-                             f"found {self.levels!r}")
-        if self.levels != "dense+fine" and self.frames > 1:
-            raise ValueError(f"levels must be dense+fine for the {self.lifter} lifter, "
-                             f"found {self.levels!r}")
+        levels = ("dense+fine", "dense", "fine") if self.frames == 1 else ("dense+fine",)
+        if self.levels not in levels:
+            raise ValueError(f"levels must be one of {', '.join(levels)} for the {self.lifter} "
+                             f"lifter, found {self.levels!r}")
         for name, value in vars(self).items():
             least = 0 if name.startswith(("limit", "warmup", "epochs_soft", "epochs_equal")) else 1
             kind = type(getattr(Training, name))
             if kind is int and value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
-            if kind is float and not 0 <= value <= 1e99:
-                raise ValueError(f"{name} must be from 0 to 1e+99, found {value}")
+            if kind is float and not 0 <= value <= 1e6:
+                raise ValueError(f"{name} must be from 0 to 1e+06, found {value}")
 
 
 # A preset is a pair of overrides, of Config and of Training. The three stages are the same in all.
@@ -376,12 +376,12 @@ def stage_2(run: Run) -> None:
     per_epoch, forced = train.steps(t.batch_2), t.epochs_2 - t.epochs_soft
     loop = Loop(run, "stage2", model.hiarm, optimizer, t.epochs_2, per_epoch,
                 in_two_phases(warmup_cosine(t.warmup_2), forced * per_epoch))
-    loss_of = data_parallel(model, "loss", some_unused=t.epochs_soft > 0)  # by a single pass
-
     for epoch in loop.epochs():
+        in_one_pass, loss_of = epoch >= forced, None  # two wrappers of one model would be at odds
+        loss_of = data_parallel(model, "loss", some_unused=in_one_pass)  # what summarizes a past
         for b in loop.steps(train, t.batch_2, run.rng(2, epoch),
                             prepare=functools.partial(with_tokens, model.msst)):
-            loss, terms, _ = loss_of(**b, in_one_pass=epoch >= forced)
+            loss, terms = loss_of(**b, in_one_pass=in_one_pass)
             loop.update(loss, terms | dict(loss=loss.detach()))
         loop.finish_epoch(densification_report(model, val))
 
@@ -398,12 +398,12 @@ def with_tokens(msst: MSST, block: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def densification_report(model: HiPART, split: Split) -> dict[str, float]:
     """Teacher-forced loss and token accuracies, and the error of what is generated free-running,
-    in pixels."""
+    in pixels. The loss has no pose error in it, which that of epochs in one pass has."""
     sums, split = defaultdict(float), split.my_part()
     for block in split.blocks(size=512):
-        loss, terms, _ = model.loss(**with_tokens(model.msst, block))
+        loss, terms = model.loss(**with_tokens(model.msst, block))
         x_d, x_f = model.densify(block["x_s"], block["conf"])
-        part = dict(acc_s=terms["acc_s"], acc_d=terms["acc_d"], loss=loss,
+        part = dict(acc_s=terms["acc_s"], acc_d=terms["acc_d"], loss_forced=loss,
                     fine_px=split.pixels(x_f, block["x_f"]),
                     dense_px=split.pixels(x_d, block["x_d"]))
         for name, value in part.items():
@@ -474,21 +474,16 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     torch.manual_seed(1000 + seed)
     model = new_lifter(t, name).to(run.device)
 
-    def given(block: dict[str, Tensor], **options) -> dict[str, Tensor]:
-        x = lifter_input(source, block, hipart, regressor, **options)
+    def given(block: dict[str, Tensor], training: bool = False) -> dict[str, Tensor]:
+        x = lifter_input(source, block, hipart, regressor, training)
         return dict(x=x, **{key: block[key] for key in ("y", "conf", "begins")})
-
-    def given_in_training(block: dict[str, Tensor]) -> dict[str, Tensor]:
-        # A HiARM that has learned to do without its history makes fresh points in a single pass.
-        one_pass = hipart is not None and hipart.config.history_dropout > 0
-        return given(block, **dict(history=False) if one_pass else {})
 
     # The same in every epoch. Nothing is chosen by the error on unseen motion: it is for the log.
     shown = {key: [given(block) for block in run.split(split).my_part().blocks(clean=clean)]
              for key, split in (("mpjpe", "val"), ("unseen_mpjpe", "unseen"))
              if split in train.meta["splits"]}
     rows = np.sort(torch.randperm(train.n)[:BLOCK].numpy())
-    some = given_in_training(train.read(rows, run.rng(3, seed, 10**6), clean))
+    some = given(train.read(rows, run.rng(3, seed, 10**6), clean), training=True)
     model.standardize(some["x"], some["y"], some["conf"])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=t.lr_3, weight_decay=t.weight_decay_3, fused=True)
@@ -498,7 +493,7 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     predict = data_parallel(model)
     for epoch in loop.epochs():
         for b in loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean,
-                            prepare=lambda block: turned(given_in_training(block), t)):
+                            prepare=lambda block: turned(given(block, training=True), t)):
             off = (predict(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean(-1)
             # Frames that are repeated to fill a window do not count.
             error = (off * b["own"]).sum() / b["own"].sum() if temporal else off.mean()
@@ -525,15 +520,18 @@ def new_lifter(t: Training, name: str) -> nn.Module:
 
 @torch.no_grad()
 def lifter_input(name: str, block: dict[str, Tensor], hipart: HiPART | None,
-                 regressor: Regressor | None, **options) -> Tensor:
+                 regressor: Regressor | None, training: bool = False) -> Tensor:
     """What the lifter of input `name` is given for a block of n samples: [n, 17 or 161, 2] in
-    normalised image coordinates. options: of `HiPART.densify`."""
+    normalised image coordinates. In training, a HiARM that has learned to do without its history
+    makes the points in a single pass."""
     x_s, conf = block["x_s"], block["conf"]
     if name.startswith("sparse"):
         return x_s
     if name.startswith("ground_truth"):
         return torch.cat([x_s, block["x_d"], block["x_f"]], 1)
     model = hipart if name == "generated" else regressor
+    one_pass = training and model is hipart and hipart.config.history_dropout > 0
+    options = dict(history=False) if one_pass else {}
     parts = [torch.cat([some, *model.densify(some, c, **options)], 1)
              for some, c in zip(x_s.split(1024), conf.split(1024), strict=True)]
     return torch.cat(parts)
@@ -639,38 +637,39 @@ def disk_needed(run: Run, stages: tuple[int, ...], seeds: int) -> int:
     return max(0, sum(sizes) - there) + max(sizes) + SMALL_FILES
 
 
-def train_stages(run: Run, stages: tuple[int, ...], seeds: int) -> None:
-    """Train these stages; what a user can mend is said in one sentence."""
-    train_stage = {1: stage_1, 2: stage_2, 3: functools.partial(stage_3, seeds=seeds)}
-    for stage in stages:
-        try:
-            train_stage[stage](run)
-        except torch.OutOfMemoryError:
-            stop(f"the GPU's memory is full: try a smaller --batch_{stage} than "
-                 f"{getattr(run.training, f'batch_{stage}')}")
-        except (ValueError, RuntimeError) as e:
-            # Of NaN, nearest_code makes an error on a CPU; on a GPU it makes an index that the
-            # look-up of the code refuses.
-            if "non-finite" not in str(e) and "device-side assert" not in str(e):
-                raise
-            stop(f"a value became infinite or NaN ({e}): try a lower learning rate")
+@contextmanager
+def what_a_user_can_mend(run: Run, stage: int) -> Iterator[None]:
+    """While a stage is trained: what a user can mend is said in one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        stop(f"the GPU's memory is full: try a smaller --batch_{stage} than "
+             f"{getattr(run.training, f'batch_{stage}')}")
+    except (ValueError, RuntimeError) as e:
+        # Of NaN, nearest_code makes an error on a CPU; on a GPU, an index that the look-up refuses.
+        if "non-finite" not in str(e) and "device-side assert" not in str(e):
+            raise
+        stop(f"a value became infinite or NaN ({e}): try a lower learning rate")
 
 
 def main() -> None:
     args = arguments().parse_args()
-    if args.seeds < 1:
-        stop(f"--seeds must be at least 1, found {args.seeds}")
+    if args.seeds < 1 or args.seed < 0:
+        stop(f"--seeds must be at least 1 and --seed at least 0, found {args.seeds}, {args.seed}")
     device = choose_device(args.device)
     preset = args.preset or ("paper" if device.type == "cuda" else "quick")
-    given = {name: value for name, value in vars(args).items() if value is not None}
     sizes = TEMPORAL_SIZES if preset == "paper" else SMALL_TEMPORAL_SIZES
     presets = PRESETS[preset][0], PRESETS[preset][1] | sizes.get(args.lifter, {})
+    given = {name: value for name, value in vars(args).items() if value is not None}
     try:
-        config, training = (
-            kind(**options | {k: v for k, v in given.items() if k in vars(kind())})
-            for kind, options in zip((Config, Training), presets, strict=True))
-        if training.epochs_soft and not (config.soft and config.history_dropout):
-            raise ValueError("epochs_soft trains in one pass: it needs soft and history_dropout")
+        config, training = (kind(**options | {k: given[k] for k in given.keys() & vars(kind())})
+                            for kind, options in zip((Config, Training), presets, strict=True))
+        if training.epochs_soft and not (config.soft and config.history_dropout
+                                         and training.epochs_soft < training.epochs_2):
+            raise ValueError(f"epochs_soft {training.epochs_soft} needs soft, history_dropout and "
+                             "a larger epochs_2: give them, or --epochs_soft 0")
+        if not re.fullmatch(r"\w[\w.+-]*", args.name or preset):
+            raise ValueError(f"--name must be letters, digits, . + - or _, found {args.name!r}")
     except ValueError as e:
         stop(str(e))
     run = Run(Path("runs") / (args.name or preset), config, training, device, args.seed, args.data,
@@ -678,8 +677,7 @@ def main() -> None:
     stages = (args.stage,) if args.stage else (1, 2, 3)
     torch.set_float32_matmul_precision("high")
     if not rank():
-        places = f"{world_size()} x {device}" if world_size() > 1 else device
-        print(f"preset {preset} on {places} ({torch.get_num_threads()} threads), "
+        print(f"preset {preset} on {world_size()} x {device} ({torch.get_num_threads()} threads), "
               f"torch {torch.__version__}: {run.path}")
     with alone_in(run.path), run.watch.listening():
         if not rank():
@@ -692,13 +690,15 @@ def main() -> None:
         wait()
         if training.frames > 1 and 3 in stages:  # said before stages 1 and 2 take their time
             run.split("train").begins()
-        train_stages(run, stages, args.seeds)
+        for stage in stages:
+            with what_a_user_can_mend(run, stage):
+                (stage_1, stage_2, functools.partial(stage_3, seeds=args.seeds))[stage - 1](run)
         if not rank():
-            name = ("--name", run.path.name, "--data", run.data)
-            if training.frames > 1:
-                return script("evaluate.py", *name, "--temporal", "--seeds", str(args.seeds))
-            script("evaluate.py", *name, "--seeds", str(args.seeds))
-            script("sample.py", *name)
+            of = ("--name", run.path.name, "--data", run.data, "--device", device.type)
+            temporal = ["--temporal"] * (training.frames > 1)
+            script("evaluate.py", *of, "--seeds", str(args.seeds), *temporal)
+            if not temporal:
+                script("sample.py", *of)
 
 
 if __name__ == "__main__":

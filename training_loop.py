@@ -182,7 +182,8 @@ class Loop:
     def save(self, **more) -> None:
         """Write a checkpoint of this very step."""
         sums = {name: float(v) for name, v in self.sums.items()}
-        if not all(map(math.isfinite, sums.values())):
+        finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        if not finite or not all(map(math.isfinite, sums.values())):
             stop(f"{self.name}: the loss became infinite or NaN in epoch {self.epoch + 1}; "
                  "try a lower learning rate")
         if not same_everywhere(self.model):

@@ -20,7 +20,6 @@ an interruption.
 
 import argparse
 import copy
-import io
 import itertools
 import json
 import math
@@ -45,6 +44,7 @@ from checkpoints import Run, choose_device, load_finished  # noqa: E402
 from curves import COLOURS  # noqa: E402
 from evaluate import mpjpe  # noqa: E402
 from hipart import Config  # noqa: E402
+from sample import save  # noqa: E402
 from sources.dataset import Split  # noqa: E402
 from sources.files import read_json  # noqa: E402
 from survival import alone_in, stop, write  # noqa: E402
@@ -73,11 +73,8 @@ class Inputs:
         self.run, self.hipart, self.regressor = run, load_hipart(run), load_regressor(run)
 
     def of(self, name: str, block: dict, training: bool = False) -> dict:
-        """A block as the lifter of input `name` is given it. In training, a HiARM that has learned
-        to do without its history makes fresh points in a single pass, as in train.py."""
-        one_pass = training and name == "generated" and self.hipart.config.history_dropout > 0
-        options = dict(history=False) if one_pass else {}
-        x = lifter_input(name, block, self.hipart, self.regressor, **options)
+        """A block as the lifter of input `name` is given it."""
+        x = lifter_input(name, block, self.hipart, self.regressor, training)
         own = torch.ones_like(block["begins"])  # batches are shuffled: each pose turns on its own
         return dict(x=x, begins=own, **{key: block[key] for key in ("y", "conf", "action")})
 
@@ -240,9 +237,7 @@ def main() -> None:
                 print(f"{labels} labels, {name}, seed {seed}: {json.dumps(found)}", flush=True)
                 write(path, json.dumps(report, indent=1))
             write(path.with_suffix(".md"), as_page(run, report, splits))
-            picture = io.BytesIO()
-            as_figure(report, splits).savefig(picture, format="png", dpi=100)
-            write(path.with_suffix(".png"), picture.getvalue())
+            save(as_figure(report, splits), path.with_suffix(".png"))
         print(f"\n{path.with_suffix('.md').read_text()}")
 
 

@@ -35,7 +35,8 @@ from sources import dataset  # noqa: E402
 from sources.dataset import Split, in_model_frame  # noqa: E402
 
 CPU = torch.device("cpu")
-SIZES = RUN_SIZES | dict(batch_1=8, batch_2=8, batch_3=8, turn_3=0.5, dropout=0.1)
+SIZES = RUN_SIZES | dict(batch_1=8, batch_2=8, batch_3=8, turn_3=0.5, dropout=0.1, soft=True,
+                         history_dropout=0.5, epochs_soft=1)
 CONFIG = {k: v for k, v in SIZES.items() if k in vars(hipart.Config())}
 
 
@@ -166,7 +167,8 @@ def run_stages(data, folder, *stages, options=(), script=False, **sizes):
     def function():
         os.makedirs(folder, exist_ok=True)
         os.chdir(folder)
-        values = [p for k, v in (SIZES | sizes).items() for p in (f"--{k}", str(v))]
+        values = [word for k, v in (SIZES | sizes).items()
+                  for word in [f"--{k}", *[str(v)] * (v is not True)]]
         for stage in stages:
             sys.argv = ["train.py", "--preset", "paper", "--name", "tiny", "--data", str(data),
                         "--device", "cpu", "--stage", str(stage), *options, *values]

@@ -256,7 +256,7 @@ def test_training_reaches_every_weight(name, in_one_pass):
     model.msst.requires_grad_(False)
     n, conf = 2, torch.ones(2, 17)
     conf[:, 3] = 0
-    loss, _, _ = model.loss(
+    loss, _ = model.loss(
         torch.randn(n, 17, 2), conf, torch.randn(n, 48, 2), torch.randn(n, 96, 2),
         torch.randn(n, 16, TINY.D), torch.randn(n, 48, TINY.D), torch.randint(TINY.K_s, (n, 16)),
         torch.randint(TINY.K_d, (n, 48)), in_one_pass=in_one_pass)

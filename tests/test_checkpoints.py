@@ -207,6 +207,12 @@ def refused(capsys, f, *args):
     return said
 
 
+def test_as_many_samples_as_human36m_has_are_read_again(run, good):
+    good["training"]["limit"] = 1_600_000
+    save_checkpoint(run.path / "stage1.pt", **good)
+    assert load_checkpoint(run, "stage1")["training"]["limit"] == 1_600_000
+
+
 def test_a_good_checkpoint_is_read(run, good):
     save_checkpoint(run.path / "stage1.pt", **good)
     torch.manual_seed(0)

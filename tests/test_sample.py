@@ -325,6 +325,12 @@ def drawn(monkeypatch):
     sample.plt.close("all")
 
 
+def test_training_samples_have_no_detections_to_draw(run, data, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main(monkeypatch, run, "--data", data, "--split", "train")
+    assert "choose val, test or unseen" in capsys.readouterr().err
+
+
 def test_more_samples_than_there_are_and_another_split(run, data, monkeypatch, drawn):
     monkeypatch.setattr(sample, "POOL", 2)
     args = ("--data", data, "--split", "unseen", "--n", 9, "--tokens", "parts")

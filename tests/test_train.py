@@ -867,8 +867,12 @@ def test_every_refusal_exits_with_2(run, data, tmp_path, monkeypatch, capsys, ca
     ([], dict(K_s=5000)),  # more codes than the data have encoder outputs
     ([], dict(n_actions=2)),  # fewer actions than the data have
     ([], dict(epochs_1=1, warmup_free=100)),  # training would end before quantization begins
-    ([], dict(lr_1=1e20)),  # diverges at once
-], ids=["limit", "codes", "actions", "warmup", "diverged"])  # fmt: skip
+    ([], dict(lr_1=1e5)),  # diverges at once
+    (["--seed", -1], {}),
+    (["--name", "sub/tiny"], {}),
+    (["--soft", "--epochs_soft", 1], {}),  # without history_dropout
+    (["--soft", "--epochs_soft", 2], dict(epochs_2=2, history_dropout=0.5)),  # all of stage 2
+], ids="limit codes actions warmup diverged seed name history forced".split())  # fmt: skip
 def test_settings_that_cannot_work_are_said_in_one_sentence(
     data, tmp_path, monkeypatch, capsys, args, config
 ):
@@ -880,7 +884,8 @@ def test_settings_that_cannot_work_are_said_in_one_sentence(
     ("dropout", 5.0, "0 to 1,"), ("ema_decay", 1.5, "0 to 1,"), ("restart_below", -0.1, "0 to 1,"),
     ("dropout", math.nan, "0 to 1,"), ("tau", -1.0, "from 0"), ("beta", math.inf, "from 0"),
     ("lr_1", -1.0, "from 0"), ("weight_decay_2", math.nan, "from 0"),
-    ("turn_3", math.inf, "from 0"), ("heads", 0, "at least 1"), ("lifter_width", -6, "at least 1"),
+    ("turn_3", math.inf, "from 0"), ("lr_3", 1e7, "from 0"), ("heads", 0, "at least 1"),
+    ("lifter_width", -6, "at least 1"),
 ])  # fmt: skip
 def test_numbers_that_no_option_can_have_are_refused(tmp_path, monkeypatch, capsys, option, value,
                                                      expected):
@@ -890,7 +895,7 @@ def test_numbers_that_no_option_can_have_are_refused(tmp_path, monkeypatch, caps
 
 def test_a_diverged_stage_2_is_refused_and_not_saved(run, data, tmp_path, monkeypatch, capsys):
     begin(run, tmp_path, "stage1")
-    _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 2, lr_2=1e20)
+    _, said = refused(monkeypatch, capsys, tmp_path, "--data", data, "--stage", 2, lr_2=1e5)
     assert "stage2" in one_sentence(said)
     assert not (tmp_path / "runs" / "tiny" / "stage2.pt").exists()
 
@@ -925,7 +930,7 @@ def test_the_whole_chain_from_another_folder(data, tmp_path):
         tmp_path, "--name", "tiny", "--data", data, "--device", "cpu", *flags(**short)
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "preset quick on cpu" in done.stdout
+    assert "preset quick on 1 x cpu" in done.stdout
     run = tmp_path / "runs" / "tiny"
     made = {"stage1.pt", "stage2.pt", "regressor.pt", "log.jsonl"} | {
         f"stage3_{name}_0.pt" for name in train.INPUTS
@@ -1011,5 +1016,5 @@ def test_a_run_ends_with_tables_and_figures(run, data, tmp_path, monkeypatch):
         commands.append(command)
 
     main(monkeypatch, tmp_path, "--data", data, "--stage", 1, "--resume", script=script)
-    names = ("--name", "tiny", "--data", data)
+    names = ("--name", "tiny", "--data", data, "--device", "cpu")
     assert commands == [("evaluate.py", *names, "--seeds", "1"), ("sample.py", *names)]
