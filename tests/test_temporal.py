@@ -75,8 +75,8 @@ def checkpoint(folder, name):
 
 def test_every_input_has_its_lifter_beside_those_of_single_frames(trained):
     folder, data, commands, made = trained
-    assert commands == [("evaluate.py", "--name", "tiny", "--data", str(data), "--temporal",
-                         "--seeds", "1")]
+    assert commands == [("evaluate.py", "--name", "tiny", "--data", str(data), "--device", "cpu",
+                         "--seeds", "1", "--temporal")]
     there = {path.stem for path in (folder / "runs/tiny").glob("*.pt")}
     assert there == {*STAGES, *(f"stage3_{name}_0" for name in LIFTERS)}
     rows = [json.loads(line) for line in open(folder / "runs/tiny/log.jsonl")]
