@@ -126,8 +126,8 @@ def similarities(msst: MSST, x_f: Tensor, tokens: str) -> dict:
     the order of the part that uses each most. Then starts holds where each part's codes begin,
     [16] for both codebooks, and apart says how much closer codes of the same part are than others.
     """
-    codes, owners = [], []
-    for quantizer, q in zip((msst.Q_s, msst.Q_d), msst.encode(x_f), strict=True):
+    codes, owners, o = [], [], msst(x_f)
+    for quantizer, q in ((msst.Q_s, o["q_s"]), (msst.Q_d, o["q_d"])):
         C = F.normalize(quantizer.codebook, dim=-1).cpu()
         if tokens == "parts":
             order, owner = codes_by_part(q.cpu(), len(C))
@@ -137,7 +137,6 @@ def similarities(msst: MSST, x_f: Tensor, tokens: str) -> dict:
         else:
             order = torch.arange(len(C))[:100]
         codes.append(C[order])
-    o = msst(x_f)
     C_s, C_d = codes
     cosines = dict(sparse=C_s @ C_s.T, dense=C_d @ C_d.T, across=C_d @ C_s.T,
                    parts=part_cosines(o["zh_s"], o["zh_d"]).mean(0).cpu())
