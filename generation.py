@@ -1,10 +1,10 @@
 """Free-running generation as `HiPART.densify` runs it: the steps of `HiARM.rollout`, made fast.
 
-hipart.py is written to be read beside the paper. To generate a single pose takes
-thousands of operations on a few numbers each, and most of the time goes into what is around them.
-Here are the same 16 steps with less of that, in half of the time; the tests compare the two. Layers
-become functions that have their weights at hand. Tokens are rows, so that a linear layer is one
-`addmm`: [B T, W] are T tokens of B sequences. There is neither dropout nor a gradient.
+hipart.py is written to be read beside the paper. To generate a single pose takes thousands of
+operations on a few numbers each, and most of the time goes into what is around them. Here are the
+same 16 steps with less of that, in about half of the time for a single pose; the tests compare the
+two. Layers become functions that have their weights at hand. Tokens are rows, so that a linear
+layer is one `addmm`: [B T, W] are T tokens of B sequences. There is neither dropout nor a gradient.
 """
 
 from collections.abc import Callable, Iterator

@@ -81,7 +81,7 @@ class Config:
     ph_blocks: int = 4  # Eq. 11
     dropout: float = 0.25
     lambda_d: float = 1.5  # weight of the dense tokens, Eq. 12
-    generation: str = "both"  # how tokens are generated: one of GENERATIONS (Table 4)
+    generation: str = "both"  # "both" is HiARM; for other ways see ablate.py --list (Table 4)
     condition: str = "sos"  # "sos": x_s is g^0 alone; "every" (ours): it reaches every position
     soft: bool = False  # ours: True hands on expected embeddings instead of the likeliest code
     soft_targets: float = 0.0  # ours: how far the target of Eq. 12 spreads over near codes

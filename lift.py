@@ -4,9 +4,9 @@
     python lift.py FOLDER                       # a video, as OpenPose writes it
     python lift.py examples/wave.json
 
-docs/data.md lists the formats that are read. Needs a run with all three stages. What comes out lies
-in a folder under runs/NAME/keypoints that has the name of the file: poses.npz with all numbers,
-pictures of people in single images, and animations of tracks.
+docs/data.md lists the formats that are read. Without --name, runs/standard is taken, or else the
+models in weights/. What comes out lies in a folder under runs/NAME/keypoints that has the name of
+the file: poses.npz with all numbers, pictures of people in single images, animations of tracks.
 
 Beside the one answer, HYPOTHESES others are drawn for each person, at the temperature that
 hypotheses.py has found for the run (1, if it has not been run). How far they lie apart tells how

@@ -1,6 +1,6 @@
 """Draw what a run does: its codebooks, densified 2D poses, lifted 3D poses.
 
-    python sample.py                                    # runs/standard on data/demo, test split
+    python sample.py                                    # runs/standard, or else weights/; test
     python sample.py --name quick --split unseen --n 6
     python sample.py --tokens random --without no_local # Fig. 14: beside a run with --lambda_l 0
     python sample.py --tokens parts --split val         # codes by the part that uses them most

@@ -73,7 +73,7 @@ class Training:
     warmup_1: int = 500  # steps of the warm-up
     # Stage 2: AdamW, the same schedule
     epochs_2: int = 50
-    epochs_soft: int = 0  # ours: so many last epochs train in one pass, with a schedule anew
+    epochs_soft: int = 0  # ours: so many last epochs train on HiARM.one_pass, with a pose loss
     batch_2: int = 64
     lr_2: float = 5e-4
     weight_decay_2: float = 0.03

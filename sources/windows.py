@@ -1,7 +1,7 @@
 """Windows of frames, for lifters of sequences: which rows of a split a window holds.
 
-Frames that follow one another in time are a *run*; begins [n] is True where one begins. A window
-that reaches beyond its run repeats the frame at the end, as VideoPose3D does.
+Frames that follow one another in time are a *stretch*; begins [n] is True where one begins. A
+window that reaches beyond its stretch repeats the frame at the end, as VideoPose3D does.
 """
 
 import numpy as np
