@@ -143,7 +143,7 @@ def train(jobs: list[Job], seed: int) -> None:
 def errors(job: Job, seed: int) -> dict[str, float]:
     """The errors of a lifter on every tested split. They are kept beside it."""
     path, run, found = job.run.path / "errors.json", job.run, {}
-    with suppress(ValueError, TypeError, AttributeError, OSError):  # not there yet, or damaged
+    with suppress(ValueError, TypeError, AttributeError, OverflowError, OSError):  # or damaged
         return {str(name): float(value) for name, value in read_json(path).items()}
     hipart = load_hipart(run) if job.input == "generated" else None
     lifter = load_lifter(run, job.input, seed)
@@ -295,7 +295,7 @@ def samples_and_actions(data: str) -> tuple[int, int]:
     try:
         meta = read_json(Path(data, "meta.json"), META_BYTES)
         return int(meta["splits"]["train"]["n"]), len(meta["actions"])
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
         stop(f"{data} holds no data set to train on: make one with `python prepare_data.py`")
 
 

@@ -85,7 +85,7 @@ class Run:
             lines = read_bytes(path).decode().splitlines() if path.exists() else []
             rows = [json.loads(line) for line in lines]
             return [r | dict(model=str(r["model"]), epoch=int(r["epoch"])) for r in rows]
-        except (ValueError, TypeError, LookupError, RecursionError, OSError):
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError, OSError):
             stop(f"{path} is damaged: move it away and go on with --resume")
 
     def forget(self, model: str, epoch: int) -> None:

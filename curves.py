@@ -55,7 +55,7 @@ def read_log(run: Run) -> tuple[list[tuple[str, list[dict]]], dict[str, list[dic
                 size = load_checkpoint(run, model)["training"][batch]
                 densifiers[model] = [dict(samples=e["steps"] * size, fine_px=e["fine_px"])
                                      for e in logs[model]]
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, OverflowError):
         stop(f"{run.path / 'log.jsonl'} is damaged: move it away, and no curves are drawn")
     return lifters, densifiers
 

@@ -575,7 +575,7 @@ def table_over_runs(runs: list[Run]) -> str:
             samples.add(numbers["samples"])
             if len(samples) > 1:
                 raise ValueError("other data")
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
             stop(f"{path} does not hold what the others do, the errors of all inputs of the lifter "
                  f"on the same data: make it with `python evaluate.py --name {run.path.name}`")
         for name, s in tested.items():

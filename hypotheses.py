@@ -235,7 +235,7 @@ def best_temperature(run: Run) -> float:
         found = float(read_json(path, 1 << 24)["temperature"])
         if not 0 < found < 100:
             raise ValueError
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, OverflowError):
         stop(f"{path} is damaged: run `python hypotheses.py --name {run.path.name}` again, or "
              "delete it")
     return found

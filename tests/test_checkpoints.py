@@ -361,7 +361,7 @@ def test_files_that_are_no_checkpoints(run, good, capsys):
 
 @pytest.mark.parametrize("text", [
     b"\xff\xfe", b"{", b"[]\n", b"3\n", b'{"epoch": 1}\n', b'{"model": "stage1", "epoch": []}\n',
-    b"[" * 10**5,
+    b"[" * 10**5, b'{"model": "stage1", "epoch": 1e999}\n',
 ])  # fmt: skip
 def test_a_damaged_log_is_said(run, capsys, text):
     (run.path / "log.jsonl").write_bytes(text)

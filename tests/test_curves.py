@@ -81,6 +81,7 @@ def test_what_is_not_known_is_left_out(run):
 @pytest.mark.parametrize("change", [
     lambda rows: [row | dict(val=3) for row in rows],
     lambda rows: [row | dict(steps="many") for row in rows],
+    lambda rows: [row | dict(seconds=10**400) for row in rows],
     lambda rows: [3, *rows],
 ])  # fmt: skip
 def test_a_log_that_is_damaged_is_said_in_one_sentence(run, capsys, change):

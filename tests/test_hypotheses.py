@@ -226,7 +226,8 @@ def test_refusals_are_one_sentence(own_run, run_script):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"temperature": -1}',
-                                     '{"temperature": NaN}', '{"temperature": "x"}'])
+                                     '{"temperature": NaN}', '{"temperature": "x"}',
+                                     '{"temperature": 1' + "0" * 400 + "}"])
 def test_a_damaged_temperature_is_said(own_run, tmp_path, content, capsys):
     run = Run(tmp_path, own_run.config, own_run.training, own_run.device)
     (tmp_path / "hypotheses.json").write_text(content)
