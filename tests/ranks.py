@@ -79,8 +79,8 @@ def gradients():
     distributed.connect(CPU)
     b = batch_of(8)
     b, found = {k: v[distributed.part(8)] for k, v in b.items()}, {}
-    own = dict(dropout=0.0, soft=True, condition="every", lambda_p=1.0)  # gradients of about 1
-    config = hipart.Config(**CONFIG | own)
+    own = dict(dropout=0.0, history_dropout=0.0, condition="every", lambda_p=1.0)
+    config = hipart.Config(**CONFIG | own)  # nothing at random, and gradients of about 1
 
     def note(name, model, method, loss_of):
         call = distributed.data_parallel(model, method, some_unused=name == "one_pass")
