@@ -379,8 +379,8 @@ def test_from_the_files_to_the_papers_table(source, data, tmp_path, monkeypatch,
     tiny = (
         "--preset quick --name tiny --data data/h36m --limit 400 --D 16 --K_s 32 --K_d 32 "
         "--encoder_width 16 --decoder_width 16 --width 16 --heads 2 --lifter_width 32 "
-        "--regressor_width 32 --epochs_1 2 --epochs_2 1 --epochs_equal 1 --epochs_3 1 "
-        "--warmup_free 2 --gcsab_blocks 1 --device cpu"
+        "--regressor_width 32 --epochs_1 2 --epochs_2 2 --epochs_soft 1 --epochs_equal 1 "
+        "--epochs_3 1 --warmup_free 2 --gcsab_blocks 1 --device cpu"
     ).split()
     run = ("--name", "tiny", "--data", "data/h36m")
     for stage in (1, 2, 3):

@@ -925,7 +925,8 @@ def python_train(folder, *args):
 def test_the_whole_chain_from_another_folder(data, tmp_path):
     """`python train.py` with tiny settings: stages 1-3, tables and figures, run from outside the
     project's folder."""
-    short = TINY | dict(epochs_1=2, epochs_2=1, epochs_3=1, epochs_equal=1, lifter="mlp")
+    short = TINY | dict(epochs_1=2, epochs_2=2, epochs_soft=1, epochs_3=1, epochs_equal=1,
+                        lifter="mlp")
     done = python_train(
         tmp_path, "--name", "tiny", "--data", data, "--device", "cpu", *flags(**short)
     )
