@@ -85,6 +85,7 @@ class Training:
     lifter_blocks: int = 12
     levels: str = "dense+fine"  # which of them a lifter sees: dense+fine, dense or fine (Table 5)
     epochs_3: int = 25
+    passes_3: int = 1  # ours: so often a lifter uses generated points, before they are made again
     batch_3: int = 256
     lr_3: float = 1e-3
     weight_decay_3: float = 0.0  # on all parameters
@@ -127,10 +128,10 @@ SMALL_MODEL = dict(
 )  # fmt: skip
 SMALL_TRAINING = dict(
     lr_1=2e-3, lr_2=1e-3, lifter="mlp", lifter_width=512, lifter_blocks=2,
-    lr_3=4e-3, weight_decay_3=0.05, cosine_3=True, turn_3=0.5,
+    lr_3=4e-3, weight_decay_3=0.05, cosine_3=True, turn_3=0.5, passes_3=4,
 )  # fmt: skip
-QUICK = dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=4, epochs_soft=2, epochs_3=8)
-STANDARD = dict(epochs_1=6, epochs_2=6, epochs_soft=3, epochs_3=18)
+QUICK = dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=4, epochs_soft=2, epochs_3=3)
+STANDARD = dict(epochs_1=6, epochs_2=8, epochs_soft=4, epochs_3=14)
 LONG = STANDARD | dict(epochs_1=10, epochs_2=52, epochs_soft=26)  # 2 million samples of HiARM
 PRESETS = {
     "quick": (SMALL_MODEL, SMALL_TRAINING | QUICK),
@@ -458,13 +459,16 @@ def train_regressor(run: Run) -> None:
 
 def train_lifter(run: Run, name: str, seed: int) -> None:
     """Train one lifter of `lifter_names`: the same network and schedule for all inputs, with MPJPE
-    as the loss. They take as many steps as (b), or as much time if they are in AS_LONG_AS."""
+    as the loss. They take as many steps as (b), or as much time if they are in AS_LONG_AS. Points
+    that a network makes are costly, and are used in `passes_3` passes, each under other turns."""
     t, temporal = run.training, run.training.frames > 1
     windows = dict(frames=t.frames, every=TEMPORAL[t.lifter].every) if temporal else {}
     everything, source = run.split("train", **windows), input_of(name)
     train = everything.with_mesh() if source in NEED_MESH else everything
+    passes = t.passes_3 if source in ("generated", "regressor") else 1
     # Where some samples have no mesh, fewer samples are seen more often: as many steps for all.
-    epochs = max(1, round(t.epochs_3 * everything.steps(t.batch_3) / train.steps(t.batch_3)))
+    per_epoch = passes * train.steps(t.batch_3)
+    epochs = max(1, round(t.epochs_3 * t.passes_3 * everything.steps(t.batch_3) / per_epoch))
     if name in AS_LONG_AS:
         epochs = t.epochs_equal
     seconds = 0.0 if epochs else seconds_of(run, *(n.format(seed) for n in AS_LONG_AS[name]))
@@ -488,12 +492,12 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=t.lr_3, weight_decay=t.weight_decay_3, fused=True)
     schedule = warmup_cosine(500) if t.cosine_3 else every_4_epochs(t.epochs_3)
-    loop = Loop(run, f"stage3_{name}_{seed}", model, optimizer, epochs, train.steps(t.batch_3),
-                schedule, seconds)
+    loop = Loop(run, f"stage3_{name}_{seed}", model, optimizer, epochs, per_epoch, schedule, seconds)
     predict = data_parallel(model)
     for epoch in loop.epochs():
-        for b in loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean,
-                            prepare=lambda block: turned(given(block, training=True), t)):
+        for b in loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean=clean, passes=passes,
+                            prepare=functools.partial(given, training=True),
+                            vary=functools.partial(turned, t=t)):
             off = (predict(b["x"], b["conf"]) - b["y"]).norm(dim=-1).mean(-1)
             # Frames that are repeated to fill a window do not count.
             error = (off * b["own"]).sum() / b["own"].sum() if temporal else off.mean()

@@ -106,8 +106,8 @@ class Loop:
             self.model.train()
             yield self.epoch
 
-    def steps(self, split: Split, size: int, rng: np.random.Generator | None, clean: bool = False,
-              prepare=lambda block: block) -> Iterator[dict]:
+    def steps(self, split: Split, size: int, rng: np.random.Generator | None,
+              **how) -> Iterator[dict]:
         """The batches of an epoch that are left (see `Split.batches`), each with its learning rate.
         The model is in eval mode after them.
 
@@ -120,7 +120,7 @@ class Loop:
         if rng is not None and rank():
             rng = rng.spawn(rank())[-1]  # detections of its own
         self.run.watch.busy, done = True, self.step - self.epoch * self.per_epoch
-        batches = split.batches(size, rng, clean, prepare, done, self.random)
+        batches = split.batches(size, rng, done=done, random=self.random, **how)
         known = self.epoch or not self.budget
         title = f"{self.name} {self.epoch + 1}/{self.n_epochs if known else '?'}"
         self.bar = tqdm(batches, title, self.per_epoch, initial=done, leave=False, mininterval=1,

@@ -426,72 +426,70 @@ class Split:
             yield self.read(slice(start, min(start + size, self.n)), rng, clean)
 
     def batches(self, size: int, rng: np.random.Generator | None, clean: bool = False,
-                prepare=lambda block: block, done: int = 0,
-                random: dict[str, Tensor] | None = None):
+                prepare=lambda block: block, vary=lambda block: block, passes: int = 1,
+                done: int = 0, random: dict[str, Tensor] | None = None):
         """One epoch of shuffled full batches, or a single smaller one if there are not enough
         samples for a full one. If there are several processes, each gets its part of every batch.
 
-        The order comes from torch's random state. `prepare(block)` sees each block once and returns
-        what the batches are cut from.
+        The order comes from torch's random state. `prepare(block)` sees each block once. Then come
+        so many `passes` over what it has made, each in another order, and each over what
+        `vary(block)` makes of it.
 
         An epoch that was interrupted after `done` batches goes on with the same ones if `random`,
-        which takes down torch's random state where the epoch and its last block began, is what it
-        was then.
+        which takes down torch's random state where the epoch and its last pass over a block began,
+        is what it was then. `prepare` draws no random numbers.
         """
         random, now = {} if random is None else random, torch.get_rng_state()
         torch.set_rng_state(random.setdefault("epoch", now))
-        if self.frames > 1:
-            yield from self._batches_of_windows(size, rng, clean, prepare, done, now)
-            return
-        order = torch.randperm(self.n)
+        order, whole = torch.randperm(self.n), self.frames > 1  # windows reach across blocks
         from_first_(order)
         if done:
             torch.set_rng_state(now)
-        for start in range(0, self.n, BLOCK):
-            rows = order[start : start + BLOCK].numpy()
+        for start in range(0, self.n, self.n if whole else BLOCK):
+            rows = np.arange(self.n) if whole else order[start : start + BLOCK].numpy()
             if start and len(rows) < size:
                 return
-            batches, equal = max(1, len(rows) // size), len(rows) - len(rows) % world_size()
-            rows = np.sort(rows[:equal][part(equal)])  # in order, which disks like better
+            batches = self.steps(size) if whole else max(1, len(rows) // size)
+            if not whole:
+                equal = len(rows) - len(rows) % world_size()
+                rows = np.sort(rows[:equal][part(equal)])  # in order, which disks like better
             samples = self.read(rows, rng, clean)  # of a block that is done, too: `rng` goes on
-            if done >= batches:
-                done -= batches
-                continue
-            if done:
-                torch.set_rng_state(random["block"])
-            random["block"] = torch.get_rng_state()
-            block = prepare(samples)
-            shuffled = torch.randperm(len(rows)).to(self.device)
-            if done:
-                torch.set_rng_state(now)
-            mine = size // world_size()
-            for i in range(done, batches):
-                yield {k: v[shuffled[i * mine : (i + 1) * mine]] for k, v in block.items()}
-            done = 0
+            block: dict[str, Tensor] = {}
+            for _ in range(passes):
+                if done >= batches:
+                    done -= batches
+                    continue
+                if done:
+                    torch.set_rng_state(random["pass"])
+                random["pass"] = torch.get_rng_state()
+                block = block or prepare(samples)
+                varied, shuffled = vary(block), torch.randperm(len(rows))
+                from_first_(shuffled)
+                if done:
+                    torch.set_rng_state(now)
+                for i in range(done, batches):
+                    yield self._batch(varied, shuffled, i, size)
+                done = 0
 
-    def _batches_of_windows(self, size: int, rng, clean: bool, prepare, done: int, now: Tensor):
-        """`batches`, of windows of T frames: x [size, T, ...] and so on, and `own`, which is False
-        for frames that are repeated. Of y and own, only the centre is there if a lifter gives no
-        other. now: torch's random state to go on with after `done` batches.
+    def _batch(self, block: dict[str, Tensor], order: Tensor, i: int, size: int
+               ) -> dict[str, Tensor]:
+        """Batch i of a block, or this process's part of it.
 
-        Windows lie around random frames (`windows_in_an_epoch`). `prepare` sees all frames at once,
-        so that what takes long is done once for each of them.
+        In windows: x [size, T, ...] and so on around random frames, and `own`, which is False for
+        frames that are repeated. Of y and own, only the centre is there if a lifter gives no other.
         """
-        block = prepare(self.read(slice(0, self.n), rng, clean))
-        order = torch.randperm(self.n)
-        from_first_(order)
-        if done:
-            torch.set_rng_state(now)
-        centres = order[: self.windows_in_an_epoch()].numpy()
-        rows, own = windows(self.begins(), centres, self.frames)
-        for i in range(done, self.steps(size)):
-            mine = np.arange(len(rows))[i * size : (i + 1) * size]
-            mine = mine[part(len(mine))]
-            batch = {k: v[torch.from_numpy(rows[mine]).to(self.device)] for k, v in block.items()}
-            batch["own"] = torch.from_numpy(own[mine]).to(self.device)
-            for name in () if self.every else ("y", "own"):
-                batch[name] = batch[name][:, self.frames // 2]
-            yield batch
+        if self.frames == 1:
+            mine = size // world_size()
+            rows = order[i * mine : (i + 1) * mine].to(self.device)
+            return {name: value[rows] for name, value in block.items()}
+        centres = order[: self.windows_in_an_epoch()][i * size : (i + 1) * size]
+        mine = centres[part(len(centres))].numpy()
+        rows, own = (torch.from_numpy(a).to(self.device)
+                     for a in windows(self.begins(), mine, self.frames))
+        batch = {name: value[rows] for name, value in block.items()} | dict(own=own)
+        for name in () if self.every else ("y", "own"):
+            batch[name] = batch[name][:, self.frames // 2]
+        return batch
 
     def windows_in_an_epoch(self) -> int:
         """As many as cover all frames side by side, or one around every frame for a lifter that

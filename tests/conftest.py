@@ -178,7 +178,7 @@ RUN_SIZES = dict(
     D=8, K_s=16, K_d=24, encoder_blocks=1, encoder_width=12, decoder_width=12, token_hidden=8,
     width=16, heads=2, mlp_ratio=2, gcsab_blocks=2, ph_blocks=1, dropout=0.1, lifter="mlp",
     lifter_width=16, lifter_blocks=1, warmup_free=4, epochs_1=3, batch_1=16, epochs_2=2, batch_2=16,
-    epochs_3=2, batch_3=32, epochs_equal=2, regressor_width=32,
+    epochs_3=2, batch_3=32, passes_3=2, epochs_equal=2, regressor_width=32,
 )  # fmt: skip
 
 

@@ -413,6 +413,35 @@ def test_fewer_samples_than_a_batch_are_one_batch(data):
     assert [len(b["y"]) for b in batches] == [5]
 
 
+@pytest.mark.parametrize("block, size, passes", [(20, 8, 3), (64, 16, 2), (30, 40, 4)])
+def test_passes_use_what_was_prepared_again(data, monkeypatch, block, size, passes):
+    """Each pass over a block has its samples in another order, and as `vary` makes them."""
+    monkeypatch.setattr(dataset, "BLOCK", block)
+    s, prepared, varied = split(data), [], []
+
+    def prepare(block):
+        prepared.append(block)
+        return block
+
+    def vary(block):
+        varied.append(block)
+        return block | dict(copy=torch.full((len(block["y"]),), len(varied)))
+
+    batches = list(s.batches(size, np.random.default_rng(0), prepare=prepare, vary=vary,
+                             passes=passes))
+    assert len(batches) == passes * s.steps(size)
+    assert [id(b) for b in varied] == [id(b) for b in prepared for _ in range(passes)]
+    copies = [b["copy"].unique().tolist() for b in batches]
+    assert sorted(sum(copies, [])) == sum(copies, [])  # one pass after another
+    seen = {}
+    for (copy,), b in zip(copies, batches, strict=True):
+        seen.setdefault(copy, []).extend(row_of(data, b["y"]))
+    assert len(seen) == len(varied) and all(len(set(v)) == len(v) for v in seen.values())
+    assert seen[1] != seen[2]
+    of_block = set(row_of(data, prepared[0]["y"]))
+    assert all(set(seen[copy]) <= of_block for copy in range(1, passes + 1))
+
+
 def test_batches_depend_on_the_seeds_alone(data):
     def epoch(order_seed, noise_seed):
         torch.manual_seed(order_seed)

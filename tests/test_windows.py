@@ -72,7 +72,11 @@ def test_batches_are_windows_of_what_was_prepared_once(tiny_sequences, every):
         return dict(x=torch.arange(split.n), y=block["y"])
 
     torch.manual_seed(0)
-    batches = list(split.batches(2, np.random.default_rng(0), prepare=prepare))
+    of_passes = list(split.batches(2, np.random.default_rng(0), prepare=prepare, passes=2,
+                                   vary=lambda block: block | dict(y=block["y"] + 1)))
+    batches, again = of_passes[: split.steps(2)], of_passes[split.steps(2) :]
+    seen = [block | dict(y=block["y"] + 1) for block in seen]
+    assert len(again) == len(batches) and not torch.equal(again[0]["x"], batches[0]["x"])
     windows_in_all = 256 // 9 if every else 256
     assert len(seen) == 1 and len(batches) == split.steps(2) == windows_in_all // 2
     own_windows = windows(split.begins(), np.arange(split.n), 9)
@@ -85,21 +89,22 @@ def test_batches_are_windows_of_what_was_prepared_once(tiny_sequences, every):
     assert len(set(torch.cat([b["x"][:, 4] for b in batches]).tolist())) == 2 * len(batches)
 
 
-def test_an_interrupted_epoch_goes_on_with_the_same_windows(tiny_sequences):
-    split, random = split_of(tiny_sequences), {}
+@pytest.mark.parametrize("done", [1, 14, 17])
+def test_an_interrupted_epoch_goes_on_with_the_same_windows(tiny_sequences, done):
+    split = split_of(tiny_sequences)
 
-    def run(done):
-        drawn = []
-        for batch in split.batches(2, np.random.default_rng(0), done=done, random=random):
-            drawn.append((batch["x_s"], torch.rand(1)))  # dropout
-            yield drawn[-1], torch.get_rng_state()
+    def run(done, random):
+        for batch in split.batches(2, np.random.default_rng(0), done=done, random=random, passes=2,
+                                   vary=lambda block: dict(x=block["y"] * torch.rand(1))):
+            yield (batch["x"], torch.rand(1)), torch.get_rng_state(), dict(random)  # dropout
 
     torch.manual_seed(0)
-    whole = list(run(0))
-    torch.set_rng_state(whole[0][1])
-    rest = list(run(1))
-    assert len(whole) == len(rest) + 1 == 14
-    for (a, _), (b, _) in zip(whole[1:], rest, strict=True):
+    whole = list(run(0, {}))
+    _, now, random = whole[done - 1]
+    torch.set_rng_state(now)
+    rest = list(run(done, random))
+    assert len(whole) == len(rest) + done == 28
+    for (a, *_), (b, *_) in zip(whole[done:], rest, strict=True):
         assert all(map(torch.equal, a, b))
 
 
