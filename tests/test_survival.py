@@ -44,7 +44,7 @@ from sources import dataset
 HERE = Path(__file__).parent
 SHORT = dict(batch_1=8, batch_2=8, batch_3=8, warmup_free=3, epochs_1=2, epochs_2=2, epochs_3=2,
              epochs_equal=1, lifter="mlp", turn_3=0.5, soft=True, history_dropout=0.5,
-             epochs_soft=1)  # fmt: skip
+             epochs_soft=1, passes_3=2)  # fmt: skip
 STEPS = 8  # of an epoch: blocks of 24, 24 and 16 samples in batches of 8
 
 
