@@ -119,15 +119,16 @@ class TemporalLifter(SpatialLifter):
     """
 
     every: bool
+    heads = 8
 
     def __init__(self, n_points: int, frames: int, width: int, blocks: int, width_t: int):
-        super().__init__(n_points, width, blocks, heads=8)
+        super().__init__(n_points, width, blocks)
         if frames < 1 or frames % 2 == 0:
             raise ValueError(f"frames must be an odd number, or there is no centre, found {frames}")
         self.frames = frames
         self.time = nn.Parameter(torch.zeros(frames, width_t))
         self.over_time = nn.ModuleList(
-            [Block(width_t, 8, 2, drop_path=block.drop_path, eps=1e-6) for block in self.blocks])
+            [Block(width_t, self.heads, 2, drop_path=b.drop_path, eps=1e-6) for b in self.blocks])
 
     def tokens_of_frames(self, x: Tensor, conf: Tensor | None) -> Tensor:
         """x [B, T, n_points, 2], conf [B, T, 17] or None -> [B T, n_points, width]. ValueError for
@@ -194,6 +195,10 @@ class MixSTE(TemporalLifter):
             time = 0.0  # which frame it is, a token is told once
         y = self.head(self.norm(tokens[:, :J])).unflatten(0, (-1, self.frames))
         return y * self.std_y + self.mean_y
+
+
+# The choices of train.py --lifter
+LIFTERS = dict(spatial=SpatialLifter, mlp=MLPLifter, poseformer=PoseFormer, mixste=MixSTE)
 
 
 class Regressor(nn.Module):

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines import MixSTE, MLPLifter, OneLevel, PoseFormer, Regressor, new_hipart
+from baselines import LIFTERS, OneLevel, Regressor, TemporalLifter, new_hipart
 from checkpoints import (
     Run,
     build,
@@ -47,15 +47,12 @@ from checkpoints import (
     restore,
 )
 from distributed import data_parallel, from_first_, gather, mean, part, rank, sum_, wait, world_size
-from hipart import J_D, J_F, J_S, MSST, SCALE, Config, HiPART, J, SpatialLifter, detected_pelvis
+from hipart import J_D, J_F, J_S, MSST, SCALE, Config, HiPART, J, detected_pelvis
 from sources.dataset import BLOCK, META_BYTES, Split, in_model_frame
 from sources.files import read_json
 from sources.windows import windows_for_all
 from survival import alone_in, check_space, stop
 from training_loop import Loop, adamw, every_4_epochs, in_two_phases, warmup_cosine
-
-TEMPORAL = {"poseformer": PoseFormer, "mixste": MixSTE}  # lifters of sequences (Tables 6 and 10)
-HEADS = {"spatial": 6, "poseformer": 8, "mixste": 8}
 
 
 @dataclass(frozen=True)
@@ -95,13 +92,13 @@ class Training:
     regressor_width: int = 1024
 
     def __post_init__(self):
-        if self.lifter not in ("spatial", "mlp", *TEMPORAL):
-            raise ValueError("lifter must be one of spatial, mlp, poseformer, mixste, "
-                             f"found {self.lifter!r}")
-        if self.lifter_width % (heads := HEADS.get(self.lifter, 1)):
+        if self.lifter not in LIFTERS:
+            raise ValueError(f"lifter must be one of {', '.join(LIFTERS)}, found {self.lifter!r}")
+        kind = LIFTERS[self.lifter]
+        if self.lifter_width % (heads := getattr(kind, "heads", 1)):
             raise ValueError(f"lifter_width must be a multiple of the {self.lifter} lifter's "
                              f"{heads} heads, found {self.lifter_width}")
-        if self.frames % 2 == 0 or (self.frames > 1) != (self.lifter in TEMPORAL):
+        if self.frames % 2 == 0 or (self.frames > 1) != issubclass(kind, TemporalLifter):
             raise ValueError("frames must be an odd number, above 1 for poseformer and mixste, and "
                              f"1 for spatial and mlp, found {self.frames} for {self.lifter}")
         levels = ("dense+fine", "dense", "fine") if self.frames == 1 else ("dense+fine",)
@@ -462,7 +459,7 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     as the loss. They take as many steps as (b), or as much time if they are in AS_LONG_AS. Points
     that a network makes are costly, and are used in `passes_3` passes, each under other turns."""
     t, temporal = run.training, run.training.frames > 1
-    windows = dict(frames=t.frames, every=TEMPORAL[t.lifter].every) if temporal else {}
+    windows = dict(frames=t.frames, every=LIFTERS[t.lifter].every) if temporal else {}
     everything, source = run.split("train", **windows), input_of(name)
     train = everything.with_mesh() if source in NEED_MESH else everything
     passes = t.passes_3 if source in ("generated", "regressor") else 1
@@ -492,7 +489,8 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=t.lr_3, weight_decay=t.weight_decay_3, fused=True)
     schedule = warmup_cosine(500) if t.cosine_3 else every_4_epochs(t.epochs_3)
-    loop = Loop(run, f"stage3_{name}_{seed}", model, optimizer, epochs, per_epoch, schedule, seconds)
+    loop = Loop(run, f"stage3_{name}_{seed}", model, optimizer, epochs, per_epoch, schedule,
+                seconds)
     predict = data_parallel(model)
     for epoch in loop.epochs():
         for b in loop.steps(train, t.batch_3, run.rng(3, seed, epoch), clean=clean, passes=passes,
@@ -515,10 +513,8 @@ def mean_error(lifter: nn.Module, blocks: list[dict[str, Tensor]]) -> Tensor:
 def new_lifter(t: Training, name: str) -> nn.Module:
     """An untrained lifter of that name, of 17 or 161 points."""
     points = J if input_of(name).startswith("sparse") else J + J_D + J_F
-    if t.frames > 1:
-        return TEMPORAL[t.lifter](points, t.frames, t.lifter_width, t.lifter_blocks)
-    kind = SpatialLifter if t.lifter == "spatial" else MLPLifter
-    model = kind(points, t.lifter_width, t.lifter_blocks)
+    frames = [t.frames] if t.frames > 1 else []
+    model = LIFTERS[t.lifter](points, *frames, t.lifter_width, t.lifter_blocks)
     return OneLevel(model, t.levels) if points > J and t.levels != "dense+fine" else model
 
 

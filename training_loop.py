@@ -113,8 +113,9 @@ class Loop:
 
         A signal ends the run after the step in which it comes, with a checkpoint.
         """
-        if size % world_size() or split.n < world_size():
-            stop(f"{world_size()} processes cannot share batches of {size} of {split.n} samples: "
+        n = split.windows_in_an_epoch()  # or samples, where there are none
+        if size % world_size() or n < world_size():
+            stop(f"{world_size()} processes cannot share batches of {size} of {n} samples: "
                  f"choose a --batch that is a multiple of {world_size()}, and not more processes "
                  "than samples")
         if rng is not None and rank():

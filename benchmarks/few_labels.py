@@ -63,7 +63,7 @@ from train import (  # noqa: E402
 # The inputs that are compared
 NAMES = {name: INPUTS[name].split(",")[0] for name in ("sparse", "generated", "regressor")}
 DRAWN, LEAST_DRAWS = 64_000, 4  # detections in all, and of each pose where there are many
-CHECK, PATIENCE, LEAST, HALVINGS = 64, 8, 1e-3, 4  # of the rule: steps, checks, share, times
+CHECK, PATIENCE, LEAST, HALVINGS = 64, 24, 1e-3, 4  # of the rule: steps, checks, share, times
 
 
 class Inputs:

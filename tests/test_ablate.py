@@ -23,7 +23,7 @@ from studies import STUDIES, Study, Variant
 from train import PRESETS, Training
 
 SMALL = {k: v for k, v in RUN_SIZES.items() if k != "epochs_equal"} | dict(
-    K_s=16, K_d=16, epochs_1=2, warmup_free=2, epochs_2=1, epochs_3=1)
+    K_s=16, K_d=16, epochs_1=2, warmup_free=2, epochs_2=1, epochs_3=1, passes_3=1)
 TINY_PRESET = tuple({k: v for k, v in SMALL.items() if k in vars(kind())}
                     for kind in (Config, Training))
 
@@ -251,7 +251,7 @@ def test_all_variants_have_as_many_actions_as_the_data(tiny_data):
 def test_a_page_says_what_all_variants_override():
     assert ablate.changed("paper", 1.0) == ""
     assert ablate.changed("quick", 0.75) == (
-        ", but with history_dropout 0.0, limit 9000, epochs_2 3, epochs_soft 0, epochs_3 4")
+        ", but with history_dropout 0.0, limit 9000, epochs_2 3, epochs_soft 0, epochs_3 2")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class FourSteps:
     def __init__(self, *paces):
         self.n, self.now, self.paces = 8, 0.0, chain(paces[:-1], repeat(paces[-1]))
 
-    def batches(self, *args):
+    def batches(self, *args, **options):
         pace = next(self.paces)
         for _ in range(4):
             self.now += pace

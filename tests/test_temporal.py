@@ -80,11 +80,13 @@ def test_every_input_has_its_lifter_beside_those_of_single_frames(trained):
     there = {path.stem for path in (folder / "runs/tiny").glob("*.pt")}
     assert there == {*STAGES, *(f"stage3_{name}_0" for name in LIFTERS)}
     rows = [json.loads(line) for line in open(folder / "runs/tiny/log.jsonl")]
-    assert [r["model"] for r in rows] == [f"stage3_{n}_0" for n in LIFTERS for _ in range(2)]
+    epochs = dict.fromkeys(LIFTERS, 4) | dict(mixste9_generated=2)  # of two passes each
+    assert [r["model"] for r in rows] == [
+        f"stage3_{name}_0" for name, n in epochs.items() for _ in range(n)]
     for name in LIFTERS:
         saved = checkpoint(folder, name)
         assert saved["training"]["lifter"] == "mixste" and saved["training"]["frames"] == 9
-        assert saved["step"] == 2 * (256 // 9 // 4) and saved["run"]["data"] == str(data)
+        assert saved["step"] == 4 * (256 // 9 // 4) and saved["run"]["data"] == str(data)
     # For validation and unseen motion, for the statistics, and in both epochs: every frame once.
     assert made == [32, 32, 256, 256, 256]
 
@@ -184,7 +186,7 @@ def test_poseformer_and_correlated_errors(tiny_run, tiny_sequences, tmp_path, mo
         "--lifter", "poseformer", "--frames", 27), turn_3=0.3)
     saved = checkpoint(tmp_path, "poseformer27_ground_truth")
     assert saved["model"]["mean_t.weight"].shape == (1, 27, 1)
-    assert saved["step"] == 2 * (256 // 4)  # epochs, and windows around all frames in fours
+    assert saved["step"] == 4 * (256 // 4)  # epochs, and windows around all frames in fours
 
 
 def refused(m, capsys, folder, *args, **options):

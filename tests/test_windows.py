@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sources import dataset
 from sources.dataset import Split
 from sources.windows import begins, windows, windows_for_all
 
@@ -87,6 +88,23 @@ def test_batches_are_windows_of_what_was_prepared_once(tiny_sequences, every):
         assert torch.equal(batch["y"], y if every else y[:, 4])
         assert torch.equal(batch["own"], own if every else own[:, 4]) and batch["own"].any()
     assert len(set(torch.cat([b["x"][:, 4] for b in batches]).tolist())) == 2 * len(batches)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_processes_share_every_batch_of_windows(tiny_sequences, monkeypatch, every):
+    split = split_of(tiny_sequences, every)
+
+    def epoch():
+        torch.manual_seed(0)
+        return list(split.batches(5, np.random.default_rng(0)))
+
+    alone, parts = epoch(), []
+    for rank in (0, 1):
+        monkeypatch.setattr(dataset, "part", lambda n, r=rank: slice(r * n // 2, (r + 1) * n // 2))
+        parts.append(epoch())
+    for whole, one, two in zip(alone, *parts, strict=True):
+        assert len(one["x_s"]) == 2 and len(two["x_s"]) == 3
+        assert all(torch.equal(whole[k], torch.cat([one[k], two[k]])) for k in whole)
 
 
 @pytest.mark.parametrize("done", [1, 14, 17])
