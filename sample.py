@@ -316,10 +316,11 @@ def action(p: dict, i: int, names: list[str]) -> str:
 
 
 def draw_similarity(path: Path, runs: dict[str, dict]) -> None:
-    """Fig. 7 and 14: a row for every run."""
-    fig, axes = plt.subplots(len(runs), 4, figsize=(12, 0.5 + 3.1 * len(runs)),
-                             layout="constrained", squeeze=False)
-    for row, (name, s) in zip(axes, runs.items(), strict=True):
+    """Fig. 7 and 14: four panels for every run; where parts are named, in two large rows."""
+    columns, size = (2, 5.3) if any("starts" in s for s in runs.values()) else (4, 3.1)
+    fig, axes = plt.subplots(4 * len(runs) // columns, columns, layout="constrained", squeeze=False,
+                             figsize=(12, 0.5 + size * 4 * len(runs) // columns))
+    for row, (name, s) in zip(axes.reshape(-1, 4), runs.items(), strict=True):
         apart = {key: f"\nown part - others = {value:.2f}" for key, value in
                  s.get("apart", {}).items()}
         panels = {

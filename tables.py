@@ -360,7 +360,7 @@ def report(title: str, meta: dict, stages: int, seeds: int, summaries: dict[str,
             "## In short", shown,
             "*training, s*: of the lifter and of all that its input needs. *samples*: how many "
             "training samples the densifier (stage 2 or the regressor) + the lifter saw; a sample "
-            "counts once an epoch.",
+            "counts every time.",
             "## Training time and samples", cost_table(about)]
         for name, kind in kinds.items():
             sections += [f"## 3D error on `{name}`",

@@ -129,7 +129,7 @@ SMALL_TRAINING = dict(
 )  # fmt: skip
 QUICK = dict(limit=12_000, warmup_free=100, epochs_1=3, epochs_2=4, epochs_soft=2, epochs_3=3)
 STANDARD = dict(epochs_1=6, epochs_2=8, epochs_soft=4, epochs_3=14)
-LONG = dict(epochs_1=10, epochs_2=50, epochs_soft=25, epochs_3=20)  # 2 million samples of HiARM
+LONG = STANDARD | dict(epochs_1=10, epochs_2=50, epochs_soft=25)  # 2 million samples of HiARM
 PRESETS = {
     "quick": (SMALL_MODEL, SMALL_TRAINING | QUICK),
     "standard": (SMALL_MODEL, SMALL_TRAINING | STANDARD),

@@ -273,7 +273,7 @@ def main():
     do("odd_batch", run_stages(data, folder / "odd", 1, batch_1=7))
     do("trained", run_stages(data, two, 1, 2, 3))
     train.INPUTS = {"generated": "the only one"}
-    for stage, step in ((1, 11), (2, 5), (3, 20)):  # 20: of the generated input's 2 * 8 + 16
+    for stage, step in ((1, 11), (2, 5), (3, 20)):  # 20: of the regressor's 16 + 32
         do(f"cut_{stage}", interrupted(data, cut, stage, step))
         do(f"alone_{stage}", run_stages(data, cut, stage, options=["--resume"]), 1)
         do(f"went_on_{stage}", run_stages(data, cut, stage, options=["--resume"]))

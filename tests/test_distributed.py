@@ -132,7 +132,7 @@ def test_one_process_writes_the_log(found):
     results(found, "trained")
     rows = [json.loads(line) for line in open(found / "two/runs/tiny/log.jsonl")]
     epochs = [(row["model"], row["epoch"]) for row in rows]
-    assert len(epochs) == len(set(epochs)) == 3 + 2 + 2 + 7 * 2
+    assert len(epochs) == len(set(epochs)) == 3 + 2 + 2 + 3 * 2 + 4 * 4
     assert "%|" in (found / "trained_0.txt").read_text()  # bars
     assert (found / "trained_1.txt").read_text() == "status 0\n"
     names = {p.name for p in (found / "two/runs/tiny").iterdir()}
@@ -168,13 +168,17 @@ def flat(numbers, path=""):
 
 
 def test_two_processes_evaluate_as_one_does(found):
-    """31 samples and a last block of one."""
+    """31 samples and a last block of one. Where joints are interpolated, some poses are far from
+    all that the model knows, and 16 steps carry the rounding of a block's size on."""
     results(found, "evaluation.json")
     results(found, "evaluation.json_alone", 1)
     one, two = (json.loads(path.read_text()) for path in
                 (found / "two/runs/tiny/evaluation.json", found / "evaluation.json"))
     one, two = ({**flat(r["splits"]), **flat(r["codebooks"])} for r in (one, two))
-    assert len(one) > 500 and two == pytest.approx(one, rel=1e-5)
+    far = {path for path in one if "generated interpolated" in path}
+    assert len(one) - len(far) > 1000 and one.keys() == two.keys()
+    for path, value in one.items():
+        assert two[path] == pytest.approx(value, rel=1e-4 if path in far else 1e-5), path
     assert (found / "evaluation.json_1.txt").read_text() == "status 0\n"
 
 
