@@ -67,7 +67,7 @@ from train import (
 FOLDER = Path("runs/ablations")
 FIRST_OF = {"width": 2, "epochs_2": 2, "lifter": 3}  # where the options of stages 2 and 3 begin
 # Milliseconds a sample on two cores of an AMD EPYC, small presets, where nothing was trained yet.
-RATES = {"stage 1": 1.8, "stage 2": 2.6, "lifter of generated": 1.1, "lifter": 0.1}
+RATES = {"stage 1": 1.8, "stage 2": 2.6, "lifter of generated": 0.4, "lifter": 0.1}
 # Student's t of 95 %, two-sided, for so many seeds; for more than these about 2.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 ROUNDS, LEAST = 5, 0.2  # of speeds: turns, and seconds that each of them takes at least
@@ -91,9 +91,9 @@ class Job:
         return is_finished(self.run, self.name)
 
     def samples(self, n: int) -> int:
-        """How many of n training samples this training sees, each epoch anew."""
-        t = self.run.training
-        return getattr(t, f"epochs_{self.stage}") * min(n, t.limit or n)
+        """How many of n training samples this training sees, each time anew."""
+        t, passes = self.run.training, self.run.training.passes_3 if self.stage == 3 else 1
+        return passes * getattr(t, f"epochs_{self.stage}") * min(n, t.limit or n)
 
 
 def until(stage: int, own, base):

@@ -528,7 +528,7 @@ def left_out(run: Run, stages: int, contents: dict[int, str], seeds: int = 1) ->
 
 def load_models(run: Run, stages: int, seeds: int) -> tuple[Models, dict[str, dict]]:
     """The models of the finished stages, and what their checkpoints say: {name: {config, training,
-    seconds, samples}}; samples: how many were seen, each time anew."""
+    seconds, samples}}; samples: how many it saw, each as often as it was seen."""
     about = {}
     for stage in range(1, stages + 1):
         for name in checkpoints_of(stage, seeds):

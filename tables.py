@@ -207,7 +207,7 @@ def lifting_tables(s: dict, seeds: int, kind: str, meta: dict, split: str) -> st
         (ON_HUMAN36M if meta.get("source") == "h36m" else ON_OTHER_DATA) + PAPER_RESULTS,
         f"**HiPART (b) is at {ratio(s, 'generated', seeds)} of sparse only (a)** with as much "
         f"training time, and at {ratio(s, 'generated', seeds, 'sparse')} of (a) with as many "
-        f"epochs, which the paper compares it with: 0.81 on Human3.6M. The plain regressor (d) is "
+        f"samples, which the paper compares it with: 0.81 on Human3.6M. The plain regressor (d) is "
         f"at {ratio(s, 'regressor', seeds)} and {ratio(s, 'regressor', seeds, 'sparse')}.",
         *protocol_14(s, seeds),
         "MPJPE per action:",
@@ -360,7 +360,7 @@ def report(title: str, meta: dict, stages: int, seeds: int, summaries: dict[str,
             "## In short", shown,
             "*training, s*: of the lifter and of all that its input needs. *samples*: how many "
             "training samples the densifier (stage 2 or the regressor) + the lifter saw; a sample "
-            "counts every time.",
+            "counts each time that it is seen.",
             "## Training time and samples", cost_table(about)]
         for name, kind in kinds.items():
             sections += [f"## 3D error on `{name}`",

@@ -82,7 +82,7 @@ class Training:
     lifter_blocks: int = 12
     levels: str = "dense+fine"  # which of them a lifter sees: dense+fine, dense or fine (Table 5)
     epochs_3: int = 25
-    passes_3: int = 1  # ours: so often a lifter uses generated points, before they are made again
+    passes_3: int = 1  # ours: how often a lifter trains on made points before they are made anew
     batch_3: int = 256
     lr_3: float = 1e-3
     weight_decay_3: float = 0.0  # on all parameters
@@ -148,7 +148,7 @@ SMALL_TEMPORAL_SIZES = {
 }
 
 INPUTS = {  # what a lifter is given, by name: its row in the tables
-    "sparse": "a  sparse, as many epochs as (b)",
+    "sparse": "a  sparse, as many samples as (b)",
     "sparse_long": "a  sparse, as much time as (b)",
     "generated": "b  sparse + generated dense + fine (HiPART)",
     "ground_truth": "c  sparse + ground-truth dense + fine (bound)",
@@ -467,7 +467,7 @@ def train_lifter(run: Run, name: str, seed: int) -> None:
     per_epoch = passes * train.steps(t.batch_3)
     epochs = max(1, round(t.epochs_3 * t.passes_3 * everything.steps(t.batch_3) / per_epoch))
     if name in AS_LONG_AS:
-        epochs = t.epochs_equal
+        epochs = t.epochs_equal * t.passes_3 // passes
     seconds = 0.0 if epochs else seconds_of(run, *(n.format(seed) for n in AS_LONG_AS[name]))
     clean = name.endswith("_clean")
     hipart = load_hipart(run) if source == "generated" else None

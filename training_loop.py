@@ -48,7 +48,7 @@ class Loop:
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.epoch, self.step, self.seconds = 0, 0, 0.0  # epochs and steps that are done
         self.sums: dict[str, Tensor] = defaultdict(float)  # of this epoch
-        self.random: dict[str, Tensor] = {}  # where this epoch and its last block began
+        self.random: dict[str, Tensor] = {}  # where this epoch and its last pass began
         self.path = run.path / f"{name}.pt"
         self.began = self.saved = time.monotonic()
         if self.path.exists():
@@ -113,7 +113,7 @@ class Loop:
 
         A signal ends the run after the step in which it comes, with a checkpoint.
         """
-        n = split.windows_in_an_epoch()  # or samples, where there are none
+        n = split.windows_in_an_epoch()  # of single frames: samples
         if size % world_size() or n < world_size():
             stop(f"{world_size()} processes cannot share batches of {size} of {n} samples: "
                  f"choose a --batch that is a multiple of {world_size()}, and not more processes "

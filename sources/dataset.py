@@ -36,7 +36,7 @@ from hipart import (
 from sources.detector import NOISE, detect, drop_joints
 from sources.files import open_regular, read_json, safe_name, shown
 from sources.safe_pickle import read_header
-from sources.windows import begins, windows
+from sources.windows import begins, run_ends, windows
 
 # 2: has_mesh and with_mesh, which version 1 called fit and fits. 3: in the default data, validation
 # and test motion come from stretches of their own.
@@ -437,41 +437,45 @@ class Split:
 
         An epoch that was interrupted after `done` batches goes on with the same ones if `random`,
         which takes down torch's random state where the epoch and its last pass over a block began,
-        is what it was then. `prepare` draws no random numbers.
+        is what it was then. `prepare` must draw no random numbers.
         """
         random, now = {} if random is None else random, torch.get_rng_state()
         torch.set_rng_state(random.setdefault("epoch", now))
-        order, whole = torch.randperm(self.n), self.frames > 1  # windows reach across blocks
+        whole = self.frames > 1  # windows reach across blocks
+        order = torch.arange(self.n) if whole else torch.randperm(self.n)
+        block_size = self.n if whole else BLOCK
         from_first_(order)
         if done:
             torch.set_rng_state(now)
-        for start in range(0, self.n, self.n if whole else BLOCK):
-            rows = np.arange(self.n) if whole else order[start : start + BLOCK].numpy()
+        for start in range(0, self.n, block_size):
+            rows = order[start : start + block_size].numpy()
             if start and len(rows) < size:
                 return
             batches = self.steps(size) if whole else max(1, len(rows) // size)
             if not whole:
                 equal = len(rows) - len(rows) % world_size()
                 rows = np.sort(rows[:equal][part(equal)])  # in order, which disks like better
-            samples = self.read(rows, rng, clean)  # of a block that is done, too: `rng` goes on
-            block: dict[str, Tensor] = {}
+            block = self.read(rows, rng, clean)  # of a block that is done, too: `rng` goes on
+            if done >= passes * batches:
+                done -= passes * batches
+                continue
+            block, ends = prepare(block), run_ends(self.begins()) if whole else None
             for _ in range(passes):
                 if done >= batches:
                     done -= batches
                     continue
                 if done:
-                    torch.set_rng_state(random["pass"])
-                random["pass"] = torch.get_rng_state()
-                block = block or prepare(samples)
+                    torch.set_rng_state(random["block"])
+                random["block"] = torch.get_rng_state()  # where this pass over it began
                 varied, shuffled = vary(block), torch.randperm(len(rows))
                 from_first_(shuffled)
                 if done:
                     torch.set_rng_state(now)
                 for i in range(done, batches):
-                    yield self._batch(varied, shuffled, i, size)
+                    yield self._batch(varied, shuffled, i, size, ends)
                 done = 0
 
-    def _batch(self, block: dict[str, Tensor], order: Tensor, i: int, size: int
+    def _batch(self, block: dict[str, Tensor], order: Tensor, i: int, size: int, ends
                ) -> dict[str, Tensor]:
         """Batch i of a block, or this process's part of it.
 
@@ -484,20 +488,19 @@ class Split:
             return {name: value[rows] for name, value in block.items()}
         centres = order[: self.windows_in_an_epoch()][i * size : (i + 1) * size]
         mine = centres[part(len(centres))].numpy()
-        rows, own = (torch.from_numpy(a).to(self.device)
-                     for a in windows(self.begins(), mine, self.frames))
+        rows, own = (torch.from_numpy(a).to(self.device) for a in windows(ends, mine, self.frames))
         batch = {name: value[rows] for name, value in block.items()} | dict(own=own)
         for name in () if self.every else ("y", "own"):
             batch[name] = batch[name][:, self.frames // 2]
         return batch
 
     def windows_in_an_epoch(self) -> int:
-        """As many as cover all frames side by side, or one around every frame for a lifter that
-        gives the centre alone: then each pose is learned from about once."""
+        """In a pass: as many as cover all frames side by side, or one around every frame for a
+        lifter that gives the centre alone. Then each pose is learned from about once."""
         return max(1, self.n // self.frames) if self.every else self.n
 
     def steps(self, size: int) -> int:
-        """How many batches of `size` an epoch has."""
+        """How many batches of `size` a pass over all samples has."""
         if self.frames > 1:
             return max(1, self.windows_in_an_epoch() // size)
         return max(1, sum(min(BLOCK, self.n - start) // size for start in range(0, self.n, BLOCK)))

@@ -23,10 +23,10 @@ def run_ends(begins):
     return first[run], last[run]
 
 
-def windows(begins, centres, frames):
+def windows(ends, centres, frames):
     """The windows around the frames `centres` [W] -> rows [W, frames], and where they are frames of
-    their own and not repeated ones [W, frames]."""
-    first, last = run_ends(begins)
+    their own and not repeated ones [W, frames]. ends: as of `run_ends`."""
+    first, last = ends
     wanted = centres[:, None] + np.arange(frames) - frames // 2
     rows = np.clip(wanted, first[centres, None], last[centres, None])
     return rows, rows == wanted
@@ -38,13 +38,13 @@ def windows_for_all(begins, frames, every):
     every: whether it gives all poses of a window, or that of its centre alone. -> rows [W, frames],
     and which of them count [W, frames].
     """
-    first, last = run_ends(begins)
+    first, last = ends = run_ends(begins)
     at, half = np.arange(len(begins)) - first, frames // 2
     if not every:
-        rows, _ = windows(begins, np.arange(len(begins)), frames)
+        rows, _ = windows(ends, np.arange(len(begins)), frames)
         return rows, np.tile(np.arange(frames) == half, (len(rows), 1))
     # Side by side. What that leaves at the end of a run is in a window around the last frame.
     left = (at == last - first) & (at % frames < half)
     centres = np.flatnonzero((at % frames == half) | left)
-    rows, own = windows(begins, centres, frames)
+    rows, own = windows(ends, centres, frames)
     return rows, own & (at[rows] // frames == at[centres, None] // frames)

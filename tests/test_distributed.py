@@ -132,7 +132,7 @@ def test_one_process_writes_the_log(found):
     results(found, "trained")
     rows = [json.loads(line) for line in open(found / "two/runs/tiny/log.jsonl")]
     epochs = [(row["model"], row["epoch"]) for row in rows]
-    assert len(epochs) == len(set(epochs)) == 3 + 2 + 2 + 3 * 2 + 4 * 4
+    assert len(epochs) == len(set(epochs)) == 3 + 2 + 2 + 2 * 2 + 5 * 4
     assert "%|" in (found / "trained_0.txt").read_text()  # bars
     assert (found / "trained_1.txt").read_text() == "status 0\n"
     names = {p.name for p in (found / "two/runs/tiny").iterdir()}

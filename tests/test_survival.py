@@ -109,14 +109,14 @@ def interrupted(m, capsys, folder, *args, number=signal.SIGINT):
 
 
 STAGES = [(1, ()), (2, ("stage1",)), (3, ("stage1", "stage2", "regressor"))]
-EVERY = {1: 1, 2: 2, 3: 4}  # steps between interruptions: later stages begin more slowly
+EVERY = {1: 1, 2: 2, 3: 5}  # steps between interruptions: later stages begin more slowly
 NAMES = {1: "stage1", 2: "stage2", 3: "stage3_generated_0"}
 
 
 @pytest.mark.parametrize("stage, before", STAGES)
 def test_a_run_interrupted_again_and_again_is_bit_for_bit_the_uninterrupted_one(
         whole, data, tmp_path, monkeypatch, capsys, stage, before):
-    """Ctrl-C in every step, or in every second or fourth, each in a process of its own."""
+    """Ctrl-C in every step, or in every second or fifth, each in a process of its own."""
     begin(whole, tmp_path, *before)
     args = ("--data", data, "--stage", stage, *["--resume"] * (stage == 3))
     per_epoch = STEPS * (SHORT["passes_3"] if stage == 3 else 1)

@@ -160,7 +160,7 @@ def test_a_resumed_lifter_is_bit_for_bit_the_uninterrupted_one(trained, tiny_run
 
     def saving(path, **content):
         save(path, **content)
-        if content["step"] == 9:  # in the second epoch
+        if content["step"] == 9:  # in the second pass of the first epoch
             raise Stop
 
     begin(tiny_run, tmp_path)

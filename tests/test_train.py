@@ -354,6 +354,7 @@ def test_training_is_the_papers():
         weight_decay_3=0.0,
         cosine_3=False,
         turn_3=0.0,
+        passes_3=1,
     )
     training = vars(train.Training())
     assert {k: training[k] for k in paper} == paper
@@ -655,7 +656,8 @@ def test_turned_is_what_a_camera_that_turns_about_its_ray_to_the_pelvis_sees(see
     np.testing.assert_allclose(x[:, 0], seen[:, 0], atol=1e-12)  # the pelvis stays where it is
 
 
-def test_half_of_the_training_poses_are_turned(run, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, passes", [("ground_truth", 1), ("generated", 2)])
+def test_half_of_the_training_poses_are_turned(run, data, tmp_path, monkeypatch, name, passes):
     angles, turn = [], train.turn_camera
 
     def spy(x, y, conf, angle):
@@ -663,24 +665,14 @@ def test_half_of_the_training_poses_are_turned(run, data, tmp_path, monkeypatch)
         return turn(x, y, conf, angle)
 
     monkeypatch.setattr(train, "turn_camera", spy)
-    monkeypatch.setattr(train, "INPUTS", {"ground_truth": "the only one"})
+    monkeypatch.setattr(train, "INPUTS", {name: "the only one"})
     begin(run, tmp_path, "stage1", "stage2")
-    main(
-        monkeypatch,
-        tmp_path,
-        "--data",
-        data,
-        "--stage",
-        3,
-        epochs_equal=1,
-        epochs_3=4,
-        lifter="mlp",
-        turn_3=0.5,
-    )
+    main(monkeypatch, tmp_path, "--data", data, "--stage", 3, epochs_equal=1, epochs_3=4 // passes,
+         passes_3=passes, lifter="mlp", turn_3=0.5)
     angle = torch.cat(angles)
-    assert len(angle) == 4 * len(
-        raw(data, "train", "y")
-    )  # training only, every pose in every epoch
+    # Training only: every pose in every pass of every epoch, and each pass with other angles.
+    n = len(raw(data, "train", "y"))
+    assert len(angle) == 4 * n and not torch.equal(angle[:n], angle[n : 2 * n])
     assert (
         0.35 < float((angle == 0).float().mean()) < 0.65
         and 0.3 < float(angle[angle != 0].std()) < 0.7

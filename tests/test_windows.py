@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sources import dataset
 from sources.dataset import Split
-from sources.windows import begins, windows, windows_for_all
+from sources.windows import begins, run_ends, windows, windows_for_all
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)  # of the runs
@@ -33,7 +33,7 @@ def padded(lengths, centre, frames):
 def test_windows_repeat_the_frames_at_the_ends(lengths, frames, first):
     new = where_runs_begin(lengths)
     new[0] = first  # the first frame begins a run, whatever is said of it
-    rows, own = windows(new, np.arange(len(new)), frames)
+    rows, own = windows(run_ends(new), np.arange(len(new)), frames)
     for centre in range(len(new)):
         expected = padded(lengths, centre, frames)
         assert rows[centre].tolist() == expected.tolist()
@@ -80,7 +80,7 @@ def test_batches_are_windows_of_what_was_prepared_once(tiny_sequences, every):
     assert len(again) == len(batches) and not torch.equal(again[0]["x"], batches[0]["x"])
     windows_in_all = 256 // 9 if every else 256
     assert len(seen) == 1 and len(batches) == split.steps(2) == windows_in_all // 2
-    own_windows = windows(split.begins(), np.arange(split.n), 9)
+    own_windows = windows(run_ends(split.begins()), np.arange(split.n), 9)
     for batch in batches:
         centres = batch["x"][:, 4].numpy()
         assert np.array_equal(batch["x"], own_windows[0][centres])
