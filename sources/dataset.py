@@ -460,10 +460,8 @@ class Split:
                 done -= passes * batches
                 continue
             block, ends = prepare(block), run_ends(self.begins()) if whole else None
-            for _ in range(passes):
-                if done >= batches:
-                    done -= batches
-                    continue
+            skipped, done = divmod(done, batches)
+            for _ in range(skipped, passes):
                 if done:
                     torch.set_rng_state(random["block"])
                 random["block"] = torch.get_rng_state()  # where this pass over it began
