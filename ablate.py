@@ -1,21 +1,15 @@
 """The paper's ablations as commands: each trains variants of HiPART and compares them.
 
     python ablate.py --list
-    python ablate.py --table 3              # 3, 4, 5, 8 or 9
-    python ablate.py --figure 5
+    python ablate.py --table 3              # 3, 4, 5, 6, 8, 9 or 10; or --figure 5
     python ablate.py --table 4 --dry-run    # what would be trained, and for how long
-    python ablate.py --table 4 --preset standard --seeds 5
 
 studies.py is the table of variants. A stage is trained once for all variants that agree on what it
 depends on, whichever table they are in. The same command goes on after an interruption, and a
 second time it trains nothing.
 
-Of every ordering in the paper, seeds decide: it *holds* if the mean difference of its two variants,
-over seeds, is above 0 by more than its 95 % confidence interval (Student's t), it *does not hold*
-if it is below 0 by more, and between the two it is *within the spread*. Speeds are compared alike,
-with ROUNDS turns in the place of seeds.
-
-Markdown, JSON and a figure's PNG go to runs/ablations, and beside them what has been trained.
+Whether an ordering of the paper holds here is decided by the seeds (`verdict`), and of speeds by
+ROUNDS turns. Markdown, JSON and a figure's PNG go to runs/ablations, beside what has been trained.
 """
 
 import argparse
@@ -47,14 +41,16 @@ from hipart import J_D, Config, J
 from sample import save
 from sources.dataset import META_BYTES
 from sources.files import read_json
-from studies import STUDIES, Study, Variant
+from studies import STUDIES, WITH, Study, Variant
 from survival import Watch, alone_in, stop, this_command, write
 from tables import TESTED, number, summarize, table
 from train import (
     PRESETS,
     Training,
+    input_of,
     lift,
     lifter_input,
+    lifter_names,
     load_hipart,
     load_lifter,
     new_lifter,
@@ -67,7 +63,11 @@ from train import (
 FOLDER = Path("runs/ablations")
 FIRST_OF = {"width": 2, "epochs_2": 2, "lifter": 3}  # where the options of stages 2 and 3 begin
 # Milliseconds a sample on two cores of an AMD EPYC, small presets, where nothing was trained yet.
-RATES = {"stage 1": 1.8, "stage 2": 2.6, "lifter of generated": 0.4, "lifter": 0.1}
+RATES = {"stage 1": 1.8, "stage 2": 2.6,
+         "mlp of sparse": 0.1, "mlp of generated": 0.4, "mlp of ground_truth": 0.1,
+         "spatial of sparse": 0.1, "spatial of generated": 2.6, "spatial of ground_truth": 2.4,
+         "poseformer of sparse": 4, "poseformer of generated": 40, "poseformer of ground_truth": 40,
+         "mixste of sparse": 0.2, "mixste of generated": 2.5, "mixste of ground_truth": 2.3}
 # Student's t of 95 %, two-sided, for so many seeds; for more than these about 2.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 ROUNDS, LEAST = 5, 0.2  # of speeds: turns, and seconds that each of them takes at least
@@ -85,10 +85,7 @@ class Job:
     name: str  # of its checkpoint
     run: Run
     stage: int
-    input: str
-
-    def finished(self) -> bool:
-        return is_finished(self.run, self.name)
+    lifter: str  # as in train.lifter_names
 
     def samples(self, n: int) -> int:
         """How many of n training samples this training sees, each time anew."""
@@ -111,31 +108,32 @@ def jobs_of(variant: Variant, study: Study, preset: str, seed: int, like: Run) -
     base, own = ((replace(config, n_actions=like.config.n_actions), training) for config, training
                  in (v.options(preset, study.share) for v in (Variant("", ()), variant)))
     generated, jobs = variant.input == "generated", []
+    (lifter,) = (name for name in lifter_names(own[1]) if input_of(name) == variant.input)
     for stage in (1, 2, 3) if generated else (3,):
         # A lifter of other points does not care how points are generated.
         config = until(stage, own[0], base[0]) if generated else base[0]
         training = until(stage, own[1], base[1])
-        name = f"stage3_{variant.input}_{seed}" if stage == 3 else f"stage{stage}"
+        name = f"stage3_{lifter}_{seed}" if stage == 3 else f"stage{stage}"
         about = [asdict(config), asdict(training), seed, name, like.data, like.same_samples()]
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-        kind = f"stage {stage}" if stage < 3 else "lifter" + " of generated" * generated
+        kind = f"{training.lifter} of {variant.input}" if stage == 3 else f"stage {stage}"
         run = Run(FOLDER / f"stage{stage}_{seed}_{key}", config, training, like.device, seed,
                   like.data, True, like.first_samples, like.watch)
-        jobs.append(Job(kind, name, run, stage, variant.input))
+        jobs.append(Job(kind, name, run, stage, lifter))
     return jobs
 
 
 def train(jobs: list[Job], seed: int) -> None:
     """Train what is not finished. Later stages look for earlier ones in their own folder."""
     for i, job in enumerate(jobs):
-        if job.finished():
+        if is_finished(job.run, job.name):
             continue
         job.run.path.mkdir(exist_ok=True)
         for before in jobs[:i]:
             write(job.run.path / f"{before.name}.pt",
                   (before.run.path / f"{before.name}.pt").read_bytes())
         with what_a_user_can_mend(job.run, job.stage):
-            train_stage = (stage_1, stage_2, lambda r, job=job: train_lifter(r, job.input, seed))
+            train_stage = (stage_1, stage_2, lambda r, job=job: train_lifter(r, job.lifter, seed))
             train_stage[job.stage - 1](job.run)
 
 
@@ -145,14 +143,14 @@ def errors(job: Job, seed: int) -> dict[str, float]:
     path, run, found = job.run.path / "errors.json", job.run, {}
     with suppress(ValueError, TypeError, AttributeError, OverflowError, OSError):  # or damaged
         return {str(name): float(value) for name, value in read_json(path).items()}
-    hipart = load_hipart(run) if job.input == "generated" else None
-    lifter = load_lifter(run, job.input, seed)
+    hipart = load_hipart(run) if input_of(job.lifter) == "generated" else None
+    lifter = load_lifter(run, job.lifter, seed)
     for name in (name for name in TESTED if name in run.split("test").meta["splits"]):
         split, rows = run.split(name), defaultdict(list)
         for block in split.blocks():
-            x = lifter_input(job.input, block, hipart, None)
-            y = lift(lifter, x, block["conf"]).cpu()
-            some = rows_3d(job.input, seed, y, block, None)
+            x = lifter_input(input_of(job.lifter), block, hipart, None)
+            y = lift(lifter, x, block["conf"], block["begins"]).cpu()
+            some = rows_3d(job.lifter, seed, y, block, None)
             some |= dict(action=column(block["action"]), occluded=np.zeros(len(x)))
             if hipart:
                 px = (x[:, J + J_D :] - block["x_f"]).norm(dim=-1).mean(-1) * split.w / 2
@@ -160,7 +158,7 @@ def errors(job: Job, seed: int) -> dict[str, float]:
             for key, values in some.items():
                 rows[key].append(values)
         s = summarize({key: np.concatenate(rows[key]) for key in rows}, split.meta["actions"])
-        found[f"{name}: MPJPE, mm"] = s[f"mpjpe/{job.input}/{seed}"]["actions"]
+        found[f"{name}: MPJPE, mm"] = s[f"mpjpe/{job.lifter}/{seed}"]["actions"]
         if hipart and s["px"]["frames"] is not None:
             found[f"{name}: fine points, px"] = s["px"]["frames"]
     write(path, json.dumps(found, indent=1))
@@ -214,8 +212,7 @@ def costs(variant: Variant) -> dict[str, list[float]]:
 
 
 def verdict(gaps: list[float]) -> str:
-    """What the differences of two variants say, one for each seed, which are above 0 where the
-    paper's ordering holds (the rule is at the top of this file)."""
+    """What the differences of variants, one for each seed, say of an ordering (see `as_page`)."""
     if len(gaps) < 2:
         return "one seed, no spread"
     spread = STUDENT.get(len(gaps), 2.0) * float(np.std(gaps, ddof=1)) / math.sqrt(len(gaps))
@@ -226,15 +223,16 @@ def verdict(gaps: list[float]) -> str:
 
 def verdicts(study: Study, found: dict[str, dict[str, list[float]]]) -> list[list[str]]:
     """Rows: the ordering, on what, the mean difference, and the verdict."""
-    pairs = [(a, b, 1.0, "MPJPE", -1) for a, b in study.better]
-    pairs += [(a, b, times, "poses/s", 1) for a, b, times in study.faster]
+    claims = [(f"{a} before {b}", "MPJPE", {a: -1, b: 1}) for a, b in study.better]
+    claims += [(f"{a} before {b}, by {times - 1:.0%}", "poses/s", {a: 1, b: -times})
+               for a, b, times in study.faster]
+    claims += [(f"{a} gains more than {b}", "MPJPE", {a: 1, a + WITH: -1, b: -1, b + WITH: 1})
+               for a, b in study.gains]
     rows = []
-    for a, b, times, unit, sign in pairs:
-        for where in (c for c in found[a] if unit in c):
-            gaps = [sign * (x - times * y)
-                    for x, y in zip(found[a][where], found[b][where], strict=True)]
-            claim = f"{a} before {b}" + f", by {times - 1:.0%}" * (times != 1)
-            rows.append([claim, where, f"{mean(gaps):+.2f}", verdict(gaps)])
+    for claim, unit, signs in claims:
+        for where in (c for c in found[min(signs)] if unit in c):
+            gaps = sum(sign * np.array(found[name][where]) for name, sign in signs.items())
+            rows.append([claim, where, f"{gaps.mean():+.2f}", verdict(gaps.tolist())])
     return rows
 
 
@@ -264,10 +262,9 @@ def as_page(which: str, study: Study, found: dict, about: dict) -> str:
             table(["variant", *study.paper, *columns], rows)]
     if orderings := verdicts(study, found):
         text += [table(["ordering in the paper", "here by", "difference", "verdict"], orderings),
-                 "A difference is positive where the ordering holds. Over the seeds, an ordering "
-                 "*holds* if the mean difference is above 0 by more than its 95 % confidence "
-                 "interval (Student's t), *does not hold* if it is below 0 by more, and is *within "
-                 "the spread* between the two."]
+                 "A difference above 0 is the paper's order. Over the seeds, an ordering *holds* "
+                 "if the mean difference is above 0 by more than its 95 % confidence interval "
+                 "(Student's t), *does not hold* if below 0 by more, else is *within the spread*."]
     on = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
     return "\n\n".join([*text, f"`{about['command']}` on {on}."]) + "\n"
 
@@ -296,7 +293,7 @@ def samples_and_actions(data: str) -> tuple[int, int]:
         meta = read_json(Path(data, "meta.json"), META_BYTES)
         return int(meta["splits"]["train"]["n"]), len(meta["actions"])
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
-        stop(f"{data} holds no data set to train on: make one with `python prepare_data.py`")
+        stop(f"{data} holds no training data: `python prepare_data.py [--sequences]` makes some")
 
 
 def dry_run(chains: dict[tuple[str, int], list[Job]], n: int) -> str:
@@ -306,7 +303,7 @@ def dry_run(chains: dict[tuple[str, int], list[Job]], n: int) -> str:
     for (name, seed), jobs in chains.items():
         for job in (job for job in jobs if job.run.path not in rows):
             rows[job.run.path] = [name, str(seed), job.kind, "to train"]
-            if job.finished():
+            if is_finished(job.run, job.name):
                 seconds = load_finished(job.run, job.name)["seconds"]
                 took[job.kind].append(seconds / job.samples(n))
                 rows[job.run.path][3] = f"there, took {seconds:.0f} s"
@@ -336,7 +333,7 @@ def arguments() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="what there is")
     p.add_argument("--preset", choices=PRESETS, default="quick", help="what variants override")
     p.add_argument("--seeds", type=int, default=3, help="of all three stages of every variant")
-    p.add_argument("--data", default=Run.data, help="folder of a prepared data set")
+    p.add_argument("--data", help="default: data/demo, and data/sequences for Tables 6 and 10")
     p.add_argument("--device", help="cuda or cpu; default: cuda if there is one, else cpu")
     p.add_argument("--dry-run", action="store_true", help="only say what would be trained")
     return p
@@ -352,11 +349,14 @@ def main() -> None:
         stop(f"--seeds must be at least 1, found {args.seeds}")
     which = f"table {args.table}" if args.table else f"figure {args.figure}"
     study, watch = STUDIES[which], Watch()
-    n, actions = samples_and_actions(args.data) if study.trains else (0, 0)
+    data = args.data or study.data
+    n, actions = samples_and_actions(data) if study.trains else (0, 0)
     like = Run(FOLDER, Config(n_actions=max(Config.n_actions, actions)), Training(),
-               choose_device(args.device), data=args.data, watch=watch)
+               choose_device(args.device), data=data, watch=watch)
     if world_size() > 1:
         stop("ablate.py is a single process: start it with python, and not with torchrun")
+    if study.gains:
+        like.split("train").begins()  # or one sentence, if these are no sequences
     torch.set_float32_matmul_precision("high")
     made = [v for v in study.variants if not v.lacks]
     chains = {(v.name, seed): jobs_of(v, study, args.preset, seed, like)
@@ -374,7 +374,7 @@ def main() -> None:
                 found[name][where].append(value)
         for name, of in speeds(study, args.preset, like.device).items():
             found[name] |= of
-        about = dict(study=which, preset=args.preset, seeds=args.seeds, data=args.data,
+        about = dict(study=which, preset=args.preset, seeds=args.seeds, data=data,
                      command=this_command(), machine=machine(like.device.type))
         path = FOLDER / f"{which.replace(' ', '_')}_{args.preset}"
         text = as_page(which, study, found, about)

@@ -119,16 +119,16 @@ class TemporalLifter(SpatialLifter):
     """
 
     every: bool
-    heads = 8
 
-    def __init__(self, n_points: int, frames: int, width: int, blocks: int, width_t: int):
-        super().__init__(n_points, width, blocks)
+    def __init__(self, n_points: int, frames: int, width: int, blocks: int, heads: int,
+                 width_t: int):
+        super().__init__(n_points, width, blocks, heads)
         if frames < 1 or frames % 2 == 0:
             raise ValueError(f"frames must be an odd number, or there is no centre, found {frames}")
         self.frames = frames
         self.time = nn.Parameter(torch.zeros(frames, width_t))
         self.over_time = nn.ModuleList(
-            [Block(width_t, self.heads, 2, drop_path=b.drop_path, eps=1e-6) for b in self.blocks])
+            [Block(width_t, heads, 2, drop_path=b.drop_path, eps=1e-6) for b in self.blocks])
 
     def tokens_of_frames(self, x: Tensor, conf: Tensor | None) -> Tensor:
         """x [B, T, n_points, 2], conf [B, T, 17] or None -> [B T, n_points, width]. ValueError for
@@ -154,8 +154,8 @@ class PoseFormer(TemporalLifter):
     every = False
 
     def __init__(self, n_points: int = J + J_D + J_F, frames: int = 81, width: int = 32,
-                 blocks: int = 4):
-        super().__init__(n_points, frames, width, blocks, J * width)
+                 blocks: int = 4, heads: int = 8):
+        super().__init__(n_points, frames, width, blocks, heads, J * width)
         self.norm_t = nn.LayerNorm(J * width, eps=1e-6)
         self.mean_t = nn.Conv1d(frames, 1, 1)
         self.head = nn.Sequential(nn.LayerNorm(J * width), nn.Linear(J * width, J * 3))
@@ -177,8 +177,8 @@ class MixSTE(TemporalLifter):
     every = True
 
     def __init__(self, n_points: int = J + J_D + J_F, frames: int = 81, width: int = 512,
-                 blocks: int = 8):
-        super().__init__(n_points, frames, width, blocks, width)
+                 blocks: int = 8, heads: int = 8):
+        super().__init__(n_points, frames, width, blocks, heads, width)
 
     def forward(self, x: Tensor, conf: Tensor | None = None) -> Tensor:
         """x [B, T, n_points, 2] in normalised image coordinates, conf [B, T, 17] -> y

@@ -849,9 +849,8 @@ class SpatialLifter(Lifter):
     With 17 points it has the paper's 0.9M parameters, and a learned token for a missing joint.
     """
 
-    heads = 6
-
-    def __init__(self, n_points: int = J + J_D + J_F, width: int = 96, blocks: int = 12):
+    def __init__(self, n_points: int = J + J_D + J_F, width: int = 96, blocks: int = 12,
+                 heads: int = 6):
         super().__init__(n_points)
         self.embed_s = nn.Linear(2, width)
         if n_points > J:
@@ -860,7 +859,7 @@ class SpatialLifter(Lifter):
         self.position = nn.Parameter(torch.zeros(n_points, width))
         rates = torch.linspace(0, 0.1, blocks, device="cpu").tolist()  # of drop path, rising
         self.blocks = nn.ModuleList(
-            [Block(width, self.heads, 2, drop_path=p, eps=1e-6) for p in rates])
+            [Block(width, heads, 2, drop_path=p, eps=1e-6) for p in rates])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3))
 

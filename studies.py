@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from hipart import GENERATIONS, Config
-from train import PRESETS, Training
+from train import LIFTER_SIZES, PRESETS, Training
 
 # What all variants of a preset override: what goes beyond the paper and blurs what histories are
 # worth. And `quick` has fewer epochs, so that a table with three seeds takes an hour on two cores.
@@ -34,6 +34,7 @@ class Variant:
         """Of a preset, with this share of its training samples if it has a limit."""
         config, training = (of | base for of, base in zip(PRESETS[preset], BASE[preset],
                                                           strict=True))
+        training |= LIFTER_SIZES[preset].get(self.training.get("lifter"), {})
         size = vars(Config(**config))
         scaled = {k: max(1, math.floor(size[k] * by + 0.5)) for k, by in self.scale.items()}
         limit = dict(limit=round(training.get("limit", 0) * share))
@@ -44,14 +45,17 @@ class Variant:
 @dataclass(frozen=True)
 class Study:
     """A table or figure. paper: the columns of its numbers there. better: pairs of variants of
-    which the first has the smaller error in the paper. faster: (a, b, times)."""
+    which the first has the smaller error in the paper. faster: (a, b, times). gains: pairs of
+    which the first gains more by HiPART."""
 
     title: str
     paper: tuple[str, ...]
     variants: tuple[Variant, ...]
     better: tuple[tuple[str, str], ...] = ()
     faster: tuple[tuple[str, str, float], ...] = ()
+    gains: tuple[tuple[str, str], ...] = ()
     trains: bool = True
+    data: str = "data/demo"
     share: float = 1.0  # of the samples of a preset that has a limit
     batches: tuple[int, ...] = ()  # at which speed is measured
     costs: bool = False  # parameters and FLOPs at the paper's sizes
@@ -66,7 +70,18 @@ def sizes(name: str, blocks_1: int, blocks_2: int, width: int, *paper: str) -> V
     return Variant(name, paper, scale={k: by for k, by in of.items() if by != 1})
 
 
+def lifter(name: str, before: str, after: str, **training) -> tuple[Variant, ...]:
+    """Rows of Tables 6 and 10: a lifter alone, with HiPART, and with true points."""
+    return (Variant(name, (before,), training=training, input="sparse"),
+            Variant(name + WITH, (after,), training=training),
+            Variant(f"{name} + ground truth", ("-",), training=training, input="ground_truth"))
+
+
+WITH = " + HiPART"
+TABLE_6 = ("spatial", "PoseFormer, 27 frames", "MixSTE, 27 frames")
+TABLE_10 = ("1 frame", "9 frames", "27 frames", "81 frames")
 TWO_LEVELS = "not made: the tokenizer has two levels"
+FRAMES = "not made: sequences to train on have up to 62 frames"
 H36M = "paper: MPJPE, mm"
 FPS = "paper: FPS on a V100"
 STUDIES = {
@@ -99,6 +114,13 @@ STUDIES = {
         Variant("96, ground truth", ("-",), training=dict(levels="fine"), input="ground_truth"),
         Variant("48 + 96, ground truth", ("-",), input="ground_truth"),
     ), (("48", "none"), ("96", "48"), ("48 + 96", "96"))),
+    "table 6": Study("lifters without and with HiPART", (H36M,), (
+        *lifter("spatial", "52.1", "42.0", lifter="spatial"),
+        *lifter("PoseFormer, 27 frames", "44.3 (81)", "40.8 (81)", lifter="poseformer", frames=27),
+        *lifter("MixSTE, 27 frames", "42.4 (81)", "39.3 (81)", lifter="mixste", frames=27),
+    ), tuple((name + WITH, name) for name in TABLE_6), gains=tuple(
+        ("spatial", name) for name in TABLE_6[1:]), share=0.5, data="data/sequences",
+        note="All see the same sequences. A lifter sees as many of them with HiPART as without. "),
     "table 8": Study("speed of generation and lifting", (FPS, H36M), (
         Variant("spatial lifter with HiPART", ("396", "42.0")),
         Variant("MixSTE (81 frames) with HiPART", ("681", "39.3"), lacks="not made: see Table 6"),
@@ -120,6 +142,16 @@ STUDIES = {
              "are of all three stages at these sizes, for one pose; a multiplication with its "
              "addition counts as two. Errors are of models in proportion to the preset's, with "
              "whole blocks: where it has few, two rows may have equally many. "),
+    "table 10": Study("lifters of more and more frames, without and with HiPART", (H36M,), (
+        *lifter("1 frame", "51.1", "42.0", lifter="spatial")[:2],
+        *lifter("9 frames", "-", "-", lifter="mixste", frames=9)[:2],
+        *lifter("27 frames", "-", "-", lifter="mixste", frames=27)[:2],
+        *lifter("81 frames", "42.4", "39.3", lifter="mixste", frames=81)[:2],
+        Variant("243 frames", ("40.9",), lacks=FRAMES),
+        Variant("243 frames + HiPART", ("36.7",), lacks=FRAMES),
+    ), tuple((name + WITH, name) for name in TABLE_10), gains=tuple(
+        ("1 frame", name) for name in TABLE_10[1:]), share=0.5, data="data/sequences",
+        note="A single frame is lifted by the spatial transformer, and more by MixSTE. "),
     "figure 5": Study("width and size of the codebooks", (), (
         Variant("base", ()),
         *(Variant(f"{name} x {by:g}", (), scale={name: by})

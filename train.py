@@ -80,6 +80,7 @@ class Training:
     frames: int = 1  # T, of windows that poseformer and mixste take; batch_3 is then of windows
     lifter_width: int = 96
     lifter_blocks: int = 12
+    lifter_heads: int = 6
     levels: str = "dense+fine"  # which of them a lifter sees: dense+fine, dense or fine (Table 5)
     epochs_3: int = 25
     passes_3: int = 1  # ours: how often a lifter trains on made points before they are made anew
@@ -94,11 +95,11 @@ class Training:
     def __post_init__(self):
         if self.lifter not in LIFTERS:
             raise ValueError(f"lifter must be one of {', '.join(LIFTERS)}, found {self.lifter!r}")
-        kind = LIFTERS[self.lifter]
-        if self.lifter_width % (heads := getattr(kind, "heads", 1)):
-            raise ValueError(f"lifter_width must be a multiple of the {self.lifter} lifter's "
-                             f"{heads} heads, found {self.lifter_width}")
-        if self.frames % 2 == 0 or (self.frames > 1) != issubclass(kind, TemporalLifter):
+        if self.lifter != "mlp" and self.lifter_width % max(1, self.lifter_heads):
+            raise ValueError("lifter_width must be a multiple of lifter_heads "
+                             f"{self.lifter_heads}, found {self.lifter_width}")
+        if self.frames % 2 == 0 or (self.frames > 1) != issubclass(
+                LIFTERS[self.lifter], TemporalLifter):
             raise ValueError("frames must be an odd number, above 1 for poseformer and mixste, and "
                              f"1 for spatial and mlp, found {self.frames} for {self.lifter}")
         levels = ("dense+fine", "dense", "fine") if self.frames == 1 else ("dense+fine",)
@@ -136,16 +137,19 @@ PRESETS = {
     "long": (SMALL_MODEL, SMALL_TRAINING | LONG),
     "paper": ({}, dict(epochs_1=40)),
 }
-# Lifters of sequences have sizes of their own: the papers', and such as a CPU can afford. A window
-# of T frames takes as much memory as T samples, or more, so that batches are smaller.
-TEMPORAL_SIZES = {
-    "poseformer": dict(lifter_width=32, lifter_blocks=4, lr_3=2e-4),
-    "mixste": dict(lifter_width=512, lifter_blocks=8, batch_3=8, lr_3=1e-4),
+# What a preset overrides for lifters that are transformers: the papers' sizes, or such as a CPU can
+# afford. A window of T frames takes the memory of T samples, or more, so that batches are smaller.
+LARGE = {
+    "poseformer": dict(lifter_width=32, lifter_blocks=4, lifter_heads=8, lr_3=2e-4),
+    "mixste": dict(lifter_width=512, lifter_blocks=8, lifter_heads=8, batch_3=8, lr_3=1e-4),
 }
-SMALL_TEMPORAL_SIZES = {
-    "poseformer": dict(lifter_width=16, lifter_blocks=2, batch_3=32, lr_3=1e-3),
-    "mixste": dict(lifter_width=32, lifter_blocks=2, batch_3=8, lr_3=1e-3),
+SMALL = {
+    "spatial": dict(lifter_width=32, lifter_blocks=4, lifter_heads=2, lr_3=1e-3),
+    "poseformer": dict(lifter_width=16, lifter_blocks=2, lifter_heads=2, batch_3=16, lr_3=1e-3,
+                       epochs_3=1, passes_3=1),  # of a window around every frame
+    "mixste": dict(lifter_width=32, lifter_blocks=2, lifter_heads=2, batch_3=8, lr_3=1e-3),
 }
+LIFTER_SIZES = {name: LARGE if name == "paper" else SMALL for name in PRESETS}
 
 INPUTS = {  # what a lifter is given, by name: its row in the tables
     "sparse": "a  sparse, as many samples as (b)",
@@ -193,8 +197,7 @@ def load_hipart(run: Run) -> HiPART:
 
 def check_motion(run: Run) -> None:
     """Stop unless stages 1 and 2 were trained on the data of the run, or on data that hold out the
-    same bodies and the same motion. So lifters of sequences may be trained on data/sequences with
-    the stages of data/demo."""
+    same bodies and the same motion, as data/demo does for data/sequences."""
     made = load_finished(run, "stage2")["run"]
     if made["samples"] == run.samples():
         return
@@ -206,9 +209,8 @@ def check_motion(run: Run) -> None:
     one, two = ([read_json(Path(of.data, "meta.json"), META_BYTES).get(key) for key in keys]
                 for of in (run, other))
     if one != two or None in one:
-        stop(f"{run.data} has other people or other motion than {other.data}, on which stages 1 "
-             f"and 2 of {run.path} were trained, and these may know its test: train all stages on "
-             f"{run.data}, under another --name")
+        stop(f"{run.data} has other people or other motion than {other.data} of stages 1 and 2, "
+             "which may know its test: train all stages on these data, under another --name")
 
 
 def load_regressor(run: Run) -> Regressor:
@@ -224,8 +226,7 @@ def load_lifter(run: Run, name: str, seed: int = 0) -> nn.Module:
 
 
 def lifter_names(t: Training) -> list[str]:
-    """The lifters that stage 3 trains: by their inputs, and those of sequences beside them in the
-    same run, as mixste27_sparse."""
+    """The lifters that stage 3 trains: by input, and those of sequences as mixste27_sparse."""
     sequences = [f"{t.lifter}{t.frames}_{name}" for name in TEMPORAL_INPUTS]
     return sequences if t.frames > 1 else [*INPUTS]
 
@@ -244,8 +245,7 @@ def checkpoints_of(stage: int, seeds: int = 1, t: Training | None = None) -> lis
 
 
 def trained_stages(run: Run, seeds: int = 1, stage_3: list[str] | None = None) -> int:
-    """How many of the three stages are finished, 0 to 3. What counts as stage 3 is all that it
-    leaves, unless its checkpoints are named."""
+    """How many stages are finished, 0 to 3. stage_3: the checkpoints that count; default: all."""
     for stage in (1, 2, 3):
         names = stage_3 if stage == 3 and stage_3 else checkpoints_of(stage, seeds)
         if not all(is_finished(run, name) for name in names):
@@ -513,8 +513,9 @@ def mean_error(lifter: nn.Module, blocks: list[dict[str, Tensor]]) -> Tensor:
 def new_lifter(t: Training, name: str) -> nn.Module:
     """An untrained lifter of that name, of 17 or 161 points."""
     points = J if input_of(name).startswith("sparse") else J + J_D + J_F
-    frames = [t.frames] if t.frames > 1 else []
-    model = LIFTERS[t.lifter](points, *frames, t.lifter_width, t.lifter_blocks)
+    options = {} if t.lifter == "mlp" else dict(heads=t.lifter_heads)
+    options |= dict(frames=t.frames) if t.frames > 1 else {}
+    model = LIFTERS[t.lifter](points, width=t.lifter_width, blocks=t.lifter_blocks, **options)
     return OneLevel(model, t.levels) if points > J and t.levels != "dense+fine" else model
 
 
@@ -658,8 +659,7 @@ def main() -> None:
         stop(f"--seeds must be at least 1 and --seed at least 0, found {args.seeds}, {args.seed}")
     device = choose_device(args.device)
     preset = args.preset or ("paper" if device.type == "cuda" else "quick")
-    sizes = TEMPORAL_SIZES if preset == "paper" else SMALL_TEMPORAL_SIZES
-    presets = PRESETS[preset][0], PRESETS[preset][1] | sizes.get(args.lifter, {})
+    presets = PRESETS[preset][0], PRESETS[preset][1] | LIFTER_SIZES[preset].get(args.lifter, {})
     given = {name: value for name, value in vars(args).items() if value is not None}
     try:
         config, training = (kind(**options | {k: given[k] for k in given.keys() & vars(kind())})

@@ -19,7 +19,7 @@ import studies
 import train
 from checkpoints import Run
 from hipart import Config
-from studies import STUDIES, Study, Variant
+from studies import STUDIES, WITH, Study, Variant
 from train import PRESETS, Training
 
 SMALL = {k: v for k, v in RUN_SIZES.items() if k != "epochs_equal"} | dict(
@@ -38,9 +38,9 @@ def tiny(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "LEAST", 0.0)
     precision = torch.get_float32_matmul_precision()
 
-    def run(*options, seeds=1):
+    def run(*options, seeds=1, data=f"{tiny_data}/tiny"):
         monkeypatch.setattr(sys, "argv", ["ablate.py", *options, "--seeds", str(seeds), "--data",
-                                          f"{tiny_data}/tiny", "--device", "cpu"])
+                                          data, "--device", "cpu"])
         ablate.main()
 
     yield run
@@ -155,9 +155,27 @@ def test_table_8_trains_nothing(tiny, trained, tmp_path):
     assert "a V100" in page and "another method" in page
 
 
+def test_lifters_of_sequences_from_end_to_end(tiny, trained, tiny_sequences, tmp_path, capsys):
+    """Table 6: one tokenizer and one HiARM, all three lifters with each of three inputs."""
+    assert "no sequences: make some with `python prepare_data.py --sequences`" in refused(
+        capsys, tiny, "--table", "6")
+    assert not trained
+    tiny("--table", "6", data=f"{tiny_sequences}/sequences")
+    report = json.loads((tmp_path / "runs/ablations/table_6_quick.json").read_text())
+    assert list(report["numbers"]) == [v.name for v in STUDIES["table 6"].variants]
+    assert {"test: MPJPE, mm", "unseen: MPJPE, mm"} <= report["numbers"]["spatial"].keys()
+    assert len(trained) == len(set(trained)) == 2 + 9
+    lifters = {name.split("/")[1] for name in trained} - {"stage1", "stage2"}
+    assert lifters == {f"stage3_{kind}{source}_0" for kind in ("", "poseformer27_", "mixste27_")
+                       for source in train.TEMPORAL_INPUTS}
+    claims = [claim for claim, *_ in report["verdicts"]]
+    assert "spatial gains more than MixSTE, 27 frames" in claims and len(claims) == 2 * (3 + 2)
+
+
 @pytest.mark.parametrize("which", [w for w, study in STUDIES.items() if study.trains])
-def test_every_study_can_be_planned(which, tiny, trained, capsys):
-    tiny(*of(which), "--dry-run", "--preset", "standard", seeds=2)
+def test_every_study_can_be_planned(which, tiny, trained, tiny_data, tiny_sequences, capsys):
+    data = f"{tiny_sequences}/sequences" if STUDIES[which].gains else f"{tiny_data}/tiny"
+    tiny(*of(which), "--dry-run", "--preset", "standard", seeds=2, data=data)
     said = capsys.readouterr().out
     assert "trainings are left: about" in said and not trained
     for variant in STUDIES[which].variants:
@@ -177,7 +195,7 @@ def test_bad_input_is_said_in_a_sentence(tiny, tmp_path, capsys, monkeypatch):
     for data in ("nowhere", "testing"):
         for more in ([], ["--dry-run"]):
             monkeypatch.setattr(sys, "argv", ["ablate.py", "--table", "3", "--data", data, *more])
-            assert f"{data} holds no data set to train on: " in refused(capsys, ablate.main)
+            assert f"{data} holds no training data: " in refused(capsys, ablate.main)
     monkeypatch.setattr(ablate, "world_size", lambda: 2)
     assert "not with torchrun" in refused(capsys, tiny, "--table", "3")
 
@@ -199,6 +217,7 @@ def test_every_variant_is_a_model_of_its_own(which, preset):
     assert len(names) == len(made)
     assert {name for pair in study.better for name in pair} <= names
     assert {name for a, b, _ in study.faster for name in (a, b)} <= names
+    assert {name + plus for pair in study.gains for name in pair for plus in ("", WITH)} <= names
 
 
 def test_with_the_papers_preset_the_first_rows_are_the_papers_model():
@@ -220,7 +239,7 @@ OF_STAGE = {  # options that are not named for their stage
        "restart_below limit warmup_free",
     2: "width heads mlp_ratio lsab_blocks gcsab_blocks ph_blocks dropout lambda_d generation "
        "condition soft soft_targets history_dropout lambda_p epochs_soft",
-    3: "lifter frames lifter_width lifter_blocks levels epochs_equal regressor_width",
+    3: "lifter frames lifter_width lifter_blocks lifter_heads levels epochs_equal regressor_width",
 }
 
 
@@ -278,10 +297,13 @@ def test_the_opposite_ordering_has_the_opposite_verdict(gaps):
 
 
 def test_orderings_of_errors_and_of_speeds():
-    study = Study("", (), (), better=(("a", "b"),), faster=(("a", "b", 1.5),))
+    study = Study("", (), (), better=(("a", "b"),), faster=(("a", "b", 1.5),), gains=(("a", "b"),))
     found = {"a": {"test: MPJPE, mm": [40.0, 41.0, 40.5], "poses/s, batch 1": [31.0, 32.0, 31.5]},
-             "b": {"test: MPJPE, mm": [45.0, 46.0, 45.4], "poses/s, batch 1": [20.0, 20.7, 20.3]}}
-    errors, speeds = ablate.verdicts(study, found)
+             "b": {"test: MPJPE, mm": [45.0, 46.0, 45.4], "poses/s, batch 1": [20.0, 20.7, 20.3]},
+             "a + HiPART": {"test: MPJPE, mm": [37.0, 38.5, 37.5]},  # 3.0, 2.5, 3.0 less
+             "b + HiPART": {"test: MPJPE, mm": [43.5, 45.0, 44.0]}}  # 1.5, 1.0, 1.4 less
+    errors, speeds, gains = ablate.verdicts(study, found)
+    assert gains == ["a gains more than b", "test: MPJPE, mm", "+1.53", "holds"]
     assert errors == ["a before b", "test: MPJPE, mm", "+4.97", "holds"]
     assert speeds == ["a before b, by 50%", "poses/s, batch 1", "+1.00", "holds"]
 

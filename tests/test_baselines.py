@@ -356,12 +356,11 @@ def separate_frames(lifter):
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_points", [17, 161])
-def test_mixste_is_the_spatial_lifter_where_frames_do_not_see_one_another(n_points, monkeypatch):
-    monkeypatch.setattr(SpatialLifter, "heads", MixSTE.heads)
+def test_mixste_is_the_spatial_lifter_where_frames_do_not_see_one_another(n_points):
     lifter, (x, conf) = small(MixSTE, n_points), frames_of(n_points)
     before = lifter(x, conf)
     separate_frames(lifter)
-    spatial = SpatialLifter(n_points, 16, 2).eval()
+    spatial = SpatialLifter(n_points, 16, 2, heads=8).eval()
     spatial.load_state_dict(lifter.state_dict(), strict=False)
     alone = torch.stack([spatial(x[:, t], conf[:, t]) for t in range(T)], 1)
     torch.testing.assert_close(lifter(x, conf), alone)

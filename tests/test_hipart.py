@@ -1675,10 +1675,9 @@ def test_spatial_lifter_has_the_papers_parameters():
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_points, blocks", [(17, 2), (161, 1)])
-def test_spatial_lifter_equals_numpy(n_points, blocks, monkeypatch):
-    monkeypatch.setattr(SpatialLifter, "heads", 3)
+def test_spatial_lifter_equals_numpy(n_points, blocks):
     torch.manual_seed(0)
-    lifter = randomize(SpatialLifter(n_points, 12, blocks), 0.3).double().eval()
+    lifter = randomize(SpatialLifter(n_points, 12, blocks, heads=3), 0.3).double().eval()
     x, y, conf = (
         torch.randn(40, 161, 2).double(),
         torch.randn(40, 17, 3).double() * 200,

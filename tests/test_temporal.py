@@ -213,7 +213,7 @@ def test_what_cannot_be_trained_is_said_in_one_sentence(
             "--lifter", lifter[0], "--frames", lifter[1]))
         assert "an odd number, above 1 for poseformer and mixste, and 1 for" in said
     said = refused(monkeypatch, capsys, tmp_path, data, lifter_width=12)
-    assert "a multiple of the mixste lifter's 8 heads, found 12" in said
+    assert "lifter_width must be a multiple of lifter_heads 8, found 12" in said
     shutil.copytree(data, tmp_path / "other")
     meta = json.loads((tmp_path / "other/meta.json").read_text())
     meta["subjects"]["test"] = meta["subjects"]["train"]
