@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from conftest import TINY_SIZES, make_clips, rest_joints, write_tiny
@@ -179,6 +180,21 @@ def test_the_same_seed_gives_the_same_data_whatever_the_other_splits_sizes(
     write_tiny(tmp_path / "other", sizes, seed=1, overwrite=True)
     mine, theirs = (load(folder, "test")[0] for folder in folders)
     assert not np.array_equal(mine["y"], theirs["y"])
+
+
+def test_a_processor_that_rounds_differently_names_the_same_samples(tiny_data, tmp_path,
+                                                                    monkeypatch):
+    """Run.samples is a hash of meta.json."""
+    cameras, bodies = P.make_cameras, conftest.make_bodies()
+    more = 1 + 1e-13
+    bodies["stature"] = bodies["stature"] * more
+    monkeypatch.setattr(conftest, "make_bodies", lambda: bodies)
+    monkeypatch.setattr(P, "make_cameras", lambda rng: [
+        c | dict(R=(np.array(c["R"]) * more).tolist(), t=(np.array(c["t"]) * more).tolist())
+        for c in cameras(rng)])
+    write_tiny(tmp_path / "tiny")
+    one, other = ((folder / "tiny/meta.json").read_text() for folder in (tiny_data, tmp_path))
+    assert one == other
 
 
 def test_an_interrupted_preparation_leaves_nothing(tmp_path, monkeypatch):
