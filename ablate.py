@@ -261,7 +261,7 @@ def as_page(which: str, study: Study, found: dict, about: dict) -> str:
             "with CPN, and its speeds on a V100: compare orders, never numbers.",
             table(["variant", *study.paper, *columns], rows)]
     if orderings := verdicts(study, found):
-        text += [table(["ordering in the paper", "here by", "difference", "verdict"], orderings),
+        text += [table(["ordering", "here by", "difference", "verdict"], orderings),
                  "A difference above 0 is the paper's order. Over the seeds, an ordering *holds* "
                  "if the mean difference is above 0 by more than its 95 % confidence interval "
                  "(Student's t), *does not hold* if below 0 by more, else is *within the spread*."]
@@ -287,13 +287,13 @@ def as_figure(study: Study, found: dict, preset: str) -> Figure:
     return fig
 
 
-def samples_and_actions(data: str) -> tuple[int, int]:
+def samples_and_actions(data: str, prepare: str) -> tuple[int, int]:
     """How many there are to train on, or one sentence and exit status 2 if there are none."""
     try:
         meta = read_json(Path(data, "meta.json"), META_BYTES)
         return int(meta["splits"]["train"]["n"]), len(meta["actions"])
     except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
-        stop(f"{data} holds no training data: `python prepare_data.py [--sequences]` makes some")
+        stop(f"{data} holds no data set to train on: make one with `{prepare}`")
 
 
 def dry_run(chains: dict[tuple[str, int], list[Job]], n: int) -> str:
@@ -350,7 +350,7 @@ def main() -> None:
     which = f"table {args.table}" if args.table else f"figure {args.figure}"
     study, watch = STUDIES[which], Watch()
     data = args.data or study.data
-    n, actions = samples_and_actions(data) if study.trains else (0, 0)
+    n, actions = samples_and_actions(data, study.prepare) if study.trains else (0, 0)
     like = Run(FOLDER, Config(n_actions=max(Config.n_actions, actions)), Training(),
                choose_device(args.device), data=data, watch=watch)
     if world_size() > 1:

@@ -236,8 +236,8 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
                 if split == "test":
                     draw_samples(temporary / "samples.png", arrays, meta)
         draw_coarsening(temporary / "coarsening.png", rest, faces, joints, levels, area)
-        # Processors round differently: to six decimals, all of them write, and name, the same.
-        meta = json.loads(json.dumps(meta), parse_float=lambda number: round(float(number), 6))
+        # Processors round differently. Six decimals, and no -0.0, give the samples one name on all.
+        meta = json.loads(json.dumps(meta), parse_float=lambda number: round(float(number), 6) + 0)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     return folder
 

@@ -56,6 +56,7 @@ class Study:
     gains: tuple[tuple[str, str], ...] = ()
     trains: bool = True
     data: str = "data/demo"
+    prepare: str = "python prepare_data.py"  # makes it
     share: float = 1.0  # of the samples of a preset that has a limit
     batches: tuple[int, ...] = ()  # at which speed is measured
     costs: bool = False  # parameters and FLOPs at the paper's sizes
@@ -81,7 +82,12 @@ WITH = " + HiPART"
 TABLE_6 = ("spatial", "PoseFormer, 27 frames", "MixSTE, 27 frames")
 TABLE_10 = ("1 frame", "9 frames", "27 frames", "81 frames")
 TWO_LEVELS = "not made: the tokenizer has two levels"
-FRAMES = "not made: sequences to train on have up to 62 frames"
+FRAMES = "not made: few sequences are as long"
+SEQUENCES = dict(share=0.5, data="data/sequences", prepare="python prepare_data.py --sequences")
+OF_SEQUENCES = ("A limit of samples leaves whole sequences to the lifters of sequences, and single "
+                "frames of all sequences to the spatial one: compare gains. On test, sequences "
+                "have 13 frames at most, so longer windows repeat frames. LIFTER_SIZES in train.py "
+                "has the sizes of the lifters and how long they train. ")
 H36M = "paper: MPJPE, mm"
 FPS = "paper: FPS on a V100"
 STUDIES = {
@@ -119,11 +125,11 @@ STUDIES = {
         *lifter("PoseFormer, 27 frames", "44.3 (81)", "40.8 (81)", lifter="poseformer", frames=27),
         *lifter("MixSTE, 27 frames", "42.4 (81)", "39.3 (81)", lifter="mixste", frames=27),
     ), tuple((name + WITH, name) for name in TABLE_6), gains=tuple(
-        ("spatial", name) for name in TABLE_6[1:]), share=0.5, data="data/sequences",
-        note="All see the same sequences. A lifter sees as many of them with HiPART as without. "),
+        ("spatial", name) for name in TABLE_6[1:]), **SEQUENCES,
+        note=f"A lifter sees as many samples with HiPART as without. {OF_SEQUENCES}"),
     "table 8": Study("speed of generation and lifting", (FPS, H36M), (
         Variant("spatial lifter with HiPART", ("396", "42.0")),
-        Variant("MixSTE (81 frames) with HiPART", ("681", "39.3"), lacks="not made: see Table 6"),
+        Variant("MixSTE (81 frames) with HiPART", ("681", "39.3"), lacks="not made: one frame"),
         Variant("DiffPose", ("173", "49.7"), lacks="another method"),
         Variant("DiffuPose", ("188", "49.4"), lacks="another method"),
     ), trains=False, batches=(1, 8, 64, 512),
@@ -150,8 +156,10 @@ STUDIES = {
         Variant("243 frames", ("40.9",), lacks=FRAMES),
         Variant("243 frames + HiPART", ("36.7",), lacks=FRAMES),
     ), tuple((name + WITH, name) for name in TABLE_10), gains=tuple(
-        ("1 frame", name) for name in TABLE_10[1:]), share=0.5, data="data/sequences",
-        note="A single frame is lifted by the spatial transformer, and more by MixSTE. "),
+        ("1 frame", name) for name in TABLE_10[1:]), **SEQUENCES,
+        note="A single frame is lifted by the spatial transformer (in the paper by MixSTE), and "
+             "more frames by MixSTE, in fewer and larger windows. The paper has 1 and 243 frames, "
+             f"and in its Table 6 there are 81; 9 and 27 are ours. {OF_SEQUENCES}"),
     "figure 5": Study("width and size of the codebooks", (), (
         Variant("base", ()),
         *(Variant(f"{name} x {by:g}", (), scale={name: by})

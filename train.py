@@ -80,7 +80,7 @@ class Training:
     frames: int = 1  # T, of windows that poseformer and mixste take; batch_3 is then of windows
     lifter_width: int = 96
     lifter_blocks: int = 12
-    lifter_heads: int = 6
+    lifter_heads: int = 0  # of transformers; 0: as many as in the lifter's paper
     levels: str = "dense+fine"  # which of them a lifter sees: dense+fine, dense or fine (Table 5)
     epochs_3: int = 25
     passes_3: int = 1  # ours: how often a lifter trains on made points before they are made anew
@@ -95,11 +95,12 @@ class Training:
     def __post_init__(self):
         if self.lifter not in LIFTERS:
             raise ValueError(f"lifter must be one of {', '.join(LIFTERS)}, found {self.lifter!r}")
-        if self.lifter != "mlp" and self.lifter_width % max(1, self.lifter_heads):
-            raise ValueError("lifter_width must be a multiple of lifter_heads "
-                             f"{self.lifter_heads}, found {self.lifter_width}")
-        if self.frames % 2 == 0 or (self.frames > 1) != issubclass(
-                LIFTERS[self.lifter], TemporalLifter):
+        kind = LIFTERS[self.lifter]
+        own = inspect.signature(kind).parameters.get("heads")
+        if own and self.lifter_width % (heads := self.lifter_heads or own.default):
+            raise ValueError(f"lifter_width must be a multiple of lifter_heads {heads}, "
+                             f"found {self.lifter_width}")
+        if self.frames % 2 == 0 or (self.frames > 1) != issubclass(kind, TemporalLifter):
             raise ValueError("frames must be an odd number, above 1 for poseformer and mixste, and "
                              f"1 for spatial and mlp, found {self.frames} for {self.lifter}")
         levels = ("dense+fine", "dense", "fine") if self.frames == 1 else ("dense+fine",)
@@ -107,7 +108,7 @@ class Training:
             raise ValueError(f"levels must be one of {', '.join(levels)} for the {self.lifter} "
                              f"lifter, found {self.levels!r}")
         for name, value in vars(self).items():
-            least = 0 if name.startswith(("limit", "warmup", "epochs_soft", "epochs_equal")) else 1
+            least = 0 if re.match("limit|warmup|epochs_soft|epochs_equal|lifter_heads", name) else 1
             kind = type(getattr(Training, name))
             if kind is int and value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
@@ -205,7 +206,7 @@ def check_motion(run: Run) -> None:
     if other.samples() != made["samples"]:
         stop(f"{other.data} is not what stages 1 and 2 of {run.path} were trained on, and nobody "
              f"can tell what they know of {run.data}: put it back, or train another --name")
-    keys = ("source", "sources", "seed", "actions", "unseen_actions", "subjects", "stature_mm")
+    keys = ("source", "sources", "seed", "actions", "unseen_actions", "subjects")
     one, two = ([read_json(Path(of.data, "meta.json"), META_BYTES).get(key) for key in keys]
                 for of in (run, other))
     if one != two or None in one:
@@ -276,6 +277,7 @@ def nearest_preset(fields: dict) -> tuple[str, dict]:
     """The preset that differs least from the given fields of Config and Training, and what does."""
     changed = {}
     for preset, (config, training) in PRESETS.items():
+        training = training | LIFTER_SIZES[preset].get(fields["lifter"], {})
         built = vars(Config(**config)) | vars(Training(**training))
         changed[preset] = {k: v for k, v in fields.items() if v != built[k]}
     nearest = min(changed, key=lambda preset: len(changed[preset]))
@@ -513,7 +515,7 @@ def mean_error(lifter: nn.Module, blocks: list[dict[str, Tensor]]) -> Tensor:
 def new_lifter(t: Training, name: str) -> nn.Module:
     """An untrained lifter of that name, of 17 or 161 points."""
     points = J if input_of(name).startswith("sparse") else J + J_D + J_F
-    options = {} if t.lifter == "mlp" else dict(heads=t.lifter_heads)
+    options = dict(heads=t.lifter_heads) if t.lifter_heads and t.lifter != "mlp" else {}
     options |= dict(frames=t.frames) if t.frames > 1 else {}
     model = LIFTERS[t.lifter](points, width=t.lifter_width, blocks=t.lifter_blocks, **options)
     return OneLevel(model, t.levels) if points > J and t.levels != "dense+fine" else model
@@ -625,15 +627,13 @@ def script(*command: str) -> None:
 def disk_needed(run: Run, stages: tuple[int, ...], seeds: int) -> int:
     """About how many bytes these stages of a run still write: every checkpoint holds a model and
     two running means of its gradients; one more is written beside the last."""
-    t = run.training
-    hipart = new_hipart(run.config)
+    t, hipart = run.training, new_hipart(run.config)
     lifters = [new_lifter(t, name) for name in lifter_names(t)] * seeds
     lifters = lifters if t.frames > 1 else [Regressor(t.regressor_width), *lifters]
     models = {1: [hipart.msst], 2: [hipart.hiarm], 3: lifters}
     sizes = [12 * sum(v.numel() for v in model.state_dict().values())
              for stage in stages for model in models[stage]]
-    paths = [run.path / f"{name}.pt" for stage in stages
-             for name in checkpoints_of(stage, seeds, t)]
+    paths = [run.path / f"{n}.pt" for stage in stages for n in checkpoints_of(stage, seeds, t)]
     there = sum(path.stat().st_size for path in paths if path.exists())
     return max(0, sum(sizes) - there) + max(sizes) + SMALL_FILES
 

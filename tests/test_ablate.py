@@ -168,6 +168,16 @@ def test_lifters_of_sequences_from_end_to_end(tiny, trained, tiny_sequences, tmp
     lifters = {name.split("/")[1] for name in trained} - {"stage1", "stage2"}
     assert lifters == {f"stage3_{kind}{source}_0" for kind in ("", "poseformer27_", "mixste27_")
                        for source in train.TEMPORAL_INPUTS}
+    run = Run(ablate.FOLDER, Config(), Training(), torch.device("cpu"),
+              data=f"{tiny_sequences}/sequences")
+    (job,) = ablate.jobs_of(STUDIES["table 6"].variants[6], STUDIES["table 6"], "quick", 0, run)
+    lifter, b = train.load_lifter(job.run, "mixste27_sparse"), next(run.split("test").blocks())
+    for begins, same in ((b["begins"], True), (torch.ones_like(b["begins"]), False)):
+        with torch.no_grad():
+            off = (train.lift(lifter, b["x_s"], b["conf"], begins) - b["y"]).norm(dim=-1).mean(-1)
+        of_actions = [off[b["action"] == action].mean() for action in b["action"].unique()]
+        found = report["numbers"]["MixSTE, 27 frames"]["test: MPJPE, mm"][0]
+        assert (found == pytest.approx(float(sum(of_actions)) / len(of_actions), rel=1e-5)) == same
     claims = [claim for claim, *_ in report["verdicts"]]
     assert "spatial gains more than MixSTE, 27 frames" in claims and len(claims) == 2 * (3 + 2)
 
@@ -195,7 +205,7 @@ def test_bad_input_is_said_in_a_sentence(tiny, tmp_path, capsys, monkeypatch):
     for data in ("nowhere", "testing"):
         for more in ([], ["--dry-run"]):
             monkeypatch.setattr(sys, "argv", ["ablate.py", "--table", "3", "--data", data, *more])
-            assert f"{data} holds no training data: " in refused(capsys, ablate.main)
+            assert f"{data} holds no data set to train on: " in refused(capsys, ablate.main)
     monkeypatch.setattr(ablate, "world_size", lambda: 2)
     assert "not with torchrun" in refused(capsys, tiny, "--table", "3")
 
@@ -265,6 +275,19 @@ def test_all_variants_have_as_many_actions_as_the_data(tiny_data):
         for variant in study.variants:
             jobs = ablate.jobs_of(variant, study, "quick", 0, like)
             assert {job.run.config.n_actions for job in jobs} == {40}
+
+
+def test_tables_6_and_10_share_what_they_can(tiny_sequences):
+    like = Run(ablate.FOLDER, Config(), Training(), torch.device("cpu"),
+               data=f"{tiny_sequences}/sequences")
+
+    def trained(which, *names):
+        study = STUDIES[which]
+        return [[job.run.path for job in ablate.jobs_of(v, study, "quick", 0, like)]
+                for v in study.variants if v.name.removesuffix(WITH) in names]
+
+    assert trained("table 6", "spatial", "MixSTE, 27 frames") == trained(
+        "table 10", "1 frame", "27 frames")
 
 
 def test_a_page_says_what_all_variants_override():

@@ -38,6 +38,7 @@ from baselines import (
 )
 from generation import lean_mode
 from hipart import GENERATIONS, PART_JOINT, SCALE, Config, SpatialLifter, detected_pelvis
+from train import Training, new_lifter
 
 
 @torch.no_grad()
@@ -317,6 +318,18 @@ def test_temporal_lifters_have_about_the_published_parameters(kind, millions, n_
     assert lifter.frames == 81
     total = sum(p.numel() for p in lifter.parameters())
     assert total == pytest.approx(millions * 1e6, rel=0.15)
+
+
+@pytest.mark.parametrize("lifter, frames, own", [
+    ("spatial", 1, 6), ("poseformer", 9, 8), ("mixste", 9, 8)])
+def test_lifters_have_their_papers_heads_unless_told_otherwise(lifter, frames, own):
+    for told, heads in ((0, own), (2, 2)):
+        t = Training(lifter=lifter, frames=frames, lifter_width=24, lifter_heads=told)
+        made = new_lifter(t, "sparse")
+        blocks = [*made.blocks, *getattr(made, "over_time", ())]
+        assert {block.heads for block in blocks} == {heads}
+    with pytest.raises(ValueError, match=f"lifter_heads {own}, found 25"):
+        Training(lifter=lifter, frames=frames, lifter_width=25)
 
 
 @torch.no_grad()

@@ -186,12 +186,11 @@ def test_a_processor_that_rounds_differently_names_the_same_samples(tiny_data, t
                                                                     monkeypatch):
     """Run.samples is a hash of meta.json."""
     cameras, bodies = P.make_cameras, conftest.make_bodies()
-    more = 1 + 1e-13
-    bodies["stature"] = bodies["stature"] * more
+    bodies["stature"] = bodies["stature"] * (1 + 1e-13)
     monkeypatch.setattr(conftest, "make_bodies", lambda: bodies)
     monkeypatch.setattr(P, "make_cameras", lambda rng: [
-        c | dict(R=(np.array(c["R"]) * more).tolist(), t=(np.array(c["t"]) * more).tolist())
-        for c in cameras(rng)])
+        c | {key: (np.array(c[key]) + noise * 1e-13).tolist() for key in ("R", "t")}
+        for c, noise in zip(cameras(rng), (-1, 1, 3, -5), strict=True)])
     write_tiny(tmp_path / "tiny")
     one, other = ((folder / "tiny/meta.json").read_text() for folder in (tiny_data, tmp_path))
     assert one == other

@@ -991,6 +991,9 @@ def test_the_next_command_is_short_where_it_can_be(tmp_path):
     config, training = train.PRESETS["quick"]
     fields = vars(Config(**config)) | vars(train.Training(**training | dict(turn_3=0.1)))
     assert train.nearest_preset(fields) == ("quick", dict(turn_3=0.1))
+    sizes = train.LIFTER_SIZES["quick"]["spatial"] | dict(lifter="spatial", lifter_blocks=2)
+    fields |= vars(train.Training(**training | sizes))
+    assert train.nearest_preset(fields) == ("quick", dict(lifter="spatial", lifter_blocks=2))
     config, training = (dict(vars(kind())) for kind in (Config, train.Training))
     other.path.mkdir(parents=True)
     of = dict(seed=3, data="data/demo", samples="")
