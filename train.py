@@ -141,8 +141,8 @@ PRESETS = {
 # What a preset overrides for lifters that are transformers: the papers' sizes, or such as a CPU can
 # afford. A window of T frames takes the memory of T samples, or more, so that batches are smaller.
 LARGE = {
-    "poseformer": dict(lifter_width=32, lifter_blocks=4, lifter_heads=8, lr_3=2e-4),
-    "mixste": dict(lifter_width=512, lifter_blocks=8, lifter_heads=8, batch_3=8, lr_3=1e-4),
+    "poseformer": dict(lifter_width=32, lifter_blocks=4, lr_3=2e-4),
+    "mixste": dict(lifter_width=512, lifter_blocks=8, batch_3=8, lr_3=1e-4),
 }
 SMALL = {
     "spatial": dict(lifter_width=32, lifter_blocks=4, lifter_heads=2, lr_3=1e-3),
