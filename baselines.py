@@ -126,6 +126,7 @@ class TemporalLifter(SpatialLifter):
         if frames < 1 or frames % 2 == 0:
             raise ValueError(f"frames must be an odd number, or there is no centre, found {frames}")
         self.frames = frames
+        nn.init.normal_(self.position)  # ours: from zeros, joints stay alike for too many steps
         self.time = nn.Parameter(torch.zeros(frames, width_t))
         self.over_time = nn.ModuleList(
             [Block(width_t, heads, 2, drop_path=b.drop_path, eps=1e-6) for b in self.blocks])
