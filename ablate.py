@@ -230,7 +230,8 @@ def verdicts(study: Study, found: dict[str, dict[str, list[float]]]) -> list[lis
                for a, b in study.gains]
     rows = []
     for claim, unit, signs in claims:
-        for where in (c for c in found[min(signs)] if unit in c):
+        one, *others = (found.get(name, {}) for name in signs)  # of which one may not be made
+        for where in (c for c in one if unit in c and all(c in other for other in others)):
             gaps = sum(sign * np.array(found[name][where]) for name, sign in signs.items())
             rows.append([claim, where, f"{gaps.mean():+.2f}", verdict(gaps.tolist())])
     return rows
@@ -358,6 +359,8 @@ def main() -> None:
     if study.gains:
         like.split("train").begins()  # or one sentence, if these are no sequences
     torch.set_float32_matmul_precision("high")
+    if args.preset == "paper" or not Path(data, "train", "x_192.npy").is_file():
+        study = study.without_third_level()
     made = [v for v in study.variants if not v.lacks]
     chains = {(v.name, seed): jobs_of(v, study, args.preset, seed, like)
               for seed in range(args.seeds * study.trains) for v in made}

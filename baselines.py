@@ -5,6 +5,7 @@
     MixSTE       lifts all of T frames (Tables 6 and 10)
     Regressor    densifies a sparse pose like hipart.HiPART, without tokens, in one step
     OneLevel     a lifter that sees the dense or the fine points alone (Table 5)
+    ThirdLevel   an MLPLifter that sees 192 true points, too (Table 5)
     JointOrder   generates parts like hipart.HiARM, but in the order of joint numbers (Table 4)
     NextToken    generates tokens like hipart.HiARM, one at a time (Table 4)
     Classifier   the same, all parts at once (Table 4)
@@ -36,6 +37,8 @@ from hipart import (
     to_model_frame,
     visible_joints,
 )
+
+J_T = 192  # points of the coarsening's level below the fine one
 
 
 class ResidualMLP(nn.Module):
@@ -108,6 +111,45 @@ class OneLevel(nn.Module):
 
     def forward(self, x: Tensor, conf: Tensor | None = None) -> Tensor:
         return self.lifter(self.seen(x), conf)
+
+
+class ThirdLevel(MLPLifter):
+    """An MLPLifter of 353 points: after the 161, the 192 of the coarsening's next level (Table 5).
+    Each is seen as its offset from the fine point that is nearest to it on average, since that
+    level does not halve. levels: "dense+fine+192"; or "192", which puts the nearest of the 192 in
+    the place of each fine point, and the mean of two of these in the place of a dense point."""
+
+    def __init__(self, levels: str, width: int = 1024, blocks: int = 2):
+        super().__init__(width=width, blocks=blocks)
+        self.levels = levels
+        self.mlp = ResidualMLP(J * 3 + J_D * 6 + (J_F + J_T) * 2, J * 3, width, blocks)
+        self.register_buffer("fine_of", torch.zeros(J_T, dtype=torch.int64))
+        self.register_buffer("third_of", torch.zeros(J_F, dtype=torch.int64))
+        self.register_buffer("mean_third", torch.zeros(J_T, 2))
+        self.register_buffer("std_third", torch.ones(J_T, 2))
+
+    def seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, 353, 2] -> what stands for the 161 points, [B, 161, 2], and the offsets of the
+        192, [B, 192, 2]."""
+        x_s, x_d, x_f, x_t = x.split((J, J_D, J_F, J_T), 1)
+        if self.levels == "192":
+            x_f = x_t[:, self.third_of]
+            x_d = x_f.unflatten(1, (J_D, 2)).mean(2)
+        return torch.cat([x_s, x_d, x_f], 1), x_t - x_f[:, self.fine_of]
+
+    def standardize(self, x: Tensor, y: Tensor, conf: Tensor | None = None) -> None:
+        distance = torch.cdist(x[:512, -J_T:], x[:512, J + J_D : -J_T]).mean(0)  # [192, 96]
+        self.fine_of.copy_(distance.argmin(1))
+        self.third_of.copy_(distance.argmin(0))
+        x, third = self.seen(x)
+        super().standardize(x, y, conf)
+        self.mean_third.copy_(third.mean(0))
+        self.std_third.copy_(third.std(0, correction=0).clamp_min(1e-6))
+
+    def features(self, x: Tensor, conf: Tensor | None) -> dict[str, Tensor]:
+        x, third = self.seen(x)
+        f, third = super().features(x, conf), (third - self.mean_third) / self.std_third
+        return f | dict(fine=torch.cat([f["fine"], third], 1))
 
 
 class TemporalLifter(SpatialLifter):

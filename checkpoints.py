@@ -100,7 +100,8 @@ class Run:
         windows: `frames` and `every` of `Split.in_windows`."""
         limit = self.training.limit if name == "train" else 0
         try:
-            split = Data(self.data, name, self.device, 0 if windows else limit, has_mesh)
+            split = Data(self.data, name, self.device, 0 if windows else limit, has_mesh,
+                         "192" in self.training.levels)
             split = split.in_windows(**windows, limit=limit) if windows else split
         except (ValueError, OSError) as e:
             stop(str(e))

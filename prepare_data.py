@@ -29,7 +29,7 @@ if __name__ == "__main__":  # Ctrl-C while modules are imported says nothing
 import numpy as np
 from tqdm import tqdm
 
-from hipart import J_D, PART_JOINT, J
+from hipart import J_D, J_F, PART_JOINT, J
 from sources import human36m, mocap, threedpw
 from sources.bodies import (
     ANNY,
@@ -42,7 +42,7 @@ from sources.bodies import (
     segment_transforms,
 )
 from sources.coarsening import coarsen, draw_coarsening, vertex_areas
-from sources.dataset import ARRAYS, SOURCES, SPLITS, base_meta, draw_samples, new_data_set
+from sources.dataset import EVERY_ARRAY, SOURCES, SPLITS, base_meta, draw_samples, new_data_set
 from sources.detector import NOISE, NOISE_TIME, detect
 from sources.geometry import IMAGE_SIZE, make_cameras, project
 from sources.motion import (
@@ -59,6 +59,7 @@ from survival import Watch
 
 SIZES = dict(zip(SPLITS, (40_000, 2_500, 5_000, 2_500), strict=True))  # samples
 SEQUENCE_SIZES = dict(zip(SPLITS, (28_000, 2_000, 4_000, 6_000), strict=True))  # frames
+TWO_LEVELS = J + J_D + J_F  # points of a pose, before those of the third level
 CHUNK = 4096  # samples that are made at once
 LEAP = 0.8  # m: half of the training poses of airborne clips are lifted by up to this much more
 
@@ -97,7 +98,7 @@ def draw_people(split, m, motion, stature, subjects, n_cameras, rng, sequences=F
 
 
 def place(people, airborne, bodies, tables, align):
-    """Points of posed people in the world, [m, 17 + 48 + 96, 3] mm. airborne [m]: bool."""
+    """Points of posed people in the world, [m, 17 + 48 + 96 + 192, 3] mm. airborne [m]: bool."""
     pose, subject, size = people["pose"], people["subject"], people["size"]
     transforms = segment_transforms(pose, align[subject], bodies["heads"][subject])
     points = np.empty((len(subject), tables.shape[1], 3))
@@ -106,7 +107,7 @@ def place(people, airborne, bodies, tables, align):
     points *= 1000 * size[:, None, None]  # m -> mm
     # The feet, or whatever is lowest, stand on the floor. In airborne clips the root has the clip's
     # height, in proportion to the length of the legs.
-    floor = -points[..., 2].min(1)
+    floor = -points[:, :TWO_LEVELS, 2].min(1)
     hip_height = bodies["joints"][:, 0, 2] - bodies["vertices"][..., 2].min(1)  # [S] m, standing
     height = pose[2] / CLIP_STANDING_HEIGHT * 1000 * hip_height[subject] * size
     air = np.maximum(height, floor) + 1000 * people["leap"]
@@ -147,8 +148,8 @@ def collides(joints):
 
 
 def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, bar, time=None):
-    """Draw n samples of a split -> arrays as they are stored (see ARRAYS). time: None for single
-    frames; for sequences, how long errors of detections last, in frames."""
+    """Draw n samples of a split -> arrays as they are stored (see EVERY_ARRAY). time: None for
+    single frames; for sequences, how long errors of detections last, in frames."""
     focal, sequences = np.array([cam["f"][1] for cam in cameras]), time is not None
     parts, done, drawn = [], 0, 0
     while done < n:
@@ -158,20 +159,20 @@ def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, 
         subject, camera = people["subject"], people["camera"]
         points = place(people, motion.airborne[people["clip"]], bodies, tables, align)
         seen, x = look(points, camera, cameras)
-        good = ((x >= 0) & (x <= IMAGE_SIZE)).all((1, 2))
+        good = ((x >= 0) & (x <= IMAGE_SIZE))[:, :TWO_LEVELS].all((1, 2))
         if split == "train":
             good &= ~collides(seen[:, :J])
-        x_s, x_d, x_f = np.split(x, [J, J + J_D], axis=1)
+        x_s, x_d, x_f, x_192 = np.split(x, [J, J + J_D, TWO_LEVELS], axis=1)
         root, stature = seen[:, 0], bodies["stature"][subject] * people["size"]
         made = {
             "x_s": x_s, "x_d": x_d, "x_f": x_f, "y": seen[:, :J] - root[:, None], "root": root,
             "height_px": focal[camera] * stature * 1000 / root[:, 2],
-            "action": people["action"], "subject": subject, "camera": camera,
+            "action": people["action"], "subject": subject, "camera": camera, "x_192": x_192,
         }  # fmt: skip
         if sequences:  # where a frame is thrown away, a sequence has a gap
             made |= {"sequence": drawn + people["sequence"], "frame": people["frame"]}
             drawn = made["sequence"][-1] + 1
-        parts.append({k: v[good].astype(ARRAYS[k][1]) for k, v in made.items()})
+        parts.append({k: v[good].astype(EVERY_ARRAY[k][1]) for k, v in made.items()})
         done += int(good.sum())
         bar.update(int(good.sum()))
     arrays = {k: np.concatenate([part[k] for part in parts])[:n] for k in parts[0]}
@@ -211,7 +212,7 @@ def write_data_set(folder, clips, bodies, sizes, seed, sources, unseen=UNSEEN_CL
         rest, faces, joints = bodies["vertices"][0], bodies["faces"], bodies["joints"][0]
         area = vertex_areas(rest, faces)
         levels = coarsen(rest, faces, joints[list(PART_JOINT)])
-        tables, align = point_tables(bodies, levels[96], levels[48], area)
+        tables, align = point_tables(bodies, levels, area)
         subjects = share_bodies(bodies["split_sizes"])
         meta = base_meta(folder, source) | {
             "actions": motion.actions, "unseen_actions": list(unseen),

@@ -6,7 +6,7 @@ ablate.py trains and compares them. To add a table is to add an entry to STUDIES
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hipart import GENERATIONS, Config
 from train import LIFTER_SIZES, PRESETS, Training
@@ -63,6 +63,12 @@ class Study:
     axes: tuple[str, ...] = ()  # of a figure: the options along its axes
     note: str = ""
 
+    def without_third_level(self) -> "Study":
+        """The same where the data or the lifter have no 192 points."""
+        return replace(self, variants=tuple(
+            replace(v, lacks=NO_192) if "192" in v.training.get("levels", "") else v
+            for v in self.variants))
+
 
 def sizes(name: str, blocks_1: int, blocks_2: int, width: int, *paper: str) -> Variant:
     """A row of Table 9."""
@@ -82,6 +88,7 @@ WITH = " + HiPART"
 TABLE_6 = ("spatial", "PoseFormer, 27 frames", "MixSTE, 27 frames")
 TABLE_10 = ("1 frame", "9 frames", "27 frames", "81 frames")
 TWO_LEVELS = "not made: the tokenizer has two levels"
+NO_192 = "not made: it takes an MLP as lifter, and a data set with x_192"
 FRAMES = "not made: few sequences are as long"
 SEQUENCES = dict(share=0.5, data="data/sequences", prepare="python prepare_data.py --sequences")
 OF_SEQUENCES = ("A limit of samples leaves whole sequences to the lifters of sequences, and single "
@@ -119,7 +126,11 @@ STUDIES = {
         Variant("48, ground truth", ("-",), training=dict(levels="dense"), input="ground_truth"),
         Variant("96, ground truth", ("-",), training=dict(levels="fine"), input="ground_truth"),
         Variant("48 + 96, ground truth", ("-",), input="ground_truth"),
-    ), (("48", "none"), ("96", "48"), ("48 + 96", "96"))),
+        Variant("192, ground truth", ("-",), training=dict(levels="192"), input="ground_truth"),
+        Variant("48 + 96 + 192, ground truth", ("-",), training=dict(levels="dense+fine+192"),
+                input="ground_truth"),
+    ), (("48", "none"), ("96", "48"), ("48 + 96", "96"),
+        ("48 + 96 + 192, ground truth", "48 + 96, ground truth"))),
     "table 6": Study("lifters without and with HiPART", (H36M,), (
         *lifter("spatial", "52.1", "42.0", lifter="spatial"),
         *lifter("PoseFormer, 27 frames", "44.3 (81)", "40.8 (81)", lifter="poseformer", frames=27),

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines import LIFTERS, OneLevel, Regressor, TemporalLifter, new_hipart
+from baselines import LIFTERS, OneLevel, Regressor, TemporalLifter, ThirdLevel, new_hipart
 from checkpoints import (
     Run,
     build,
@@ -81,7 +81,7 @@ class Training:
     lifter_width: int = 96
     lifter_blocks: int = 12
     lifter_heads: int = 0  # of transformers; 0: as many as in the lifter's paper
-    levels: str = "dense+fine"  # which of them a lifter sees: dense+fine, dense or fine (Table 5)
+    levels: str = "dense+fine"  # that a lifter sees, or dense, fine, 192, dense+fine+192 (Table 5)
     epochs_3: int = 25
     passes_3: int = 1  # ours: how often a lifter trains on made points before they are made anew
     batch_3: int = 256
@@ -104,6 +104,7 @@ class Training:
             raise ValueError("frames must be an odd number, above 1 for poseformer and mixste, and "
                              f"1 for spatial and mlp, found {self.frames} for {self.lifter}")
         levels = ("dense+fine", "dense", "fine") if self.frames == 1 else ("dense+fine",)
+        levels += ("192", "dense+fine+192") * (self.lifter == "mlp")
         if self.levels not in levels:
             raise ValueError(f"levels must be one of {', '.join(levels)} for the {self.lifter} "
                              f"lifter, found {self.levels!r}")
@@ -513,10 +514,12 @@ def mean_error(lifter: nn.Module, blocks: list[dict[str, Tensor]]) -> Tensor:
 
 
 def new_lifter(t: Training, name: str) -> nn.Module:
-    """An untrained lifter of that name, of 17 or 161 points."""
+    """An untrained lifter of that name, of 17, 161 or 353 points."""
     points = J if input_of(name).startswith("sparse") else J + J_D + J_F
     options = dict(heads=t.lifter_heads) if t.lifter_heads and t.lifter != "mlp" else {}
     options |= dict(frames=t.frames) if t.frames > 1 else {}
+    if "192" in t.levels and points > J:
+        return ThirdLevel(t.levels, t.lifter_width, t.lifter_blocks)
     model = LIFTERS[t.lifter](points, width=t.lifter_width, blocks=t.lifter_blocks, **options)
     return OneLevel(model, t.levels) if points > J and t.levels != "dense+fine" else model
 
@@ -525,13 +528,13 @@ def new_lifter(t: Training, name: str) -> nn.Module:
 def lifter_input(name: str, block: dict[str, Tensor], hipart: HiPART | None,
                  regressor: Regressor | None, training: bool = False) -> Tensor:
     """What the lifter of input `name` is given for a block of n samples: [n, 17 or 161, 2] in
-    normalised image coordinates. In training, a HiARM that has learned to do without its history
-    makes the points in a single pass."""
+    normalised image coordinates, or [n, 353, 2] if the block has true points of a third level. In
+    training, a HiARM that has learned to do without its history makes points in a single pass."""
     x_s, conf = block["x_s"], block["conf"]
     if name.startswith("sparse"):
         return x_s
     if name.startswith("ground_truth"):
-        return torch.cat([x_s, block["x_d"], block["x_f"]], 1)
+        return torch.cat([block[k] for k in ("x_s", "x_d", "x_f", "x_192") if k in block], 1)
     model = hipart if name == "generated" else regressor
     one_pass = training and model is hipart and hipart.config.history_dropout > 0
     options = dict(history=False) if one_pass else {}
@@ -668,6 +671,9 @@ def main() -> None:
                                          and training.epochs_soft < training.epochs_2):
             raise ValueError(f"epochs_soft {training.epochs_soft} needs soft, history_dropout and "
                              "a larger epochs_2: give them, or --epochs_soft 0")
+        if "192" in training.levels:
+            raise ValueError(f"levels {training.levels} can only be given and not generated: they "
+                             "are in `python ablate.py --table 5`")
         if not re.fullmatch(r"\w[\w.+-]*", args.name or preset):
             raise ValueError(f"--name must be letters, digits, . + - or _, found {args.name!r}")
     except ValueError as e:

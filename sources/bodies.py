@@ -151,10 +151,11 @@ def skin_weights_of_points(regressor, weights, vertices):
     return (regressor @ table).reshape(len(regressor), weights.shape[1], 4)
 
 
-def point_tables(bodies, level_96, level_48, area):
-    """What posing needs of each body: M [S, 17 + 48 + 96, 19, 4], from which `pose_points` makes
-    joints, dense and fine points, and the alignment A [S, 19, 3, 3] of its rest pose."""
-    regressor = np.concatenate([level_matrix(level_48, area), level_matrix(level_96, area)])
+def point_tables(bodies, levels, area):
+    """What posing needs of each body: M [S, 17 + 48 + 96 + 192, 19, 4], from which `pose_points`
+    makes joints, dense and fine points and those of the third level, and the alignment
+    A [S, 19, 3, 3] of its rest pose. levels: what `coarsen` returns."""
+    regressor = np.concatenate([level_matrix(levels[size], area) for size in (48, 96, 192)])
     tables = []
     for vertices, joints in zip(bodies["vertices"], bodies["joints"], strict=True):
         table = np.zeros((17, len(SEGMENTS), 4))  # a joint hangs on one segment

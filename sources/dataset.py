@@ -58,6 +58,9 @@ ARRAYS = {
     "x_s_det": ((17, 2), "float32"), "conf": ((17,), "float32"), "has_mesh": ((), "bool"),
     "sequence": ((), "int64"), "frame": ((), "int64"),
 }  # fmt: skip
+# True points of the level below the fine one, for Table 5 alone: only open bodies have them.
+THIRD_LEVEL = {"x_192": ((192, 2), "float32")}
+EVERY_ARRAY = ARRAYS | THIRD_LEVEL
 
 
 # --------------------------------------------------------------------------------------------------
@@ -204,8 +207,9 @@ class Stored:
             raise ValueError(f"{shown(self.f.name, 4096)} cannot be read, it is truncated")
 
 
-def open_split(folder, split):
-    """What `load` returns, with a `Stored` for every array."""
+def open_split(folder, split, third_level=False):
+    """What `load` returns, with a `Stored` for every array, and for that of THIRD_LEVEL if asked
+    to."""
     folder = Path(folder)
     where, name, root = (shown(p, 4096) for p in (folder, folder.name, folder.parent))
     if not (folder / "meta.json").is_file():
@@ -218,7 +222,8 @@ def open_split(folder, split):
             again = again.replace("--name", f"--source {meta['source']} --folder DIR --name")
         _check_meta(where, meta)
         if split in meta["splits"]:
-            return {k: _open(folder / split, meta, k) for k in _stored(meta, split)}, meta
+            names = [*_stored(meta, split), *THIRD_LEVEL] if third_level else _stored(meta, split)
+            return {k: _open(folder / split, meta, k) for k in names}, meta
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: {again}.") from None
     except (ValueError, OSError) as error:
@@ -294,7 +299,7 @@ def _stored(meta, split):
 
 def _open(folder, meta, name):
     """One checked array of a split."""
-    shape, dtype = ARRAYS[name]
+    shape, dtype = EVERY_ARRAY[name]
     path = folder / f"{name}.npy"
     stored = open_array(path, (meta["splits"][folder.name]["n"], *shape), dtype)
     if name == "action":
@@ -334,12 +339,12 @@ class Split:
     coordinates (`hipart.normalize_screen`).
 
     limit: only so many samples, evenly spread (0: all). has_mesh: only samples that have dense and
-    fine points. Raises what `load` raises.
+    fine points. third_level: blocks hold x_192 [n, 192, 2], too. Raises what `load` raises.
     """
 
     def __init__(self, folder: Path | str, name: str, device: torch.device, limit: int = 0,
-                 has_mesh: bool = False):
-        self.stored, self.meta = open_split(folder, name)
+                 has_mesh: bool = False, third_level: bool = False):
+        self.stored, self.meta = open_split(folder, name, third_level)
         self.arrays = {k: stored.array for k, stored in self.stored.items()}
         self.w, self.h = self.meta["image_size"]
         self.device, self.n = device, len(self.arrays["x_s"])
@@ -413,8 +418,9 @@ class Split:
             if rng is not None:
                 a["x_s"], a["conf"] = drop_joints(a["x_s"], a["conf"], a["height_px"], rng)
         names = ("x_s", "conf", "x_d", "x_f", "y", "action", "height_px", "has_mesh", "begins")
-        t = {k: torch.from_numpy(a[k]).to(self.device) for k in names}
-        for k in ("x_s", "x_d", "x_f"):
+        third = a.keys() & THIRD_LEVEL
+        t = {k: torch.from_numpy(a[k]).to(self.device) for k in (*names, *third)}
+        for k in ("x_s", "x_d", "x_f", *third):
             t[k] = normalize_screen(t[k], self.w, self.h)
         t["x_s"] = t["x_s"] * (t["conf"] > 0)[..., None]  # a missing joint is at 0 here, too
         return t

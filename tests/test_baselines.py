@@ -34,6 +34,7 @@ from baselines import (
     PoseFormer,
     Regressor,
     ResidualMLP,
+    ThirdLevel,
     new_hipart,
 )
 from generation import lean_mode
@@ -135,6 +136,36 @@ def test_a_lifter_of_one_level_is_blind_to_the_other(kind, levels):
     moved = x.clone()
     moved[:, own] += 0.1 * torch.randn_like(moved[:, own])
     assert_differ(lifter(moved, conf), found[0])
+
+
+@torch.no_grad()
+def test_a_third_level_is_seen_as_offsets_from_the_nearest_fine_points():
+    """Table 5, against NumPy. The points of the third level stand at random beside fine points."""
+    rng, conf = np.random.default_rng(0), torch.ones(9, 17)
+    x = rng.normal(size=(9, 161, 2))
+    fine_of = np.r_[rng.permutation(96), rng.integers(96, size=96)]  # each has one at least
+    x_t = x[:, 65:][:, fine_of] + 0.01 * rng.normal(size=(9, 192, 2))
+    x, y = torch.tensor(np.concatenate([x, x_t], 1)), torch.randn(9, 17, 3, dtype=torch.float64)
+    for levels in ("dense+fine+192", "192"):
+        lifter = randomize(ThirdLevel(levels, 12, 2), 0.2).double().eval()
+        lifter.standardize(x, y, conf)
+        assert lifter.fine_of.tolist() == fine_of.tolist()
+        x_f = x[:, 65:161]
+        if levels == "192":
+            x_f = x[:, 161:][:, lifter.third_of]
+            assert (fine_of[lifter.third_of.numpy()] == np.arange(96)).all()
+        offsets = x_t - x_f.numpy()[:, fine_of]
+        expected = (offsets - offsets.mean(0)) / offsets.std(0).clip(1e-6)
+        f = lifter.features(x, conf)
+        np.testing.assert_allclose(f["fine"][:, 96:].numpy(), expected, atol=1e-5)
+        assert lifter(x, conf).shape == (9, 17, 3)
+        # It is blind to dense and fine points in the one case, and not in the other.
+        moved, seen = x.clone(), lifter(x, conf)
+        moved[:, 17:161] += 0.01
+        (assert_same if levels == "192" else assert_differ)(lifter(moved, conf), seen)
+        moved = x.clone()
+        moved[:, 161:] += 0.01 * torch.randn_like(moved[:, 161:])
+        assert_differ(lifter(moved, conf), seen)
 
 
 # --------------------------------------------------------------------------------------------------

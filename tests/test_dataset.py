@@ -352,6 +352,18 @@ def test_read_gives_the_stored_draw_a_fresh_one_or_the_clean_pose(data):
     np.testing.assert_array_equal(val.read(rows)["y"].numpy(), raw(data, "val", "y")[rows])
 
 
+def test_the_third_level_is_read_if_asked_for(data, tmp_path):
+    val = Split(data, "val", torch.device("cpu"), limit=8, third_level=True)
+    assert "x_192" not in split(data, "val").read(slice(0, 8))
+    expected = normalised(raw(data, "val", "x_192"))[np.arange(8) * 4]
+    np.testing.assert_allclose(val.read(slice(0, 8))["x_192"].numpy(), expected, atol=1e-5)
+    shutil.copytree(data, tmp_path / "tiny")
+    (tmp_path / "tiny/val/x_192.npy").unlink()
+    split(tmp_path / "tiny", "val")
+    with pytest.raises(FileNotFoundError, match="x_192.npy is missing: make it again"):
+        Split(tmp_path / "tiny", "val", torch.device("cpu"), third_level=True)
+
+
 def test_reading_leaves_the_stored_arrays_alone(data):
     val, before = split(data, "val"), raw(data, "val", "y").copy()
     val.read(slice(0, 32))["y"].add_(1)

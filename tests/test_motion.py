@@ -114,7 +114,7 @@ def test_mirror_swaps_sides_and_undoes_itself(bodies, levels):
     for once, twice in zip(pose, mirror(mirror(pose)), strict=True):
         assert np.allclose(once, twice)
     area = np.ones(len(bodies["weights"]))
-    tables, align = point_tables(bodies, levels[96], levels[48], area)
+    tables, align = point_tables(bodies, levels, area)
 
     def joints(pose):
         transforms = segment_transforms(pose, align[[0] * 10], bodies["heads"][[0] * 10])

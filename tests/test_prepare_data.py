@@ -14,6 +14,7 @@ from conftest import TINY_SIZES, make_clips, rest_joints, write_tiny
 
 import prepare_data as P
 from sources.bodies import get_bodies, get_clips
+from sources.coarsening import vertex_areas
 from sources.dataset import SPLITS, load
 from sources.geometry import project
 from sources.motion import CLIP_STANDING_HEIGHT, split_frames
@@ -50,6 +51,20 @@ def test_a_data_set_is_what_it_says(tiny_data, split):
     allowed = {"train": {-1, 0, 2, 3}, "unseen": {1}}  # 1 is kick; -1 is a mixture of clips
     assert set(arrays["action"]) == allowed.get(split, {0, 2, 3})
     assert meta["actions"] == ["jump", "kick", "punch", "walk"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_points_of_the_third_level_make_the_fine_ones(tiny_data, split, bodies, levels):
+    """A fine point is the mean of those that it consists of, weighted by area; in the image, but
+    for perspective."""
+    area = vertex_areas(bodies["vertices"][0], bodies["faces"])
+    share = np.zeros((96, 192))
+    np.add.at(share, (levels[96], levels[192]), area)
+    assert ((share > 0).sum(0) == 1).all()  # each belongs to one fine point
+    x_192 = np.load(tiny_data / "tiny" / split / "x_192.npy", allow_pickle=False)
+    assert x_192.shape == (TINY_SIZES[split], 192, 2) and x_192.dtype == np.float32
+    made = share / share.sum(1, keepdims=True) @ x_192
+    assert np.abs(made - load(tiny_data / "tiny", split)[0]["x_f"]).max() < 1
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -741,6 +741,13 @@ def test_resume_with_another_config_is_refused(run, data, tmp_path, monkeypatch,
     assert re.search("stage1.pt.*(config|options)", one_sentence(said))
 
 
+def test_levels_that_cannot_be_generated_are_refused(tmp_path, monkeypatch, capsys):
+    for levels in ("192", "dense+fine+192"):
+        _, said = refused(monkeypatch, capsys, tmp_path, levels=levels)
+        assert said == (f"levels {levels} can only be given and not generated: they are in `python "
+                        "ablate.py --table 5`")
+
+
 @pytest.mark.parametrize("change", [["--seed", "1"], ["--limit", "48"]], ids=["seed", "limit"])
 def test_resume_with_another_seed_or_data_is_refused(data, tmp_path, monkeypatch, capsys, change):
     """It would go on, and end at weights that no uninterrupted run gives."""
