@@ -167,11 +167,13 @@ def make_split(split, n, motion, bodies, tables, align, subjects, cameras, rng, 
         made = {
             "x_s": x_s, "x_d": x_d, "x_f": x_f, "y": seen[:, :J] - root[:, None], "root": root,
             "height_px": focal[camera] * stature * 1000 / root[:, 2],
-            "action": people["action"], "subject": subject, "camera": camera, "x_192": x_192,
+            "action": people["action"], "subject": subject, "camera": camera,
         }  # fmt: skip
         if sequences:  # where a frame is thrown away, a sequence has a gap
             made |= {"sequence": drawn + people["sequence"], "frame": people["frame"]}
             drawn = made["sequence"][-1] + 1
+        else:
+            made["x_192"] = x_192
         parts.append({k: v[good].astype(EVERY_ARRAY[k][1]) for k, v in made.items()})
         done += int(good.sum())
         bar.update(int(good.sum()))

@@ -58,7 +58,8 @@ ARRAYS = {
     "x_s_det": ((17, 2), "float32"), "conf": ((17,), "float32"), "has_mesh": ((), "bool"),
     "sequence": ((), "int64"), "frame": ((), "int64"),
 }  # fmt: skip
-# True points of the level below the fine one, for Table 5 alone: only open bodies have them.
+# True points of the level below the fine one, for Table 5 alone: open bodies in single frames have
+# them.
 THIRD_LEVEL = {"x_192": ((192, 2), "float32")}
 EVERY_ARRAY = ARRAYS | THIRD_LEVEL
 

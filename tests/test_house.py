@@ -32,7 +32,7 @@ MOST_LINES = {
     "distributed.py": 130, "generation.py": 122, "hipart.py": 920, "baselines.py": 427,
     "survival.py": 180, "checkpoints.py": 250, "training_loop.py": 240, "train.py": 711,
     "curves.py": 90, "tables.py": 390, "evaluate.py": 670, "sample.py": 570, "lift.py": 365,
-    "prepare_data.py": 345,
+    "prepare_data.py": 347,
     "hypotheses.py": 320, "studies.py": 186, "ablate.py": 393,
     "kernels/quantizer.cu": 260, "kernels/quantizer.cpp": 400, "kernels/quantizer_cuda.cpp": 100,
     "tests/cuda_emulator.h": 150,
