@@ -59,7 +59,7 @@ from survival import Watch
 
 SIZES = dict(zip(SPLITS, (40_000, 2_500, 5_000, 2_500), strict=True))  # samples
 SEQUENCE_SIZES = dict(zip(SPLITS, (28_000, 2_000, 4_000, 6_000), strict=True))  # frames
-TWO_LEVELS = J + J_D + J_F  # points of a pose, before those of the third level
+TWO_LEVELS = J + J_D + J_F  # points that decide what a sample is; x_192 comes on top of it
 CHUNK = 4096  # samples that are made at once
 LEAP = 0.8  # m: half of the training poses of airborne clips are lifted by up to this much more
 
