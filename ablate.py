@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import signal
 import time
 from collections import defaultdict
@@ -39,7 +40,7 @@ from distributed import world_size
 from evaluate import column, rows_3d
 from hipart import J_D, Config, J
 from sample import save
-from sources.dataset import META_BYTES
+from sources.dataset import META_BYTES, SPLITS
 from sources.files import read_json
 from studies import STUDIES, WITH, Study, Variant
 from survival import Watch, alone_in, stop, this_command, write
@@ -359,7 +360,8 @@ def main() -> None:
     if study.gains:
         like.split("train").begins()  # or one sentence, if these are no sequences
     torch.set_float32_matmul_precision("high")
-    if args.preset == "paper" or not Path(data, "train", "x_192.npy").is_file():
+    has_192 = all(os.path.isfile(f"{data}/{split}/x_192.npy") for split in SPLITS)
+    if not has_192 or PRESETS[args.preset][1].get("lifter") != "mlp":
         study = study.without_third_level()
     made = [v for v in study.variants if not v.lacks]
     chains = {(v.name, seed): jobs_of(v, study, args.preset, seed, like)

@@ -71,9 +71,10 @@ class ResidualMLP(nn.Module):
 class MLPLifter(Lifter):
     """The field's simple baseline, after Martinez et al. 2017: n_points is 17 or 161."""
 
-    def __init__(self, n_points: int = J + J_D + J_F, width: int = 1024, blocks: int = 2):
+    def __init__(self, n_points: int = J + J_D + J_F, width: int = 1024, blocks: int = 2,
+                 more: int = 0):
         super().__init__(n_points)
-        n_in = J * 3 + (J_D * 6 + J_F * 2 if n_points > J else 0)
+        n_in = J * 3 + (J_D * 6 + J_F * 2 if n_points > J else 0) + more
         self.mlp = ResidualMLP(n_in, J * 3, width, blocks)
 
     def forward(self, x: Tensor, conf: Tensor | None = None) -> Tensor:
@@ -115,14 +116,14 @@ class OneLevel(nn.Module):
 
 class ThirdLevel(MLPLifter):
     """An MLPLifter of 353 points: after the 161, the 192 of the coarsening's next level (Table 5).
-    Each is seen as its offset from the fine point that is nearest to it on average, since that
-    level does not halve. levels: "dense+fine+192"; or "192", which puts the nearest of the 192 in
-    the place of each fine point, and the mean of two of these in the place of a dense point."""
+    Each is seen as its offset from the fine point that is nearest on average, mostly the one that
+    it belongs to, which data sets do not tell. levels: "dense+fine+192"; or "192", which puts the
+    nearest of the 192 in the place of each fine point, and the mean of two in that of a dense
+    point."""
 
     def __init__(self, levels: str, width: int = 1024, blocks: int = 2):
-        super().__init__(width=width, blocks=blocks)
+        super().__init__(width=width, blocks=blocks, more=J_T * 2)
         self.levels = levels
-        self.mlp = ResidualMLP(J * 3 + J_D * 6 + (J_F + J_T) * 2, J * 3, width, blocks)
         self.register_buffer("fine_of", torch.zeros(J_T, dtype=torch.int64))
         self.register_buffer("third_of", torch.zeros(J_F, dtype=torch.int64))
         self.register_buffer("mean_third", torch.zeros(J_T, 2))

@@ -81,7 +81,7 @@ class Training:
     lifter_width: int = 96
     lifter_blocks: int = 12
     lifter_heads: int = 0  # of transformers; 0: as many as in the lifter's paper
-    levels: str = "dense+fine"  # that a lifter sees, or dense, fine, 192, dense+fine+192 (Table 5)
+    levels: str = "dense+fine"  # what a lifter sees: dense+fine, dense or fine (Table 5)
     epochs_3: int = 25
     passes_3: int = 1  # ours: how often a lifter trains on made points before they are made anew
     batch_3: int = 256
@@ -672,8 +672,8 @@ def main() -> None:
             raise ValueError(f"epochs_soft {training.epochs_soft} needs soft, history_dropout and "
                              "a larger epochs_2: give them, or --epochs_soft 0")
         if "192" in training.levels:
-            raise ValueError(f"levels {training.levels} can only be given and not generated: they "
-                             "are in `python ablate.py --table 5`")
+            raise ValueError(f"levels {training.levels} are for true points alone: see `python "
+                             "ablate.py --table 5`")
         if not re.fullmatch(r"\w[\w.+-]*", args.name or preset):
             raise ValueError(f"--name must be letters, digits, . + - or _, found {args.name!r}")
     except ValueError as e:

@@ -120,6 +120,17 @@ def test_a_third_level_is_left_out_where_the_data_have_none(tiny, tiny_data, tmp
     assert page.count("not made: it takes an MLP as lifter, and a data set with x_192") == 2
 
 
+def test_a_third_level_needs_an_mlp(tiny, capsys):
+    tiny("--table", "5", "--preset", "paper", "--dry-run")
+    said = capsys.readouterr().out
+    assert "48 + 96, ground truth" in said and "192" not in said
+
+
+def test_data_that_are_not_read_may_have_any_name(tiny, tmp_path):
+    tiny("--table", "8", data="x" * 300)
+    assert (tmp_path / "runs/ablations/table_8_quick.md").is_file()
+
+
 def test_an_interrupted_table_goes_on(tiny, trained, tmp_path, monkeypatch, capsys):
     """Ctrl-C in stage 1 of a and in stage 2 of b: nothing that is finished is trained again, and
     the numbers are those of a run without an interruption."""

@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY_SIZES, make_clips, rest_joints, write_tiny
 
 import prepare_data as P
-from sources.bodies import get_bodies, get_clips
+from sources.bodies import get_bodies, get_clips, point_tables
 from sources.coarsening import vertex_areas
 from sources.dataset import SPLITS, load
 from sources.geometry import project
@@ -65,6 +65,19 @@ def test_points_of_the_third_level_make_the_fine_ones(tiny_data, split, bodies, 
     assert x_192.shape == (TINY_SIZES[split], 192, 2) and x_192.dtype == np.float32
     made = share / share.sum(1, keepdims=True) @ x_192
     assert np.abs(made - load(tiny_data / "tiny", split)[0]["x_f"]).max() < 1
+
+
+def test_the_third_level_changes_nothing_else(tiny_data, tmp_path, monkeypatch):
+    def far_away(*args):
+        tables, align = point_tables(*args)
+        tables[:, 161:] *= 100
+        return tables, align
+
+    monkeypatch.setattr(P, "point_tables", far_away)
+    write_tiny(tmp_path / "far")
+    for split in SPLITS:
+        (arrays, _), (others, _) = load(tiny_data / "tiny", split), load(tmp_path / "far", split)
+        assert all(np.array_equal(arrays[name], others[name]) for name in arrays)
 
 
 @pytest.mark.parametrize("split", SPLITS)

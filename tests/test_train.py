@@ -744,7 +744,7 @@ def test_resume_with_another_config_is_refused(run, data, tmp_path, monkeypatch,
 def test_levels_that_cannot_be_generated_are_refused(tmp_path, monkeypatch, capsys):
     for levels in ("192", "dense+fine+192"):
         _, said = refused(monkeypatch, capsys, tmp_path, lifter="mlp", levels=levels)
-        assert f"levels {levels} can only be given and not generated" in one_sentence(said)
+        assert f"levels {levels} are for true points alone" in one_sentence(said)
 
 
 @pytest.mark.parametrize("change", [["--seed", "1"], ["--limit", "48"]], ids=["seed", "limit"])
