@@ -174,12 +174,11 @@ STUDIES = {
              f"frames, and in its Table 6 there are 81; 9 and 27 are ours. {OF_SEQUENCES}"),
     "figure 5": Study("width and size of the codebooks", (), (
         Variant("base", ()),
-        *(Variant(f"{name} x {by:g}", (), scale={name: by}) for name, factors in
-          dict(D=(0.25, 0.5, 2), K_s=(0.25, 0.5, 2), K_d=(0.25, 1.5, 2)).items()
+        *(Variant(f"{name} x {by:g}", (), scale={name: by})
+          for name, factors in (("D", (0.25, 2)), ("K_s", (0.25, 2)), ("K_d", (0.25, 1.5, 2)))
           for by in factors),
-    ), (("base", "D x 0.25"), ("base", "D x 0.5"), ("base", "K_s x 0.25"), ("base", "K_s x 0.5"),
-        ("base", "K_s x 2"), ("base", "K_d x 0.25"), ("K_d x 1.5", "base"),
-        ("K_d x 1.5", "K_d x 2")), share=0.75, axes=("D", "K_s", "K_d"),
+    ), (("base", "D x 0.25"), ("base", "K_s x 0.25"), ("base", "K_s x 2"), ("base", "K_d x 0.25"),
+        ("K_d x 1.5", "base"), ("K_d x 1.5", "K_d x 2")), share=0.75, axes=("D", "K_s", "K_d"),
         note="The paper has D = 32 to 256 and 512 to 4096 codes, and is best at 128, at 2048 "
              "sparse and at 3072 dense codes; here are multiples of the preset's sizes, over "
              "the same range, and D is that of both codebooks. "),
