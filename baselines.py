@@ -69,7 +69,8 @@ class ResidualMLP(nn.Module):
 
 
 class MLPLifter(Lifter):
-    """The field's simple baseline, after Martinez et al. 2017: n_points is 17 or 161."""
+    """The field's simple baseline, after Martinez et al. 2017: n_points is 17 or 161. more: how
+    many numbers a subclass adds to the features."""
 
     def __init__(self, n_points: int = J + J_D + J_F, width: int = 1024, blocks: int = 2,
                  more: int = 0):
@@ -117,9 +118,8 @@ class OneLevel(nn.Module):
 class ThirdLevel(MLPLifter):
     """An MLPLifter of 353 points: after the 161, the 192 of the coarsening's next level (Table 5).
     Each is seen as its offset from the fine point that is nearest on average, mostly the one that
-    it belongs to, which data sets do not tell. levels: "dense+fine+192"; or "192", which puts the
-    nearest of the 192 in the place of each fine point, and the mean of two in that of a dense
-    point."""
+    it belongs to, which data sets do not tell. levels: "dense+fine+192"; or "192", where the
+    nearest of the 192 stands for each fine point, and the mean of two for a dense one."""
 
     def __init__(self, levels: str, width: int = 1024, blocks: int = 2):
         super().__init__(width=width, blocks=blocks, more=J_T * 2)
